@@ -1,0 +1,169 @@
+"""Reading and writing artefacts: JSON and safetensors only, and never half a file.
+
+Every write goes to a temporary neighbour that is then renamed, so that a reader, or a run that was killed, sees the old
+file or the new one and nothing between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from guided_dropout.errors import ArtefactError
+
+
+def _cannot_write(path: Path, error: OSError) -> ArtefactError:
+    return ArtefactError(f"cannot write {path}: {error.strerror or error}; choose an output that you may write to")
+
+
+@contextlib.contextmanager
+def staged_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    staging = Path(name)
+    try:
+        yield staging
+        staging.chmod(0o666 & ~_umask())
+        os.replace(staging, path)
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; put it in `path`'s place when the block ends well.
+
+    An existing folder at `path` is replaced as a whole, so only folders that this project wrote should be given;
+    `check_output_folder` sees to that.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    old = staging.with_name(staging.name + ".old")
+    try:
+        yield staging
+        staging.chmod(0o777 & ~_umask())
+        if path.exists():
+            os.replace(path, old)
+        os.replace(staging, path)
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_output_folder(path: str | Path, *, marker: str) -> Path:
+    """Make sure, before any long work, that `path` can be written as a whole.
+
+    Args:
+        path: the folder to be.
+        marker: name of the file by which a folder of this kind is known. A folder that holds other things but not
+            the marker is somebody else's.
+
+    Raises:
+        ArtefactError: `path` is a file, holds other things, or its parent cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
+    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+        raise ArtefactError(
+            f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this command wrote: "
+            "choose another --out"
+        )
+    probe = path / ".probe" if path.is_dir() else path.parent / f".{path.name}.probe"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    return path
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, all or nothing."""
+    with staged_file(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, all or nothing. NaN and infinity are refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]:
+    """Read a JSON artefact and check what it says it is.
+
+    Args:
+        path: the file.
+        kind: expected value of its ``"kind"``, for instance ``"dropout-schedule"``.
+        schema: expected value of its ``"schema"``.
+
+    Raises:
+        ArtefactError: no such file, not JSON, or of another kind or schema version.
+    """
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise ArtefactError(f"cannot read {path}: {e.strerror}; expected a {kind} file") from e
+    except ValueError as e:
+        raise ArtefactError(f"{path} is not valid JSON ({e}); expected a {kind} file: make it again") from e
+    found = value.get("kind") if isinstance(value, dict) else type(value).__name__
+    if found != kind:
+        raise ArtefactError(f"{path} holds {found!r}; expected {kind!r}: give the path of a {kind} file")
+    if value.get("schema") != schema:
+        raise ArtefactError(
+            f"{path} has schema version {value.get('schema')!r}; this version of guided-dropout reads {schema}: "
+            "make the file again or install the version that wrote it"
+        )
+    return value
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, all or nothing."""
+    with staged_file(path) as tmp:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Raises:
+        ArtefactError: no such file, or not a whole safetensors file.
+    """
+    try:
+        return load_file(path)
+    except OSError as e:
+        raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a safetensors file") from e
+    except SafetensorError as e:
+        raise ArtefactError(f"{path} is not a whole safetensors file ({e}); make it again") from e

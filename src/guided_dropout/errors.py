@@ -1,0 +1,36 @@
+"""The errors a user can meet and mend.
+
+``GuidedDropoutError`` (a ``ValueError``) is the root; each message names what was found, what was expected and what to
+do. The command line prints it in one line and exits with 2. Anything else that escapes is a bug.
+
+* ``DataError``: text or task data that is missing, empty or malformed (file and line are named).
+* ``ModelError``: a model that cannot do what was asked of it (no language-model head, no such folder, …).
+* ``ArtefactError``: a saved profile, schedule or result that is missing, damaged or of another version; an output
+  folder that cannot be written.
+* ``ScheduleError``: rates out of range, or a schedule and a model that do not belong together.
+* ``SiteError``: a dropout rate that does not arrive where it should.
+"""
+
+
+class GuidedDropoutError(ValueError):
+    """Root of all errors that a user can mend."""
+
+
+class DataError(GuidedDropoutError):
+    """Text or task data is missing, empty or malformed."""
+
+
+class ModelError(GuidedDropoutError):
+    """The model cannot do what was asked of it."""
+
+
+class ArtefactError(GuidedDropoutError):
+    """A saved artefact is missing, damaged or of another version, or its folder cannot be written."""
+
+
+class ScheduleError(GuidedDropoutError):
+    """Rates out of range, or a schedule that does not belong to this model."""
+
+
+class SiteError(GuidedDropoutError):
+    """A dropout rate does not arrive where it should."""
