@@ -69,7 +69,9 @@ class Objective:
         device = next(model.parameters()).device
         prepared = [prepare_sample(model, self, s) for s in samples]
         labels = _pad([p["labels"] for p in prepared], IGNORE).to(device)
-        inputs = {k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in prepared[0] if k != "labels"}
+        inputs = {
+            k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in prepared[0] if k != "labels"
+        }
         targets = self.targets(labels)
         count = (targets != IGNORE).sum(1, keepdim=True).clamp(min=1)
         weights = (targets != IGNORE) / (count if self.reduction == "mean" else torch.ones_like(count))

@@ -1,0 +1,195 @@
+"""The diagonal empirical Fisher of a model over a stream of samples."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_dropout.errors import DataError, ModelError
+from guided_dropout.fisher.fast import BatchedSquares, Plan, make_plan, requiring_grad
+from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.reference import sum_of_squares
+from guided_dropout.identity import model_identity
+from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples, detect_objective, has_target
+from guided_dropout.provenance import provenance
+
+METHODS = ("batched", "reference")
+
+
+def estimate_fisher(
+    model: nn.Module,
+    samples: Iterable[Sample],
+    *,
+    batch_size: int = 8,
+    objective: str = "auto",
+    reduction: str = "mean",
+    method: str = "batched",
+    progress: Callable[[int], None] | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> FisherProfile:
+    r"""Estimate :math:`F_j = \frac1N \sum_i (\partial \ell_i / \partial \theta_j)^2` for each parameter of `model`.
+
+    Eq. 3 of Sharma et al. (2024). The result is exact up to rounding: it does not depend on the batch size, on the order
+    of the samples or on padding. The model is run in evaluation mode and comes back as it was.
+
+    Args:
+        model: a transformers language model with its head.
+        samples: any iterable of mappings with 1-D ``input_ids`` and ``labels`` (−100 is no target; a next-token model
+            shifts them itself), optionally ``attention_mask``, ``token_type_ids``, ``decoder_*``; any lengths.
+        batch_size: samples per forward; only speed and memory depend on it.
+        objective: ``"auto"`` finds by running whether the model is a masked LM or predicts the next token; naming one
+            makes sure that it is that.
+        reduction: a sample's loss is the ``"mean"`` or the ``"sum"`` of the cross-entropy over its targets.
+        method: ``"batched"``, or ``"reference"`` for the slow loop that the former is tested against.
+        progress: called with the number of samples done so far.
+        facts: added to the profile's provenance, for instance the text and the seed.
+
+    Returns:
+        A `FisherProfile` over all floating-point parameters of ``model.named_parameters()``.
+
+    Raises:
+        DataError: no samples, a malformed sample, or none with a target.
+        ModelError: the model is no language model, or a sample's loss is not finite.
+    """
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}; expected at least 1")
+    if method not in METHODS:
+        raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
+    if objective not in ("auto", *OBJECTIVES):
+        raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
+    stream = iter(check_samples(samples))
+    first = next(stream, None)
+    if first is None:
+        raise DataError("there are no samples; expected at least one")
+    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    with _evaluation(model):
+        goal = detect_objective(model, first, reduction)
+        if objective not in ("auto", goal.name):
+            raise ModelError(
+                f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
+                f"{objective}: use --objective {goal.name} or load another head"
+            )
+        counted = _Targets(goal, itertools.chain([first], stream))
+        totals, fallback, num = _sum(model, goal, parameters, counted, batch_size, method, progress)
+    if num == 0:
+        raise DataError(
+            f"none of the {counted.skipped} samples has a target; expected labels other than -100: use longer samples"
+        )
+    diagonal = {n: (t / num).to(torch.float32).cpu() for n, t in totals.items()}
+    size = sum(p.numel() for p in parameters.values())
+    by_rule = sum(p.numel() for n, p in parameters.items() if n not in fallback)
+    return FisherProfile(
+        diagonal=diagonal,
+        tensor_means={n: (t.double().mean() / num).item() for n, t in totals.items()},
+        num_samples=num,
+        num_skipped=counted.skipped,
+        objective=goal.name,
+        reduction=reduction,
+        model=model_identity(model),
+        coverage={"fallback": sorted(fallback), "parameters_by_rule": by_rule / size},
+        provenance=provenance(
+            method=method,
+            batch_size=batch_size,
+            dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
+            device=next(iter(parameters.values())).device.type,
+            **(facts or {}),
+        ),
+    )
+
+
+class _Targets:
+    """The samples that have a target; counts the others."""
+
+    def __init__(self, objective: Objective, samples: Iterable[Sample]):
+        self.objective, self.samples, self.skipped = objective, samples, 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        for s in self.samples:
+            if has_target(self.objective, s):
+                yield s
+            else:
+                self.skipped += 1
+
+
+def _sum(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: Iterable[Sample],
+    batch_size: int,
+    method: str,
+    progress: Callable[[int], None] | None,
+) -> tuple[dict[str, Tensor], set[str], int]:
+    """(name → sum of squares, parameters that took the loop, number of samples)."""
+    totals: dict[str, Tensor] = {}
+    squares, num = None, 0
+    for batch in _batches(samples, batch_size if method == "batched" else 1):
+        if method == "batched":
+            squares = squares or BatchedSquares(
+                model, objective, parameters, checked_plan(model, objective, parameters, batch)
+            )
+            losses = squares.add(batch)
+            if not losses.isfinite().all():
+                bad = num + int((~losses.isfinite()).nonzero()[0])
+                raise ModelError(
+                    f"the loss of sample {bad} (counting those with a target from 0) is {losses[bad - num].item()}; "
+                    "expected a finite number: leave the sample out or load the model in float32"
+                )
+            totals = squares.totals
+        else:
+            with requiring_grad(parameters.values()):
+                for name, t in sum_of_squares(model, parameters, batch, objective).items():
+                    totals[name] = totals[name] + t if name in totals else t
+        num += len(batch)
+        if progress:
+            progress(num)
+    return totals, squares.fallback if squares else set(parameters), num
+
+
+def checked_plan(
+    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
+) -> Plan:
+    """A plan whose squares were compared with plain autograd on the first samples; what differs takes the loop."""
+    plan = make_plan(model, objective, parameters, samples[0])
+    few = samples[:2]
+    fast = BatchedSquares(model, objective, parameters, plan)
+    fast.add(few)
+    with requiring_grad(parameters.values()):
+        slow = sum_of_squares(model, parameters, few, objective)
+    largest = max(t.max().item() for t in slow.values())
+    wrong = {n for n, t in slow.items() if (fast.totals[n] - t).norm().item() > 1e-2 * t.norm().item() + 1e-9 * largest}
+    return replace(plan, fallback=frozenset(wrong)) if wrong else plan
+
+
+def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+    it = iter(samples)
+    while batch := list(itertools.islice(it, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter requiring gradients within; everything as it was after."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    cache = getattr(getattr(model, "config", None), "use_cache", None)
+    try:
+        model.eval()
+        for p, _ in wanted:
+            p.requires_grad_(False)
+        if cache is not None:
+            model.config.use_cache = False  # pyright: ignore
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+        if cache is not None:
+            model.config.use_cache = cache  # pyright: ignore
