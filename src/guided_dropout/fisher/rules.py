@@ -24,6 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A tile of a matrix's gradient and one of its sum of squares fit a core's cache together (float32: 2 x 512 KB).
+_TILE_ELEMENTS = 128 * 1024
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -105,12 +108,15 @@ Use = Outer | Rows | Sums
 
 def add_squares(total: Tensor, uses: Sequence[Use], num_samples: int) -> None:
     r"""``total`` += :math:`\sum_b (\sum_u g_{u,b})^2` over the B samples and the uses u of one parameter, in place."""
+    outers = sum(isinstance(u, Outer) for u in uses)
     if all(isinstance(u, Sums) for u in uses):
         total += sum(u.grads.to(total.dtype) for u in uses if isinstance(u, Sums)).square_().sum(0)  # pyright: ignore
     elif all(isinstance(u, Rows) for u in uses):
         _add_row_squares(total, [u for u in uses if isinstance(u, Rows)])
-    elif len(uses) == 1 and isinstance(uses[0], Outer):
+    elif isinstance(uses[0], Outer) and len(uses) == 1:
         _add_outer_squares(total, uses[0])
+    elif outers == 1 and len(uses) == outers + sum(isinstance(u, Rows) for u in uses):
+        _add_tied_squares(total, uses)
     else:
         gradient = torch.empty_like(total)
         for b in range(num_samples):
@@ -121,20 +127,45 @@ def add_squares(total: Tensor, uses: Sequence[Use], num_samples: int) -> None:
 
 
 def _add_outer_squares(total: Tensor, use: Outer) -> None:
-    gradient = torch.empty_like(total)
+    """Tile by tile, so that a tile's product and its sum of squares stay in the cache for the whole batch."""
     left, right = use.left.to(total.dtype), use.right.to(total.dtype)
-    for _, rows in use.layout.spans():
-        torch.mm(left[rows].T, right[rows], out=gradient)
-        total.addcmul_(gradient, gradient)
+    step = max(1, _TILE_ELEMENTS // total.shape[1])
+    spans = use.layout.spans()
+    buffer = torch.empty_like(total[:step])
+    for start in range(0, total.shape[0], step):
+        tile = total[start : start + step]
+        gradient = buffer[: len(tile)]
+        for _, rows in spans:
+            torch.mm(left[rows, start : start + step].T, right[rows], out=gradient)
+            tile.addcmul_(gradient, gradient)
+
+
+def _add_tied_squares(total: Tensor, uses: Sequence[Use]) -> None:
+    r"""A table that is looked up and multiplied by: :math:`(D+E)^2 = D^2 + (2D + E)E`, and E is zero in most rows."""
+    (outer,) = (u for u in uses if isinstance(u, Outer))
+    _add_outer_squares(total, outer)
+    samples, ids, sums = _touched_rows(total, [u for u in uses if isinstance(u, Rows)])
+    left, right = outer.left.to(total.dtype), outer.right.to(total.dtype)
+    for b, rows in outer.layout.spans():
+        mine = samples == b
+        crossed = left[rows].index_select(1, ids[mine]).T @ right[rows]
+        total.index_add_(0, ids[mine], 2 * crossed * sums[mine])
+    total.index_add_(0, ids, sums.square())
 
 
 def _add_row_squares(total: Tensor, uses: Sequence[Rows]) -> None:
+    _, ids, sums = _touched_rows(total, uses)
+    total.index_add_(0, ids, sums.square_())
+
+
+def _touched_rows(total: Tensor, uses: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor]:
+    """(sample [K], row [K], gradient [K, d]) of the K (sample, row) pairs that the uses touch."""
     num_rows = total.shape[0]
     keys = torch.cat([u.ids + num_rows * u.layout.owners(u.ids.device) for u in uses])
     grads = torch.cat([u.grads for u in uses]).to(total.dtype)
-    touched, where = torch.unique(keys, return_inverse=True)  # (sample, row) pairs
+    touched, where = torch.unique(keys, return_inverse=True)
     sums = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
-    total.index_add_(0, touched % num_rows, sums.square_())
+    return touched // num_rows, touched % num_rows, sums
 
 
 @dataclass
