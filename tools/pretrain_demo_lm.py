@@ -2,8 +2,8 @@
 
     python tools/pretrain_demo_lm.py wikipedia.txt.xz --out build/demo-lm
 
-The text has one paragraph a line and an empty line between articles. The last 1 % of its characters is held out: neither
-the tokenizer nor the model sees it, and the model card's figures are measured there. The result (safetensors in
+The text has one paragraph a line and an empty line between articles. The last 1 % of its characters is held out:
+neither the tokenizer nor the model sees it, and the model card's figures are measured there. The result (safetensors in
 float16, config, tokenizer, README.md) is what `src/guided_dropout/demo/model` holds.
 """
 
@@ -87,6 +87,7 @@ class Blocks:
         self.seed = seed
 
     def batch(self, step: int, size: int) -> torch.Tensor:
+        """Token ids [size, length] of step number `step`."""
         per_epoch = len(self.rows) // size
         epoch, k = divmod(step, per_epoch)
         order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed + epoch))
@@ -127,8 +128,8 @@ def evaluate(model: BertForMaskedLM, blocks: Blocks, unigram: torch.Tensor) -> d
 
 CARD = """# demo-bert
 
-An uncased BERT masked LM ({layers} layers x {hidden}, {heads} heads, vocabulary {vocab:,}, {params:.2f} M parameters, stored as
-float16) that this project pretrained itself, so that the quickstart needs no model hub. It is a toy: use it to see the
+An uncased BERT masked LM ({layers} layers x {hidden}, {heads} heads, vocabulary {vocab:,}, {params:.2f} M parameters,
+stored as float16) that this project pretrained itself, so that the quickstart needs no model hub. It is a toy: use it to see the
 tool work, not to draw conclusions about language models.
 
 Text: English Wikipedia articles ({train_tokens:.1f} M training tokens; the last 1 % of the text held out).
@@ -140,7 +141,8 @@ AdamW, peak learning rate {lr}, {precision}; torch {torch}, transformers {transf
 | this model | {loss:.3f} | {accuracy:.1%} |
 | unigram frequencies of the training text | {unigram_loss:.3f} | {unigram_accuracy:.1%} |
 
-The weights are under the project's licence. The Wikipedia text they were trained on is CC BY-SA 4.0 and is not included.
+The weights are under the project's licence. The Wikipedia text they were trained on is CC BY-SA 4.0 and is not
+included.
 """
 
 
@@ -149,7 +151,9 @@ def main() -> None:
     p.add_argument("text", type=Path)
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--steps", type=int, default=11000)
-    p.add_argument("--long-steps", type=int, default=1000, help="of the steps, how many at the end use 128-token blocks")
+    p.add_argument(
+        "--long-steps", type=int, default=1000, help="of the steps, how many at the end use 128-token blocks"
+    )
     p.add_argument("--batch-tokens", type=int, default=4096)
     p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--vocab-size", type=int, default=8192)

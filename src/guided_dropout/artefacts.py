@@ -96,8 +96,8 @@ def check_output_folder(path: str | Path, *, marker: str) -> Path:
         raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
     if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
         raise ArtefactError(
-            f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this command wrote: "
-            "choose another --out"
+            f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this "
+            "command wrote: choose another --out"
         )
     probe = path / ".probe" if path.is_dir() else path.parent / f".{path.name}.probe"
     try:
@@ -149,7 +149,9 @@ def read_json(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]:
     return value
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, all or nothing."""
     with staged_file(path) as tmp:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)

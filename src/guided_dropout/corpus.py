@@ -49,8 +49,8 @@ def lm_samples(
     Args:
         texts: paragraphs, in their order; blocks run across them.
         tokenizer: the model's own.
-        objective: ``"mlm"`` (15 % of the ordinary tokens are targets; of these 80 % become the mask token, 10 % a random
-            token, 10 % stay) or ``"causal"`` (each token is a target).
+        objective: ``"mlm"`` (15 % of the ordinary tokens are targets; of these 80 % become the mask token, 10 % a
+            random token, 10 % stay) or ``"causal"`` (each token is a target).
         num_samples: how many; fewer come back where the text has fewer blocks.
         max_length: tokens per sample.
         seed: draws the blocks and, with the sample's index, the masks.

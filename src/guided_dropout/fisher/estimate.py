@@ -35,16 +35,16 @@ def estimate_fisher(
 ) -> FisherProfile:
     r"""Estimate :math:`F_j = \frac1N \sum_i (\partial \ell_i / \partial \theta_j)^2` for each parameter of `model`.
 
-    Eq. 3 of Sharma et al. (2024). The result is exact up to rounding: it does not depend on the batch size, on the order
-    of the samples or on padding. The model is run in evaluation mode and comes back as it was.
+    Eq. 3 of Sharma et al. (2024). The result is exact up to rounding: it does not depend on the batch size, on
+    the order of the samples or on padding. The model is run in evaluation mode and comes back as it was.
 
     Args:
         model: a transformers language model with its head.
-        samples: any iterable of mappings with 1-D ``input_ids`` and ``labels`` (−100 is no target; a next-token model
-            shifts them itself), optionally ``attention_mask``, ``token_type_ids``, ``decoder_*``; any lengths.
+        samples: any iterable of mappings with 1-D ``input_ids`` and ``labels`` (−100 is no target; a next-token
+            model shifts them itself), optionally ``attention_mask``, ``token_type_ids``, ``decoder_*``; any lengths.
         batch_size: samples per forward; only speed and memory depend on it.
-        objective: ``"auto"`` finds by running whether the model is a masked LM or predicts the next token; naming one
-            makes sure that it is that.
+        objective: ``"auto"`` finds by running whether the model is a masked LM or predicts the next token; naming
+            one makes sure that it is that.
         reduction: a sample's loss is the ``"mean"`` or the ``"sum"`` of the cross-entropy over its targets.
         method: ``"batched"``, or ``"reference"`` for the slow loop that the former is tested against.
         progress: called with the number of samples done so far.
@@ -127,29 +127,50 @@ def _sum(
     progress: Callable[[int], None] | None,
 ) -> tuple[dict[str, Tensor], set[str], int]:
     """(name → sum of squares, parameters that took the loop, number of samples)."""
-    totals: dict[str, Tensor] = {}
+    if method == "reference":
+        return _sum_by_reference(model, objective, parameters, samples, progress)
     squares, num = None, 0
-    for batch in _batches(samples, batch_size if method == "batched" else 1):
-        if method == "batched":
-            squares = squares or BatchedSquares(
-                model, objective, parameters, checked_plan(model, objective, parameters, batch)
-            )
-            losses = squares.add(batch)
-            if not losses.isfinite().all():
-                bad = num + int((~losses.isfinite()).nonzero()[0])
-                raise ModelError(
-                    f"the loss of sample {bad} (counting those with a target from 0) is {losses[bad - num].item()}; "
-                    "expected a finite number: leave the sample out or load the model in float32"
-                )
-            totals = squares.totals
-        else:
-            with requiring_grad(parameters.values()):
-                for name, t in sum_of_squares(model, parameters, batch, objective).items():
-                    totals[name] = totals[name] + t if name in totals else t
+    for batch in _batches(samples, batch_size):
+        if squares is None:
+            plan = checked_plan(model, objective, parameters, batch)
+            squares = BatchedSquares(model, objective, parameters, plan)
+        _check_finite(squares.add(batch), first=num)
         num += len(batch)
         if progress:
             progress(num)
-    return totals, squares.fallback if squares else set(parameters), num
+    return (squares.totals, squares.fallback, num) if squares else ({}, set(), 0)
+
+
+def _sum_by_reference(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: Iterable[Sample],
+    progress: Callable[[int], None] | None,
+) -> tuple[dict[str, Tensor], set[str], int]:
+    num = 0
+
+    def counted() -> Iterator[Sample]:
+        nonlocal num
+        for sample in samples:
+            yield sample
+            num += 1
+            if progress:
+                progress(num)
+
+    with requiring_grad(parameters.values()):
+        totals = sum_of_squares(model, parameters, counted(), objective)
+    return totals, set(parameters), num
+
+
+def _check_finite(losses: Tensor, *, first: int) -> None:
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        b = int(bad[0])
+        raise ModelError(
+            f"the loss of sample {first + b} (from 0, of those with a target) is {losses[b].item()}; "
+            "expected a finite number: leave the sample out or load the model in float32"
+        )
 
 
 def checked_plan(
@@ -185,7 +206,8 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for m, training in modes:
             m.training = training

@@ -1,8 +1,8 @@
 """Squares of the per-sample gradients of a whole batch, from one forward and one backward.
 
-Each operation on a parameter is seen by a ``TorchFunctionMode``, whatever module it stands in. Where a rule covers it, its
-input and its output's gradient are captured; the weights require no gradient, so autograd never forms a weight gradient
-of the batch. Parameters that meet an operation without a rule are left to the reference loop, for that batch.
+Each operation on a parameter is seen by a ``TorchFunctionMode``, whatever module it stands in. Where a rule covers it,
+its input and its output's gradient are captured; the weights require no gradient, so autograd never forms a weight
+gradient of the batch. Parameters that meet an operation without a rule are left to the reference loop, for that batch.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class BatchedSquares:
         batch = self.objective.collate(self.model, samples)
         capture = _Capture(self, batch)
         losses = capture.run()
-        skipped = capture.uncovered | self.plan.fallback
+        skipped = capture.mode.uncovered | self.plan.fallback
         self.fallback |= skipped
         if skipped:
             self._add_by_reference(skipped, samples)
@@ -135,13 +135,8 @@ class _Capture:
         self.targets = batch.targets != IGNORE
         self.uses: defaultdict[str, list[Use]] = defaultdict(list)
         self.expected: Counter[str] = Counter()
-        self.broken: set[str] = set()  # found out only in the backward
         self.mode = ParameterOperations({id(p): n for n, p in owner.parameters.items()}, self.visit)
         self.head_rows: Layout | None = None
-
-    @property
-    def uncovered(self) -> set[str]:
-        return self.mode.uncovered | self.broken
 
     def run(self) -> Tensor:
         logits = self.forward()
@@ -152,7 +147,7 @@ class _Capture:
         if ce.requires_grad:
             ce.sum().backward()
         for name, uses in self.uses.items():
-            if name not in self.uncovered:
+            if name not in self.mode.uncovered:
                 add_squares(self.owner.totals[name], uses, len(self.batch))
         return self.target_layout().sum_rows(ce.detach())
 
@@ -177,14 +172,11 @@ class _Capture:
         if not out.requires_grad:  # the graph begins here; a clone, since a leaf must not be changed in place
             out = out.detach().requires_grad_().clone()
         self.expected.update(names)
-        kept, version = [replace(call, x=call.x.detach())], call.x._version
+        kept = [replace(call, x=call.x.detach())]
 
         def hook(gradient: Tensor) -> None:
             (saved,) = kept
             kept.clear()  # free the input as soon as it has served
-            if saved.x._version != version:
-                self.broken.update(names)
-                return
             for role, use in rule.uses(saved, as_rows(gradient), layout).items():
                 if role in keys:
                     self._take(keys[role][0], use)
@@ -262,7 +254,7 @@ def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, n
     for copies in (2, 3):
         seen: dict[Key, tuple[str, torch.Size]] = {}
 
-        def visit(rule: Rule, call: Call, keys: dict[str, Key], seen: dict = seen) -> None:
+        def visit(rule: Rule, call: Call, keys: dict[str, Key], seen: dict[Key, tuple[str, torch.Size]] = seen) -> None:
             seen.update(dict.fromkeys(keys.values(), (rule.name, call.x.shape)))
 
         batch = objective.collate(model, [sample] * copies)

@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 
-from guided_dropout.artefacts import check_output_folder, read_json, read_tensors, staged_folder, write_json
-from guided_dropout.artefacts import write_tensors, write_text
+from guided_dropout.artefacts import (
+    check_output_folder,
+    read_json,
+    read_tensors,
+    staged_folder,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from guided_dropout.errors import ArtefactError
 
 KIND = "fisher-profile"

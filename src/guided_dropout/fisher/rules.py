@@ -80,7 +80,7 @@ class Outer:
 
 @dataclass(frozen=True)
 class Rows:
-    """A table's per-sample gradients by row: ids [R], grads [R, d] → B gradients [V, d], zero but for the rows named."""
+    """A table's per-sample gradients by row: ids [R], grads [R, d] → B gradients [V, d], zero in all other rows."""
 
     ids: Tensor
     grads: Tensor
@@ -110,7 +110,8 @@ def add_squares(total: Tensor, uses: Sequence[Use], num_samples: int) -> None:
     r"""``total`` += :math:`\sum_b (\sum_u g_{u,b})^2` over the B samples and the uses u of one parameter, in place."""
     outers = sum(isinstance(u, Outer) for u in uses)
     if all(isinstance(u, Sums) for u in uses):
-        total += sum(u.grads.to(total.dtype) for u in uses if isinstance(u, Sums)).square_().sum(0)  # pyright: ignore
+        gradients = torch.stack([u.grads.to(total.dtype) for u in uses if isinstance(u, Sums)])
+        total += gradients.sum(0).square_().sum(0)
     elif all(isinstance(u, Rows) for u in uses):
         _add_row_squares(total, [u for u in uses if isinstance(u, Rows)])
     elif isinstance(uses[0], Outer) and len(uses) == 1:
@@ -174,12 +175,12 @@ class Call:
 
     Attributes:
         x: the operand that carries the samples.
-        parameters: role → tensor; None where absent.
+        parameters: role → tensor.
         options: whatever else the operation takes.
     """
 
     x: Tensor
-    parameters: dict[str, Tensor | None]
+    parameters: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -204,9 +205,13 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {role: t for role, t in tensors.items() if t is not None}
+
+
 # F.linear(x, weight [out, in], bias [out])
 def _bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call:  # noqa: A002
-    return Call(input, {"weight": weight, "bias": bias})
+    return Call(input, _given(weight=weight, bias=bias))
 
 
 def _linear_uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
@@ -256,7 +261,7 @@ def _bind_norm(
 ) -> Call | None:
     if len(normalized_shape) != 1:
         return None
-    return Call(input, {"weight": weight, "bias": bias}, {"shape": tuple(normalized_shape), "eps": eps})
+    return Call(input, _given(weight=weight, bias=bias), {"shape": tuple(normalized_shape), "eps": eps})
 
 
 def _bind_rms_norm(
@@ -269,11 +274,8 @@ def _bind_rms_norm(
 
 
 def _norm_rule(name: str, normalise: Callable[..., Tensor], bind: Callable[..., Call | None]) -> Rule:
-    has_bias = normalise is F.layer_norm
-
     def run(call: Call) -> Tensor:
-        affine = (call.parameters["weight"], call.parameters["bias"]) if has_bias else (call.parameters["weight"],)
-        return normalise(call.x, call.options["shape"], *affine, eps=call.options["eps"])
+        return normalise(call.x, call.options["shape"], **call.parameters, eps=call.options["eps"])
 
     def uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
         unit = as_rows(normalise(call.x, call.options["shape"], eps=call.options["eps"]))
@@ -303,13 +305,13 @@ def _shift_uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
 _LINEAR = Rule("linear", _bind_linear, lambda c: F.linear(c.x, **c.parameters), _linear_uses)
 _ADDMM = Rule(
     "addmm", _bind_addmm, lambda c: torch.addmm(c.parameters["bias"], c.x, c.parameters["weight"]), _addmm_uses
-)  # pyright: ignore
+)
 EMBEDDING = Rule(
     "embedding",
     _bind_embedding,
     lambda c: F.embedding(c.x, c.parameters["weight"], c.options["padding_idx"]),
     _embedding_uses,
-)  # pyright: ignore
+)
 _SCALE = Rule("scale", _bind_elementwise, lambda c: c.x * c.parameters["vector"], _scale_uses)
 _SHIFT = Rule("shift", _bind_elementwise, lambda c: c.x + c.parameters["vector"], _shift_uses)
 

@@ -1,0 +1,283 @@
+"""The batched Fisher against slow, obviously right ones in float64."""
+
+import copy
+
+import pytest
+import torch
+from families import FAMILIES, language_model, objective_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertModel
+
+from guided_dropout import FisherProfile, estimate_fisher
+from guided_dropout.errors import DataError, ModelError
+
+VOCAB = 61
+
+
+def draw_samples(lengths, *, seed=0, share=0.4, low=5, vocab=VOCAB):
+    g = torch.Generator().manual_seed(seed)
+    samples = []
+    for n in lengths:
+        ids = torch.randint(low, vocab, (n,), generator=g)
+        labels = torch.where(torch.rand(n, generator=g) < share, ids, -100)
+        labels[-1] = ids[-1]  # so that no sample is without a target
+        samples.append({"input_ids": ids, "labels": labels})
+    return samples
+
+
+def own_loss_oracle(model, samples):
+    """The model's own loss, one sample after the other, plain autograd."""
+    model = copy.deepcopy(model).double().eval()
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for s in samples:
+        model.zero_grad()
+        model(input_ids=s["input_ids"][None], labels=s["labels"][None]).loss.backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                total[n] += p.grad**2
+    return {n: t / len(samples) for n, t in total.items()}
+
+
+def assert_close(found, expected, *, rtol=1e-5):
+    """Per tensor, in the norm; a tensor whose true value is zero may hold rounding noise, squared."""
+    assert found.keys() == expected.keys()
+    largest = max(t.norm() for t in expected.values())
+    for name, want in expected.items():
+        error = (found[name].double() - want).norm()
+        assert error <= rtol * want.norm() + 1e-11 * largest, f"{name}: {error:.2e} of {want.norm():.2e}"
+
+
+def bert(width, layers, heads, seed, pad=0):
+    torch.manual_seed(seed)
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCAB, hidden_size=width * heads, num_hidden_layers=layers, num_attention_heads=heads,
+            intermediate_size=20, max_position_embeddings=24, pad_token_id=pad,
+        )
+    )  # fmt: skip
+
+
+def gpt2(width, layers, heads, seed):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB, n_embd=width * heads, n_layer=layers, n_head=heads, n_positions=24,
+            bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+
+
+def llama(width, layers, heads, seed):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB, hidden_size=2 * width * heads, num_hidden_layers=layers, num_attention_heads=2 * heads,
+            num_key_value_heads=heads, intermediate_size=20, max_position_embeddings=24,
+            tie_word_embeddings=bool(seed % 2),
+        )
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    make=st.sampled_from([bert, gpt2, llama]),
+    width=st.sampled_from([4, 8]),
+    layers=st.integers(1, 2),
+    heads=st.integers(2, 3),
+    lengths=st.lists(st.integers(2, 20), min_size=1, max_size=7),
+    batch_size=st.integers(1, 8),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 10_000),
+)
+def test_equals_the_models_own_loss_one_sample_at_a_time(make, width, layers, heads, lengths, batch_size, share, seed):
+    model = make(width, layers, heads, seed)
+    samples = draw_samples(lengths, seed=seed, share=share)
+    profile = estimate_fisher(model, samples, batch_size=batch_size)
+    assert profile.coverage["fallback"] == []
+    assert profile.num_samples == len(samples)
+    assert_close(profile.diagonal, own_loss_oracle(model, samples))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_exact_in_float64(family):
+    """Batched against the loop, both in float64, where nothing but a wrong formula can make a difference."""
+    model = language_model(family).double()
+    samples = draw_samples([9, 5, 11, 7, 9])
+    slow = estimate_fisher(model, samples, method="reference")
+    fast = estimate_fisher(model, samples, batch_size=3)
+    assert fast.objective == objective_of(family)
+    for name, want in slow.diagonal.items():
+        torch.testing.assert_close(fast.diagonal[name], want, rtol=2e-6, atol=1e-12)
+        assert fast.tensor_means[name] == pytest.approx(slow.tensor_means[name], rel=1e-9, abs=1e-16)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_order_batching_and_padding_change_nothing(family):
+    model = language_model(family).double()
+    samples = draw_samples([4, 13, 6, 9, 9, 12, 3])
+    once = estimate_fisher(model, samples, batch_size=1)
+    order = [3, 0, 6, 5, 1, 4, 2]
+    again = estimate_fisher(model, [samples[i] for i in order], batch_size=7)
+    for name, mean in once.tensor_means.items():
+        assert again.tensor_means[name] == pytest.approx(mean, rel=1e-9, abs=1e-16)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_padding_given_by_the_caller_is_ignored(family):
+    model = language_model(family).double()
+    bare = draw_samples([6, 9])
+    padded = [
+        {
+            "input_ids": nn.functional.pad(s["input_ids"], (0, 4)),
+            "labels": nn.functional.pad(s["labels"], (0, 4), value=-100),
+            "attention_mask": torch.tensor([1] * len(s["labels"]) + [0] * 4),
+        }
+        for s in bare
+    ]
+    expected = estimate_fisher(model, bare).tensor_means
+    for name, mean in estimate_fisher(model, padded).tensor_means.items():
+        assert mean == pytest.approx(expected[name], rel=1e-9, abs=1e-16)
+
+
+def test_a_pad_token_in_the_text_gets_no_lookup_gradient_but_counts_at_the_head():
+    """As in autograd: the embedding's padding row is constant, the tied head's row is not."""
+    model = bert(4, 1, 2, seed=3)
+    samples = draw_samples([8, 6], low=0)
+    samples[0]["input_ids"][2] = samples[1]["input_ids"][0] = 0
+    assert_close(estimate_fisher(model, samples).diagonal, own_loss_oracle(model, samples))
+
+
+def test_sum_reduction_scales_each_sample_by_its_targets():
+    model = bert(4, 1, 2, seed=5).double()
+    samples = draw_samples([7, 7, 12], share=1.0)
+    expected = estimate_fisher(model, samples, reduction="sum", method="reference").tensor_means
+    found = estimate_fisher(model, samples, reduction="sum").tensor_means
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-14)
+    assert (
+        found["bert.embeddings.LayerNorm.weight"]
+        > estimate_fisher(model, samples).tensor_means["bert.embeddings.LayerNorm.weight"]
+    )
+
+
+def test_samples_without_a_target_are_skipped_and_counted():
+    model = bert(4, 1, 2, seed=1)
+    samples = draw_samples([6, 8, 5])
+    blank = {"input_ids": torch.arange(5, 10), "labels": torch.full((5,), -100)}
+    with_blanks = estimate_fisher(model, [blank, samples[0], blank, *samples[1:]], batch_size=2)
+    assert (with_blanks.num_samples, with_blanks.num_skipped) == (3, 2)
+    assert with_blanks.tensor_means == pytest.approx(estimate_fisher(model, samples).tensor_means, rel=1e-5, abs=1e-14)
+
+
+def test_accepts_lists_and_a_generator_and_reports_progress():
+    model = gpt2(4, 1, 2, seed=1)
+    samples = draw_samples([6, 8, 5])
+    seen = []
+    lists = ({k: v.tolist() for k, v in s.items()} for s in samples)
+    profile = estimate_fisher(model, lists, batch_size=2, progress=seen.append)
+    assert seen == [2, 3]
+    assert profile.tensor_means == pytest.approx(estimate_fisher(model, samples).tensor_means, rel=1e-5, abs=1e-14)
+
+
+def test_the_model_comes_back_as_it_was():
+    model = bert(4, 2, 2, seed=1).train()
+    model.bert.embeddings.eval()
+    frozen = model.bert.encoder.layer[0].output.dense.weight.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    model.cls.predictions.bias.grad = torch.ones(VOCAB)
+    rng = torch.get_rng_state()
+    with torch.no_grad():
+        estimate_fisher(model, draw_samples([6, 8]))
+    assert [m.training for m in model.modules()] == modes
+    assert {p for p in model.parameters() if not p.requires_grad} == {frozen}
+    assert all(torch.equal(before[n], p) for n, p in model.state_dict().items())
+    assert [n for n, p in model.named_parameters() if p.grad is not None] == ["cls.predictions.bias"]
+    assert torch.equal(rng, torch.get_rng_state())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class OddLayer(nn.Module):
+    """Mixes a parameter in by an operation that has no rule, beside one that has."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate = nn.Parameter(torch.randn(width, width) / width)
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = x + torch.einsum("btd,de->bte", x, self.gate.tanh())
+        return x + self.linear(x)
+
+
+def test_parameters_without_a_rule_take_the_loop_and_are_named():
+    model = bert(4, 1, 2, seed=2)
+    odd = OddLayer(8)
+    model.bert.encoder.layer[0].output.register_forward_hook(lambda m, a, out: odd(out))
+    model.bert.encoder.layer[0].output.odd = odd
+    samples = draw_samples([6, 8, 5])
+    profile = estimate_fisher(model.double(), samples, batch_size=3)
+    assert "bert.encoder.layer.0.output.odd.gate" in profile.coverage["fallback"]
+    assert 0 < profile.coverage["parameters_by_rule"] < 1
+    want = estimate_fisher(model, samples, method="reference")
+    assert profile.tensor_means == pytest.approx(want.tensor_means, rel=1e-9, abs=1e-14)
+    assert "bert.encoder.layer.0.output.odd.linear.weight" not in profile.coverage["fallback"]
+
+
+def test_a_layer_shared_by_the_whole_batch_is_not_taken_for_a_batch_of_its_size():
+    """T5 looks up [T, T] relative positions; here T equals the batch size."""
+    model = language_model("t5").double()
+    samples = draw_samples([4, 4, 4, 4])
+    fast = estimate_fisher(model, samples, batch_size=4)
+    slow = estimate_fisher(model, samples, method="reference")
+    assert fast.tensor_means == pytest.approx(slow.tensor_means, rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "no samples"),
+        ([{"input_ids": [5, 6]}], "sample 0 holds .*expected a mapping with input_ids and labels"),
+        ([{"input_ids": [], "labels": []}], "sample 0 is empty"),
+        ([{"input_ids": [[5, 6]], "labels": [5, 6]}], "expected one dimension of integers"),
+        ([{"input_ids": [5, 6], "labels": [-100, -100]}], "none of the 1 samples has a target"),
+        ([{"input_ids": [5, 6], "labels": [5, 6], "pixels": [1, 2]}], "'pixels', which BertForMaskedLM does not take"),
+    ],
+)
+def test_bad_samples_are_named(samples, message):
+    with pytest.raises(DataError, match=message):
+        estimate_fisher(bert(4, 1, 2, seed=0), samples)
+
+
+def test_a_model_without_a_head_and_a_wrong_objective_are_refused():
+    samples = draw_samples([5])
+    with pytest.raises(ModelError, match="BertModel has no language-model head"):
+        estimate_fisher(BertModel(bert(4, 1, 2, seed=0).config), samples)
+    with pytest.raises(ModelError, match="computes the mlm loss itself, not causal"):
+        estimate_fisher(bert(4, 1, 2, seed=0), samples, objective="causal")
+
+
+def test_a_loss_that_is_not_finite_names_the_sample():
+    model = llama(4, 1, 2, seed=0)
+    samples = draw_samples([5, 6, 7, 20, 5], vocab=VOCAB - 1)
+    samples[3]["input_ids"][4] = VOCAB - 1
+    with torch.no_grad():
+        model.model.embed_tokens.weight[VOCAB - 1] = float("nan")
+    with pytest.raises(ModelError, match=r"loss of sample 3 .* is nan"):
+        estimate_fisher(model, samples, batch_size=2)
+
+
+def test_profile_is_saved_whole_and_read_back(tmp_path):
+    profile = estimate_fisher(bert(4, 1, 2, seed=0), draw_samples([5, 9]), facts={"seed": 3})
+    folder = profile.save_pretrained(tmp_path / "p")
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", "fisher.safetensors", "profile.json"]
+    back = FisherProfile.from_pretrained(folder)
+    assert back.tensor_means == profile.tensor_means
+    assert list(back.diagonal) == list(profile.diagonal)
+    assert all(torch.equal(back.diagonal[n], profile.diagonal[n]) for n in profile.diagonal)
+    assert all(t.dtype == torch.float32 for t in back.diagonal.values())
+    assert back.provenance["seed"] == 3
+    assert "BertForMaskedLM" in (folder / "README.md").read_text()
+    assert list(tmp_path.iterdir()) == [folder]
