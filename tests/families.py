@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.identity import model_identity
 
 VOCAB = 64
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -145,7 +149,9 @@ def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(family, **{**_TOKENS, **_OPTIONS[family], **overrides})
 
 
-def language_model(family: str, *, attn_implementation: str | None = None, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def language_model(
+    family: str, *, attn_implementation: str | None = None, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """The language model of a family in evaluation mode, weights drawn by `seed`."""
     auto = {"mlm": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
     return _build(auto[objective_of(family)], config_of(family, **overrides), attn_implementation, seed)
@@ -166,3 +172,18 @@ def _build(auto: Any, config: PreTrainedConfig, attn_implementation: str | None,
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: partial(language_model, family) for family in _OPTIONS}
+
+
+def profile_of(model: nn.Module, **means: float) -> FisherProfile:
+    """A profile with made-up means: each tensor's is its place among the parameters, from 1."""
+    names = [name for name, _ in model.named_parameters()]
+    tensor_means = {name: float(i + 1) for i, name in enumerate(names)} | means
+    return FisherProfile(
+        diagonal={n: torch.full(p.shape, tensor_means[n]) for n, p in model.named_parameters()},
+        tensor_means=tensor_means,
+        num_samples=8,
+        num_skipped=0,
+        objective="mlm",
+        reduction="mean",
+        model=model_identity(model),
+    )

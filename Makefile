@@ -1,0 +1,31 @@
+# Two commands do everything: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV   ?= .venv
+OUT    ?= quickstart
+PIP     = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/guided-dropout quickstart --out $(OUT)
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/pytest
+
+check: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)
+
+.PHONY: quickstart test check clean

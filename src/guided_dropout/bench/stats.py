@@ -1,0 +1,231 @@
+"""Paired statistics of a few runs per arm: pure functions of numbers.
+
+Two arms are compared seed by seed, because the seeds (subset, head, data order) move a metric more than the arms do.
+With the three to thirty seeds that fine-tuning can afford, the interval that decides is Student's *t*. The
+bias-corrected and accelerated bootstrap (BCa), often advised for small benchmarks, is reported beside it but is too
+narrow there: in 4,000 simulated experiments per cell, 95 % intervals covered the true mean difference in this share of
+cases (`tests/test_stats.py` repeats the decisive cells):
+
+===========================  =====  =====  ======  ======  ======
+differences are drawn from   n = 3  n = 5  n = 10  n = 20  n = 30
+===========================  =====  =====  ======  ======  ======
+normal, t                     .953   .949    .947    .948    .941
+normal, BCa                   .726   .846    .901    .921    .925
+uniform, t                    .932   .942    .948    .948    .946
+uniform, BCa                  .751   .866    .935    .944    .943
+Student's t, 3 d.f., t        .964   .963    .958    .957    .954
+Student's t, 3 d.f., BCa      .705   .815    .856    .890    .897
+exponential, t                .875   .878    .906    .921    .924
+exponential, BCa              .672   .800    .882    .914    .924
+===========================  =====  =====  ======  ======  ======
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import scipy.optimize
+import scipy.stats
+
+from guided_dropout.errors import DataError
+
+Interval = tuple[float, float]
+_Array = npt.NDArray[np.float64]
+
+_POWER = 0.8
+_BOOTSTRAP_RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """One arm's metric over its seeds.
+
+    Attributes:
+        n: number of runs.
+        mean: arithmetic mean.
+        median: 50th percentile.
+        quartiles: 25th and 75th percentiles, interpolated linearly; their difference is the inter-quartile range.
+        interval: Student-t interval of the mean; None where n < 3 or all runs are equal.
+    """
+
+    n: int
+    mean: float
+    median: float
+    quartiles: Interval
+    interval: Interval | None
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Differences a − b, one per seed, in the metric's own unit.
+
+    Attributes:
+        differences: a − b for each seed, in the order given.
+        mean: their mean.
+        median: their median.
+        confidence: nominal coverage of both intervals.
+        t_interval: Student-t interval of the mean difference, by which `verdict` decides; None where n < 3 or all
+            differences are equal.
+        bca_interval: bias-corrected and accelerated bootstrap interval; None in the same cases.
+        wilcoxon_p: two-sided p of the signed-rank test; None where all differences are zero.
+        improved: share of seeds in which a is larger than b, ties counted half.
+        detectable: the true mean difference that this n, with this spread, would find with a power of 80 % at
+            ``alpha = 1 - confidence`` (two-sided); None where there is no interval.
+        notes: what a reader must know before trusting the figures above; full sentences.
+    """
+
+    differences: tuple[float, ...]
+    mean: float
+    median: float
+    confidence: float
+    t_interval: Interval | None
+    bca_interval: Interval | None
+    wilcoxon_p: float | None
+    improved: float
+    detectable: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of pairs."""
+        return len(self.differences)
+
+
+def summarise(values: Sequence[float], *, confidence: float = 0.95) -> ArmSummary:
+    """Mean, median, quartiles and t interval of one arm's runs.
+
+    Raises:
+        DataError: no values, or one that is not finite.
+    """
+    x = _finite(values, "values")
+    q1, median, q3 = np.percentile(x, [25, 50, 75])
+    interval = None if len(x) < 3 or _constant(x) else _t_interval(x, confidence)
+    return ArmSummary(len(x), float(x.mean()), float(median), (float(q1), float(q3)), interval)
+
+
+def paired_comparison(
+    a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95, seed: int = 0
+) -> PairedComparison:
+    """Compare two arms that share their seeds.
+
+    Args:
+        a: metric of one arm; ``a[i]`` and ``b[i]`` are runs of the same seed.
+        b: metric of the other.
+        confidence: nominal coverage of the intervals, in (0, 1).
+        seed: of the bootstrap's resampling.
+
+    Raises:
+        DataError: no pairs, lengths that differ, or a value that is not finite.
+    """
+    x, y = _finite(a, "a"), _finite(b, "b")
+    if len(x) != len(y):
+        raise DataError(
+            f"found {len(x)} and {len(y)} values; expected one pair per seed: drop the seeds that lack a run"
+        )
+    if not 0 < confidence < 1:
+        raise DataError(f"found confidence {confidence}; expected a number between 0 and 1, for instance 0.95")
+    d = x - y
+    spread = len(d) >= 3 and not _constant(d)
+    return PairedComparison(
+        differences=tuple(d.tolist()),
+        mean=float(d.mean()),
+        median=float(np.median(d)),
+        confidence=confidence,
+        t_interval=_t_interval(d, confidence) if spread else None,
+        bca_interval=_bca_interval(d, confidence, seed) if spread else None,
+        wilcoxon_p=_signed_rank_p(d) if d.any() else None,
+        improved=float((d > 0).mean() + (d == 0).mean() / 2),
+        detectable=_detectable(d, 1 - confidence) if spread else None,
+        notes=_notes(d),
+    )
+
+
+def verdict(comparison: PairedComparison, *, margin: float | None = None) -> str:
+    """What the t interval supports, by rule; never more.
+
+    * ``"helps"``: the whole interval is above zero (for a metric of which more is better).
+    * ``"hurts"``: the whole interval is below zero.
+    * ``"no difference within ±d"``: the interval includes zero and lies within ± `margin`.
+    * ``"undecided at this n"``: anything else, also where there is no interval.
+
+    Args:
+        comparison: of the arm in question against its control.
+        margin: the largest difference that does not matter to the reader, in the metric's unit; None claims no
+            equivalence.
+    """
+    if comparison.t_interval is None:
+        return "undecided at this n"
+    low, high = comparison.t_interval
+    if low > 0:
+        return "helps"
+    if high < 0:
+        return "hurts"
+    if margin is not None and -margin <= low and high <= margin:
+        return f"no difference within ±{margin:g}"
+    return "undecided at this n"
+
+
+def _finite(values: Sequence[float], name: str) -> _Array:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or not len(x):
+        raise DataError(f"found {name} of shape {x.shape}; expected a list of at least one number")
+    if not np.isfinite(x).all():
+        raise DataError(
+            f"found {x[~np.isfinite(x)][0]} in {name}; expected finite numbers: leave diverged runs out, and say so"
+        )
+    return x
+
+
+def _constant(x: _Array) -> bool:
+    """Whether the values are equal but for rounding: 0.8 − 0.7 and 0.9 − 0.8 are."""
+    return float(np.ptp(x)) <= 1e-12 * max(1.0, float(np.abs(x).max()))
+
+
+def _t_interval(x: _Array, confidence: float) -> Interval:
+    half = scipy.stats.t.ppf((1 + confidence) / 2, len(x) - 1) * scipy.stats.sem(x)
+    return float(x.mean() - half), float(x.mean() + half)
+
+
+def _bca_interval(x: _Array, confidence: float, seed: int) -> Interval:
+    interval = scipy.stats.bootstrap(
+        (x,), np.mean, n_resamples=_BOOTSTRAP_RESAMPLES, confidence_level=confidence, rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def _signed_rank_p(d: _Array) -> float:
+    result: Any = scipy.stats.wilcoxon(d)
+    return float(result.pvalue)
+
+
+def _detectable(d: _Array, alpha: float) -> float:
+    """Solve the noncentral t's power for the mean difference, with the observed spread taken as the true one.
+
+    The chance to find an effect of the wrong sign is left out: at 95 % confidence it is below 1e-5.
+    """
+    df = len(d) - 1
+    critical = float(scipy.stats.t.ppf(1 - alpha / 2, df))
+
+    def lacking(noncentrality: float) -> float:
+        return float(scipy.stats.nct.sf(critical, df, noncentrality)) - _POWER
+
+    noncentrality: Any = scipy.optimize.brentq(lacking, 0.0, 2 * critical + 10)
+    return float(noncentrality * scipy.stats.sem(d))
+
+
+def _notes(d: _Array) -> tuple[str, ...]:
+    n = len(d)
+    if n < 3:
+        return (f"With {n} pair{'s'[: n > 1]} there is no interval; at least 3 seeds are needed.",)
+    notes = []
+    if _constant(d):
+        notes.append("All differences are equal, so there is no spread to make an interval from.")
+    if n < 6:
+        notes.append(f"With {n} pairs the signed-rank test cannot give p < 0.05.")
+    if n < 10:
+        notes.append(f"With {n} pairs the interval rests on the differences being roughly normal.")
+    return tuple(notes)

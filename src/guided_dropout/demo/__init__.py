@@ -1,0 +1,1 @@
+"""An embedded model, its text, its task, and the quickstart made of them: a toy to see the tool work with."""

@@ -1,0 +1,202 @@
+"""One fine-tuning run: model + task + arm + seeds → `RunResult`, on the transformers Trainer."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from guided_dropout.artefacts import check_output_folder
+from guided_dropout.errors import GuidedDropoutError, ModelError, ScheduleError
+from guided_dropout.identity import model_identity
+from guided_dropout.models import load_classifier, load_tokenizer
+from guided_dropout.provenance import provenance
+from guided_dropout.regularizers import apply_dropout
+from guided_dropout.results import JSON_NAME, RunResult, Seeds
+from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.tasks import Examples, Task, get_task, load_task, subset
+from guided_dropout.training import Encoded, Recipe, encode, kept_random_state, train_classifier
+
+__all__ = ["ARMS", "Arm", "RunResult", "Seeds", "finetune"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to set the rates of a model's sites.
+
+    Attributes:
+        rates: (model, schedule, uniform rate) → the schedule that is applied.
+        needs_schedule: whether it can do without one.
+    """
+
+    rates: Callable[[PreTrainedModel, Any, float], DropoutSchedule]
+    needs_schedule: bool
+
+
+ARMS = {
+    "guided": Arm(lambda model, schedule, rate: schedule, needs_schedule=True),
+    "uniform": Arm(lambda model, schedule, rate: schedule.at_uniform(), needs_schedule=True),
+    "dropout": Arm(lambda model, schedule, rate: DropoutSchedule.uniform(model, rate), needs_schedule=False),
+    "none": Arm(lambda model, schedule, rate: DropoutSchedule.uniform(model, 0.0), needs_schedule=False),
+}
+
+
+def finetune(
+    model: str | Path,
+    task: Task | str,
+    *,
+    data: str | Path | tuple[Examples, Examples] | None = None,
+    arm: str = "guided",
+    schedule: DropoutSchedule | None = None,
+    seed: int = 0,
+    seeds: Seeds | None = None,
+    train_fraction: float = 1.0,
+    epochs: int = 3,
+    batch_size: int = 16,
+    learning_rate: float = 2e-5,
+    warmup_ratio: float = 0.1,
+    weight_decay: float = 0.0,
+    max_length: int = 128,
+    rate: float = 0.1,
+    device: str = "auto",
+    out: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RunResult:
+    """Fine-tune a pretrained model on a task under one arm, and evaluate it after each epoch.
+
+    Adam with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, float32, dynamic
+    padding. The arms put their rates on the same sites of the backbone; the head's own dropout is left as it is in all
+    of them. Runs with the same seeds start from the same weights and see the same batches, whatever their arm.
+
+    Args:
+        model: ``"demo"``, a folder or a hub name.
+        task: a task, or the name of one in `tasks.TASKS`.
+        data: a GLUE folder or data set (see `tasks.load_task`), or a pair (train, validation) of examples.
+        arm: ``"guided"`` (the schedule), ``"uniform"`` (the schedule's mean rate at each site), ``"dropout"`` (`rate`
+            at each site, the standard baseline) or ``"none"`` (0 at each site).
+        schedule: needed by ``"guided"`` and ``"uniform"``.
+        seed: one number from which `seeds` are derived.
+        seeds: the seeds one by one, in place of `seed`.
+        train_fraction: part of the training data that is used, drawn by ``seeds.subset``.
+        epochs: passes over it.
+        batch_size: examples in a step.
+        learning_rate: its peak.
+        warmup_ratio: share of the steps until the peak.
+        weight_decay: AdamW's.
+        max_length: tokens at which a text is cut, or the model's own limit where that is less.
+        rate: of the arm ``"dropout"``.
+        device: ``"auto"`` or ``"cpu"``.
+        out: folder for ``result.json``, checked before training and written after it; None writes nothing.
+        progress: called after each step with the steps done and the steps in all.
+
+    Raises:
+        ScheduleError: the arm needs a schedule, or the schedule is for another model.
+        DataError, ModelError: see `tasks.load_task` and `models.load_classifier`.
+        ArtefactError: `out` cannot be written.
+    """
+    start = time.perf_counter()
+    task = get_task(task) if isinstance(task, str) else task
+    _check_arm(arm, schedule)
+    if device not in ("auto", "cpu"):
+        raise GuidedDropoutError(f"device is {device!r}; expected 'auto' or 'cpu'")
+    if out is not None:
+        check_output_folder(out, marker=JSON_NAME)
+    recipe = Recipe(train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate)
+    seeds = seeds or Seeds.derive(seed)
+
+    train, validation = data if isinstance(data, tuple) else (load_task(task, data, s) for s in ("train", "validation"))
+    train = subset(train, train_fraction, seeds.subset)
+    tokenizer = load_tokenizer(model)
+    classifier = load_classifier(model, task.num_labels, head_seed=seeds.head)
+    max_length = _fitting_length(max_length, tokenizer, classifier)
+    encoded = [encode(examples, task, tokenizer, max_length) for examples in (train, validation)]
+    _check_vocabulary(encoded[0], classifier)
+
+    rates = ARMS[arm].rates(classifier, schedule, rate)
+    digest = _digest_weights(classifier)
+    with kept_random_state(), apply_dropout(classifier, rates):
+        run = train_classifier(classifier, tokenizer, task, encoded[0], encoded[1], recipe, seeds, device, progress)
+
+    last = run.history[-1]
+    result = RunResult(
+        task=task.name,
+        arm=arm,
+        metric=task.main_metric,
+        value=None if run.diverged else last["metrics"][task.main_metric],
+        metrics=last["metrics"],
+        history=run.history,
+        diverged=run.diverged,
+        collapsed=run.collapsed,
+        seeds=seeds,
+        recipe={
+            **asdict(recipe),
+            "max_length": max_length,
+            "optimizer": "adamw(0.9, 0.999)",
+            "decay": "linear",
+            "max_grad_norm": 1.0,
+            "dtype": "float32",
+            "n_train": len(train),
+            "n_eval": len(validation),
+            "train_data": train.source,
+            "eval_data": validation.source,
+        },
+        rates=_summary(rates),
+        pairing={"weights": digest, "batches": encoded[0].digest()},
+        model=model_identity(classifier),
+        times={**run.times, "total": time.perf_counter() - start},
+        provenance=provenance(device=run.device),
+    )
+    if out is not None:
+        result.save(out)
+    return result
+
+
+def _check_arm(arm: str, schedule: DropoutSchedule | None) -> None:
+    if arm not in ARMS:
+        near = difflib.get_close_matches(arm, ARMS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ScheduleError(f"unknown arm {arm!r}{hint}; expected one of: {', '.join(ARMS)}")
+    if ARMS[arm].needs_schedule and schedule is None:
+        raise ScheduleError(
+            f"the arm {arm!r} has no schedule; expected one made from a Fisher profile: run `guided-dropout schedule` "
+            "and give it, or choose the arm 'dropout' or 'none'"
+        )
+
+
+def _fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    return min(max_length, tokenizer.model_max_length, positions)
+
+
+def _check_vocabulary(train: Encoded, model: PreTrainedModel) -> None:
+    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if train.largest_id() >= rows:
+        raise ModelError(
+            f"the tokenizer gives the token {train.largest_id()}; expected less than {rows}, the model's vocabulary: "
+            "use the tokenizer that the model was pretrained with"
+        )
+
+
+def _summary(schedule: DropoutSchedule) -> dict[str, Any]:
+    rates = list(schedule.rates.values())
+    return {
+        "shape": schedule.shape,
+        "sites": len(rates),
+        "mean": schedule.mean_rate,
+        "min": min(rates),
+        "max": max(rates),
+    }
+
+
+def _digest_weights(model: PreTrainedModel) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,179 @@
+"""Figures. The only file that imports matplotlib; it keeps no global state and needs no display.
+
+Each ``plot_…`` draws on the ``ax`` it is given, or on a new figure of its own, and returns the `Axes`; its ``.figure``
+can be saved or handed to `figure_svg`. Colours are Okabe and Ito's, told apart by the colour-blind and, with the marks
+and hatches, in grey.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from mpl_toolkits.axes_grid1 import make_axes_locatable
+
+from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.spectrum import spectrum
+
+_BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#8a8a8a"
+_KINDS = {"module": ("#56B4E9", ""), "attention": ("#F0E442", "////"), "attribute": ("#CC79A7", "xx")}
+
+
+def plot_spectrum(profile: FisherProfile, ax: Axes | None = None) -> Axes:
+    """The Fisher values sorted from the largest down, on logarithmic axes, and what the top 1 % of them holds.
+
+    Args:
+        profile: of any size; it is binned, not sorted (see `fisher.spectrum`).
+        ax: where to draw; a new figure if None.
+    """
+    ax = ax or _new_axes(6.4, 3.8)
+    s = spectrum(profile)
+    share = s.counts / s.num_parameters
+    ax.loglog(share, s.values, color=_BLUE, linewidth=1.8)
+    top = s.top_share(0.01)
+    ax.axvspan(share[0], 0.01, color=_BLUE, alpha=0.12, linewidth=0)
+    ax.axvline(0.01, color=_GREY, linewidth=1, linestyle="--")
+    ax.annotate(
+        f"the top 1 % of the parameters\nholds {100 * top:.0f} % of the total",
+        xy=(0.01, 0.06), xycoords=ax.get_xaxis_transform(), xytext=(-8, 0), textcoords="offset points",
+        ha="right", va="bottom", fontsize=9, color=_INK,
+    )  # fmt: skip
+    ax.set_xlim(share[0], 1)
+    ax.xaxis.set_major_formatter(FuncFormatter(_percent))
+    ax.set_xlabel("share of the parameters, largest Fisher value first")
+    ax.set_ylabel("Fisher value (nats² / unit²)")
+    zeros = f", {100 * s.num_zeros / s.num_parameters:.1f} % of them exactly 0" if s.num_zeros else ""
+    ax.set_title(f"{s.num_parameters:,} parameters{zeros}", fontsize=10, loc="left")
+    _plain(ax)
+    return ax
+
+
+def plot_layers(table: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
+    """Each dropout site's Fisher score as a bar, in the order of the forward pass, with its rate in a panel beside.
+
+    Args:
+        table: rows as `regularizers.dropout_table` gives them; a site without a score gets no bar, and where no rate
+            was scheduled the rate that the model has now is shown.
+        ax: where to draw; a new figure of fitting height if None.
+    """
+    ax = ax or _new_axes(7.2, 1.3 + 0.24 * len(table))
+    rows = np.arange(len(table))
+    scored = [row["score"] for row in table if row["score"]]
+    floor = min(scored, default=1.0) / 3
+    for y, row in zip(rows, table, strict=True):
+        color, hatch = _KINDS[row["kind"]]
+        if row["score"]:
+            ax.barh(y, row["score"] - floor, left=floor, color=color, hatch=hatch, edgecolor=_INK, linewidth=0.6)
+        else:
+            ax.text(0.02, y, "no score", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=_GREY)
+    ax.set_xscale("log")
+    ax.set_xlim(left=floor)
+    ax.set_ylim(len(table) - 0.4, -0.6)
+    ax.set_yticks(rows, _short([row["path"] for row in table]), fontsize=8)
+    ax.set_xlabel("Fisher score (nats² / unit²)")
+    _plain(ax)
+    ax.grid(axis="y", visible=False)
+    _kind_legend(ax, [row["kind"] for row in table])
+    _rate_panel(ax, rows, [_shown_rate(row) for row in table])
+    return ax
+
+
+def plot_paired(results: Sequence[Any], ax: Axes | None = None) -> Axes:
+    """The metric of every run by arm; a thin line joins the runs of a seed, a bar marks the arm's mean.
+
+    Args:
+        results: `finetune.RunResult` of one task and metric; arms stand in the order of their first run. Runs without
+            a metric (diverged) leave a gap.
+        ax: where to draw; a new figure if None.
+    """
+    arms = list(dict.fromkeys(r.arm for r in results))
+    ax = ax or _new_axes(1.6 + 1.5 * len(arms), 3.8)
+    values = {(r.arm, r.seed): np.nan if r.value is None else r.value for r in results}
+    for seed in dict.fromkeys(r.seed for r in results):
+        line = [values.get((arm, seed), np.nan) for arm in arms]
+        ax.plot(line, color=_GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", zorder=2)
+    for x, arm in enumerate(arms):
+        held = [v for (a, _), v in values.items() if a == arm and np.isfinite(v)]
+        if held:
+            mean = float(np.mean(held))
+            ax.hlines(mean, x - 0.22, x + 0.22, color=_ORANGE, linewidth=3, zorder=3)
+            ax.annotate(
+                f"{mean:.3f}", (x + 0.24, mean), fontsize=9, va="center", color=_ORANGE, zorder=4,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
+            )  # fmt: skip
+    ax.set_xticks(range(len(arms)), arms)
+    ax.set_xlim(-0.5, len(arms) - 0.3)
+    ax.set_ylabel(results[0].metric if results else "metric")
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=6))
+    handles = [
+        Line2D([], [], color=_GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", label="one seed"),
+        Line2D([], [], color=_ORANGE, linewidth=3, label="mean"),
+    ]
+    ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
+    _plain(ax)
+    ax.grid(axis="x", visible=False)
+    return ax
+
+
+def figure_svg(figure: Figure) -> str:
+    """The figure as one ``<svg>`` element, the same for the same figure, with no reference to anything outside."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "guided-dropout", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _new_axes(width: float, height: float) -> Axes:
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def _percent(x: float, _: Any) -> str:
+    return f"{100 * x:.8f}".rstrip("0").rstrip(".") + " %"
+
+
+def _plain(ax: Axes) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(visible=True, color="#dddddd", linewidth=0.6)
+    ax.set_axisbelow(True)
+
+
+def _short(paths: Sequence[str]) -> list[str]:
+    """The paths without the leading parts that all of them share."""
+    parts = [p.split(".") for p in paths]
+    while len(parts) > 1 and all(len(p) > 1 and p[0] == parts[0][0] for p in parts):
+        parts = [p[1:] for p in parts]
+    return [".".join(p) for p in parts]
+
+
+def _shown_rate(row: Mapping[str, Any]) -> float:
+    return row["rate"] if row["scheduled"] is None else row["scheduled"]
+
+
+def _kind_legend(ax: Axes, kinds: Sequence[str]) -> None:
+    handles = [
+        Patch(facecolor=color, hatch=hatch, edgecolor=_INK, linewidth=0.6, label=kind)
+        for kind, (color, hatch) in _KINDS.items()
+        if kind in kinds
+    ]
+    ax.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
+
+
+def _rate_panel(ax: Axes, rows: np.ndarray, rates: Sequence[float]) -> None:
+    panel = make_axes_locatable(ax).append_axes("right", size="34%", pad=0.4, sharey=ax)
+    panel.hlines(rows, 0, rates, color=_ORANGE, linewidth=1)
+    panel.plot(rates, rows, "D", color=_ORANGE, markersize=4.5, clip_on=False)
+    panel.set_xlim(0, max([*rates, 0.01]) * 1.08)
+    panel.tick_params(axis="y", length=0, labelleft=False)
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=3))
+    panel.xaxis.set_major_formatter(FuncFormatter(_percent))
+    panel.set_xlabel("dropout rate")
+    _plain(panel)

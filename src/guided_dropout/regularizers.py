@@ -1,0 +1,191 @@
+"""Putting a schedule's rates on a model, proving that they arrive, and taking them off again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from guided_dropout.errors import ScheduleError
+from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.identity import backbone_name, model_identity
+from guided_dropout.probe import find_knobs
+from guided_dropout.schedule import DropoutSchedule, site_scores
+from guided_dropout.sites import DropoutSite, find_sites, trace, verify_rates
+
+
+@dataclass
+class _Rates:
+    """What stands on one model: its own rates, and the schedules that lie on top, the latest last."""
+
+    own: dict[str, float] = field(default_factory=dict)
+    layers: list[dict[str, float]] = field(default_factory=list)
+
+    def current(self, path: str) -> float:
+        return next((layer[path] for layer in reversed(self.layers) if path in layer), self.own[path])
+
+
+_applied: WeakKeyDictionary[nn.Module, _Rates] = WeakKeyDictionary()
+
+
+class DropoutHandle:
+    """Takes a schedule off a model again, by `remove` or at the end of a ``with`` block.
+
+    Several schedules may lie on one model: the one applied last rules. Handles may be removed in any order; each takes
+    off its own schedule only, and the model has its own rates again, exactly, when the last one is gone.
+
+    Attributes:
+        model: the model.
+        rates: path of each site on this model → the rate that the schedule gives it.
+    """
+
+    def __init__(self, model: nn.Module, rates: Mapping[str, float]):
+        self.model = model
+        self.rates = dict(rates)
+        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in rates}
+        self._active = False
+
+    def remove(self) -> None:
+        """Take the schedule off; a second call does nothing."""
+        if not self._active:
+            return
+        self._active = False
+        applied = _applied[self.model]
+        applied.layers = [layer for layer in applied.layers if layer is not self.rates]
+        for path, knob in self._knobs.items():
+            knob.turn(applied.current(path))
+        applied.own = {
+            path: rate for path, rate in applied.own.items() if any(path in layer for layer in applied.layers)
+        }
+        if not applied.layers:
+            del _applied[self.model]
+
+    def _put_on(self) -> None:
+        applied = _applied.setdefault(self.model, _Rates())
+        for path, knob in self._knobs.items():
+            applied.own.setdefault(path, knob.rate)
+        applied.layers.append(self.rates)
+        self._active = True
+        for path, knob in self._knobs.items():
+            knob.turn(self.rates[path])
+
+    def __enter__(self) -> DropoutHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply_dropout(
+    model: nn.Module, schedule: DropoutSchedule, inputs: Mapping[str, Any] | None = None
+) -> DropoutHandle:
+    """Give each dropout site of a model its rate, and prove by running the model that each dropout call receives it.
+
+    The schedule may come from a model with another head around the same backbone; sites in a head that the schedule
+    does not name keep their rates. Modes, buffers and random states are left as they are.
+
+    Args:
+        model: the model to regularise, in any mode.
+        schedule: the rates.
+        inputs: keyword arguments of the model's forward for the proof; by default a tiny batch of token ids.
+
+    Returns:
+        A handle that takes the rates off again.
+
+    Raises:
+        ScheduleError: the schedule was made for another model.
+        SiteError: a rate does not arrive; the model has its former rates again.
+    """
+    before = trace(model, inputs)
+    rates = _rates_on(model, schedule, before.sites)
+    handle = DropoutHandle(model, rates)
+    handle._put_on()
+    try:
+        verify_rates(model, before, rates, inputs)
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def dropout_table(
+    model: nn.Module,
+    schedule: DropoutSchedule | None = None,
+    profile: FisherProfile | None = None,
+    grouping: str = "owner",
+) -> list[dict[str, Any]]:
+    """The model's dropout sites as rows of plain data, in the order of their first call.
+
+    Args:
+        model: the model; it is run once on a tiny batch and left as it was.
+        schedule: fills ``scheduled_rate``; None for sites that it leaves alone.
+        profile: fills ``score``.
+        grouping: which parameters feed a site: ``"owner"`` or ``"dataflow"``.
+
+    Returns:
+        One dict a site: ``path``, ``kind``, ``rate`` (now), ``calls``, ``in_head``, ``parameters``, ``score``,
+        ``scheduled_rate``.
+
+    Raises:
+        ScheduleError: the schedule or the profile belongs to another model; an unknown grouping.
+        SiteError: as for `sites.trace`.
+    """
+    sites = find_sites(model)
+    rates = _rates_on(model, schedule, sites) if schedule else {}
+    scores = site_scores(profile, model, sites, grouping) if profile else {}
+    return [
+        {
+            "path": site.path,
+            "kind": site.kind,
+            "rate": site.rate,
+            "calls": site.calls,
+            "in_head": site.in_head,
+            "parameters": list(site.parameters_by(grouping)),
+            "score": scores.get(site.path),
+            "scheduled_rate": rates.get(site.path),
+        }
+        for site in sites
+    ]
+
+
+def _rates_on(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[DropoutSite]) -> dict[str, float]:
+    """Path of each site on this model that the schedule has a rate for → that rate, once the two belong together."""
+    made_on, here = schedule.model["model_type"], model_identity(model)["model_type"]
+    if made_on != here:
+        raise _another_model(f"it was made on model type {made_on!r}, {type(model).__name__} is {here!r}")
+    rates = _matched_rates(model, schedule, sites)
+    shapes = {backbone_name(model, name): list(p.shape) for name, p in model.named_parameters()}
+    for name, shape in schedule.model["shapes"].items():
+        if shapes.get(name) != shape:
+            found = shapes.get(name, "missing")
+            raise _another_model(f"{name} is {found} in {type(model).__name__}, {shape} in the schedule")
+    return rates
+
+
+def _matched_rates(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[DropoutSite]) -> dict[str, float]:
+    """Match sites by their place relative to the backbone, each side with its own prefix."""
+    prefix = schedule.model["backbone_prefix"]
+    left = {(not path.startswith(prefix), path.removeprefix(prefix)): path for path in schedule.rates}
+    rates = {}
+    for site in sites:
+        path = left.pop((site.in_head, backbone_name(model, site.path)), None)
+        if path is not None:
+            rates[site.path] = schedule.rates[path]
+        elif not site.in_head:
+            raise _another_model(f"it has no rate for {site.path}, a dropout site of {type(model).__name__}")
+    for path in left.values():
+        raise _another_model(f"{path} is no dropout site of {type(model).__name__}")
+    return rates
+
+
+def _another_model(difference: str) -> ScheduleError:
+    return ScheduleError(
+        f"a schedule for another model: {difference}; expected the same backbone with the same sites: make a schedule "
+        "on this model, or without the head's sites if it is these that differ"
+    )

@@ -1,0 +1,114 @@
+"""What one fine-tuning run gave, as a thing that can be saved, loaded and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from guided_dropout.artefacts import check_output_folder, read_json, write_json
+from guided_dropout.errors import ArtefactError
+
+KIND = "run-result"
+SCHEMA = 1
+JSON_NAME = "result.json"
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where a run's chance comes from. Runs with the same seeds differ in their arm only.
+
+    Attributes:
+        subset: which part of the training data is kept.
+        head: the new weights.
+        order: the order of the training data.
+        noise: dropout.
+    """
+
+    subset: int
+    head: int
+    order: int
+    noise: int
+
+    @classmethod
+    def derive(cls, seed: int) -> Seeds:
+        """Four independent seeds from one.
+
+        They are far apart on purpose: the Trainer shuffles epoch e by ``order + e``, so that neighbouring order seeds
+        would show two restarts the same permutations.
+        """
+        subset, head, order, noise = (int(s) for s in np.random.SeedSequence(seed).generate_state(4))
+        return cls(subset, head, order, noise)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One fine-tuning run.
+
+    Attributes:
+        task: name of the task.
+        arm: which dropout it trained with, a name in `finetune.ARMS`.
+        metric: name of the task's main metric.
+        value: its value on the validation split after the *last* epoch; None if the run diverged. Not the best epoch's:
+            that would be chosen on the split that it is reported on.
+        metrics: all of the task's metrics after the last epoch.
+        history: for each epoch ``epoch``, ``train_loss`` (mean over its steps), ``eval_loss`` and ``metrics``.
+        diverged: a loss became infinite or NaN; the run was stopped at the end of that epoch.
+        collapsed: all predictions after the last epoch were one class. Always false for regression.
+        seeds: see `Seeds`.
+        recipe: everything else that a rerun needs, with the numbers of examples.
+        rates: the dropout rates: ``shape``, ``sites``, ``mean``, ``min``, ``max``.
+        pairing: digests of what must be equal between arms with the same seeds: ``weights`` before the first step and
+            ``batches``, the training examples in the order in which they were read.
+        model: what `identity.model_identity` says of the model.
+        times: seconds: ``train``, ``eval``, ``total`` (loading included).
+        provenance: versions, machine, date, device.
+    """
+
+    task: str
+    arm: str
+    metric: str
+    value: float | None
+    metrics: Mapping[str, float | None]
+    history: list[dict[str, Any]]
+    diverged: bool
+    collapsed: bool
+    seeds: Seeds
+    recipe: Mapping[str, Any]
+    rates: Mapping[str, Any]
+    pairing: Mapping[str, str]
+    model: Mapping[str, Any]
+    times: Mapping[str, float]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``result.json`` into `folder`, all or nothing; return the file's path.
+
+        Raises:
+            ArtefactError: the folder cannot be written, or holds other things than a result.
+        """
+        path = check_output_folder(folder, marker=JSON_NAME) / JSON_NAME
+        write_json(path, {"kind": KIND, "schema": SCHEMA, **asdict(self)})
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunResult:
+        """Read what `save` wrote.
+
+        Args:
+            path: the folder or the file.
+
+        Raises:
+            ArtefactError: missing, damaged, or of another version.
+        """
+        path = Path(path)
+        file = path / JSON_NAME if path.is_dir() else path
+        facts = read_json(file, kind=KIND, schema=SCHEMA)
+        del facts["kind"], facts["schema"]
+        try:
+            return cls(**{**facts, "seeds": Seeds(**facts["seeds"])})
+        except (KeyError, TypeError) as e:
+            raise ArtefactError(f"{file} is not a whole {KIND} ({e}); expected what a run wrote: run it again") from e

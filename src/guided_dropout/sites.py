@@ -1,0 +1,154 @@
+"""Where dropout happens in a model, found by running it.
+
+A *knob* is a rate that somebody can turn: a dropout module, or a float attribute whose name holds "drop". A *site* is a
+knob that is heard: its rate arrives at a dropout call. To tell them apart each knob gets its own tiny rate, the model
+runs once in training mode, and the rate that reaches each dropout and attention call says which knob it came from. No
+table of architectures is needed, and a knob that nothing listens to cannot pass for a site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from guided_dropout.errors import SiteError
+from guided_dropout.identity import in_head
+from guided_dropout.probe import DropoutCall, Knob, find_knobs, observe
+
+GROUPINGS = ("owner", "dataflow")
+_PROBE = 1e-9  # so small that layer drop, whose rate is a knob too, all but never fires during a probe
+_STACKS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+@dataclass(frozen=True)
+class DropoutSite:
+    """A knob whose rate reaches a dropout call.
+
+    Attributes:
+        path: path of the dropout module; for a float, of the module that holds it, a dot and the attribute's name.
+        kind: ``"attention"`` if the rate reaches attention probabilities, whatever the knob; otherwise ``"module"`` or
+            ``"attribute"``, after the knob.
+        rate: the rate that its calls receive now, in [0, 1].
+        calls: dropout calls in one forward.
+        parameters: what feeds it, by owner: the parameters of the module that owns the dropout, as in the paper. Where
+            the owner is a whole stack of layers or has no parameters, the same as `dataflow`. Names as in
+            ``model.named_parameters()``.
+        dataflow: what feeds it, by dataflow: the parameters used since the dropout call before, over all of its calls.
+        in_head: whether it lies outside the backbone.
+    """
+
+    path: str
+    kind: str
+    rate: float
+    calls: int
+    parameters: tuple[str, ...]
+    dataflow: tuple[str, ...]
+    in_head: bool
+
+    def parameters_by(self, grouping: str) -> tuple[str, ...]:
+        """`parameters` for ``"owner"``, `dataflow` for ``"dataflow"``."""
+        return {"owner": self.parameters, "dataflow": self.dataflow}[grouping]
+
+
+@dataclass(frozen=True)
+class DropoutTrace:
+    """What one forward showed.
+
+    Attributes:
+        sites: in the order of their first call.
+        calls: path of the site behind each dropout call, in order.
+        dead: paths of the knobs that reach no dropout call: layer drop, leftovers.
+    """
+
+    sites: tuple[DropoutSite, ...]
+    calls: tuple[str, ...]
+    dead: tuple[str, ...]
+
+
+def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[DropoutSite]:
+    """The model's dropout sites in the order of their first call; arguments and errors as for `trace`."""
+    return list(trace(model, inputs).sites)
+
+
+def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> DropoutTrace:
+    """Run the model once on a tiny batch and see which knob reaches which dropout call.
+
+    Args:
+        model: any model; it is left as it was (rates, modes, buffers, random states).
+        inputs: keyword arguments of its forward; by default a tiny batch of token ids made from its configuration.
+
+    Raises:
+        SiteError: a dropout call receives a rate that is no knob's, or the model does not run on the tiny batch.
+    """
+    knobs = find_knobs(model)
+    by_rate = {_PROBE * (i + 1): path for i, path in enumerate(knobs)}
+    probes = {path: rate for rate, path in by_rate.items()}
+    calls = observe(model, inputs, rates=probes, known=by_rate.keys())
+    heard: dict[str, list[DropoutCall]] = {}
+    for call in calls:
+        heard.setdefault(by_rate[call.rate], []).append(call)
+    return DropoutTrace(
+        sites=tuple(_site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()),
+        calls=tuple(by_rate[call.rate] for call in calls),
+        dead=tuple(path for path in knobs if path not in heard),
+    )
+
+
+def verify_rates(
+    model: nn.Module, before: DropoutTrace, rates: Mapping[str, float], inputs: Mapping[str, Any] | None = None
+) -> None:
+    """Run the model once with the rates that stand on it now, and prove that each dropout call receives the right one.
+
+    Args:
+        model: the model that `before` was traced on, with other rates since.
+        before: what `trace` returned.
+        rates: the rate that each site's calls should receive; sites not named keep the rate of `before`.
+        inputs: as for `trace`.
+
+    Raises:
+        SiteError: a call receives another rate than its site's, or is missing although its site's rate is not 0.
+    """
+    wanted = {site.path: site.rate for site in before.sites} | dict(rates)
+    expected = [(path, wanted[path]) for path in before.calls if wanted[path] != 0]
+    # Layer drop at its own rate would make calls go missing by chance.
+    quiet = dict.fromkeys(before.dead, _PROBE)
+    received = [call.rate for call in observe(model, inputs, rates=quiet)]
+    todo = "the model does not use the rates that stand on its modules; leave it out or change its attn_implementation"
+    for (path, rate), got in zip(expected, received, strict=False):
+        if got != rate:
+            raise SiteError(f"a dropout call of {path} receives rate {got:g}, expected {rate:g}: {todo}")
+    if len(received) != len(expected):
+        raise SiteError(f"{len(received)} dropout calls receive a rate, expected {len(expected)}: {todo}")
+
+
+def _site(model: nn.Module, knob: Knob, calls: list[DropoutCall], heard: Iterable[str]) -> DropoutSite:
+    dataflow = set().union(*(call.parameters for call in calls))
+    owned = _owned_parameters(model, knob, heard)
+    return DropoutSite(
+        path=knob.path,
+        kind="attention" if any(call.on_attention for call in calls) else knob.kind,
+        rate=float(knob.rate),
+        calls=len(calls),
+        parameters=_in_model_order(model, owned or dataflow),
+        dataflow=_in_model_order(model, dataflow),
+        in_head=in_head(model, knob.path),
+    )
+
+
+def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set[str]:
+    """Names of the parameters of the module that owns the knob; none where that is a stack of layers with sites."""
+    owner_path = knob.path.rpartition(".")[0]
+    owner = model.get_submodule(owner_path)
+    prefix = f"{owner_path}." if owner_path else ""
+    stacks = [f"{prefix}{name}." for name, m in owner.named_modules() if name and isinstance(m, _STACKS)]
+    if any(path.startswith(stack) for path in heard for stack in stacks):
+        return set()
+    owned = {id(parameter) for parameter in owner.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
+
+
+def _in_model_order(model: nn.Module, names: set[str]) -> tuple[str, ...]:
+    return tuple(name for name, _ in model.named_parameters() if name in names)

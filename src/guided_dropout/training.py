@@ -1,0 +1,292 @@
+"""Tokenised examples and one training of a classifier on them, on the transformers Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from guided_dropout.errors import DataError, GuidedDropoutError
+from guided_dropout.models import quiet
+from guided_dropout.results import Seeds
+from guided_dropout.tasks import Examples, Task, compute_metrics
+
+_EVAL_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is trained; see `finetune.finetune` for each number.
+
+    Raises:
+        GuidedDropoutError: a number that is out of range.
+    """
+
+    train_fraction: float
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    warmup_ratio: float
+    weight_decay: float
+    max_length: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        rules = {
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "learning_rate": (0.0 < self.learning_rate < math.inf, "more than 0"),
+            "warmup_ratio": (0.0 <= self.warmup_ratio < 1.0, "at least 0 and less than 1"),
+            "weight_decay": (0.0 <= self.weight_decay < math.inf, "at least 0"),
+            "max_length": (self.max_length >= 4, "at least 4 tokens"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise GuidedDropoutError(f"{name} is {getattr(self, name)}; expected {wanted}")
+
+
+class Encoded(Dataset[dict[str, Any]]):
+    """Tokenised examples, which remember in what order they were read."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+        self._read = hashlib.sha256()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self._rows[index]
+        self._read.update(repr((row["input_ids"], row["label"])).encode())
+        return row
+
+    def by_length(self) -> Encoded:
+        """The same examples, shortest first: batches in that order hold the least padding."""
+        return Encoded(sorted(self._rows, key=lambda row: len(row["input_ids"])))
+
+    def largest_id(self) -> int:
+        """The largest token among all examples."""
+        return max(max(row["input_ids"]) for row in self._rows)
+
+    def digest(self) -> str:
+        """Digest of the examples read so far (tokens and label), in the order in which they were read."""
+        return self._read.hexdigest()[:16]
+
+
+def encode(examples: Examples, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Tokenise all examples once, without padding.
+
+    Raises:
+        DataError: no examples, not one text, or two, in each of them, or a label that the task does not have.
+    """
+    _check_examples(examples, task)
+    first = [text[0] for text in examples.texts]
+    second = [text[1] for text in examples.texts] if len(examples.texts[0]) == 2 else None
+    batch = tokenizer(first, second, truncation=True, max_length=max_length)
+    kind = float if task.is_regression else int
+    rows = [
+        {**{name: batch[name][i] for name in batch}, "label": kind(label)} for i, label in enumerate(examples.labels)
+    ]
+    return Encoded(rows)
+
+
+def _check_examples(examples: Examples, task: Task) -> None:
+    if not len(examples):
+        raise DataError(f"{examples.source}: found no examples; expected at least one")
+    sizes = {len(text) for text in examples.texts}
+    if sizes not in ({1}, {2}):
+        raise DataError(f"{examples.source}: found examples of {sorted(sizes)} texts; expected 1 or 2 in all of them")
+    for label in examples.labels:
+        if not math.isfinite(label) or (not task.is_regression and label not in range(task.num_labels)):
+            wanted = "a finite number" if task.is_regression else f"a class index below {task.num_labels}"
+            raise DataError(f"{examples.source}: found the label {label}; expected {wanted}, as {task.name} has")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What `train_classifier` saw: see the same names in `results.RunResult`."""
+
+    history: list[dict[str, Any]]
+    collapsed: bool
+    times: dict[str, float]
+    device: str
+
+    @property
+    def diverged(self) -> bool:
+        """Whether a loss or metric was not a finite number."""
+        return any(
+            None in (epoch["train_loss"], epoch["eval_loss"], *epoch["metrics"].values()) for epoch in self.history
+        )
+
+
+class _Evaluator:
+    """The Trainer's `compute_metrics`; keeps whether the latest predictions were all one class."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.collapsed = False
+
+    def __call__(self, output: EvalPrediction) -> dict[str, float]:
+        logits = np.asarray(output.predictions)
+        if not np.isfinite(logits).all():
+            self.collapsed = False
+            return dict.fromkeys(self.task.metrics, math.nan)
+        predictions = logits[:, 0] if self.task.is_regression else logits.argmax(axis=-1)
+        self.collapsed = not self.task.is_regression and bool((predictions == predictions[0]).all())
+        return compute_metrics(self.task, predictions, output.label_ids)
+
+
+class _Steps(TrainerCallback):
+    """Reports each step, and ends a run whose loss is no number any more."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None) -> None:
+        self.progress = progress
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.progress:
+            self.progress(state.global_step, state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            control.should_training_stop = True
+
+
+def train_classifier(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    train: Encoded,
+    validation: Encoded,
+    recipe: Recipe,
+    seeds: Seeds,
+    device: str,
+    progress: Callable[[int, int], None] | None,
+) -> Training:
+    """Train `model` in place, with the dropout rates that it has, and evaluate it after each epoch.
+
+    Args:
+        model: a sequence classifier with as many outputs as `task` has labels.
+        tokenizer: pads the batches.
+        task: says what is measured.
+        train: examples to train on; afterwards their digest tells in which order they were read.
+        validation: examples to evaluate on.
+        recipe: numbers.
+        seeds: of the order and of the noise; the random state of the process is lost (see `kept_random_state`).
+        device: ``"auto"`` or ``"cpu"``.
+        progress: called after each step with the steps done and the steps in all.
+    """
+    evaluator = _Evaluator(task)
+    with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet():
+        args = _arguments(scratch, recipe, seeds, len(train), device)
+        trainer = Trainer(
+            model,
+            args,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=train,
+            eval_dataset=validation.by_length(),
+            processing_class=tokenizer,
+            compute_metrics=evaluator,
+            callbacks=[_Steps(progress)],
+            preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+    log = trainer.state.log_history
+    evaluation = sum(entry["eval_runtime"] for entry in log if "eval_runtime" in entry)
+    return Training(
+        history=_history(log, task),
+        collapsed=evaluator.collapsed,
+        times={"train": seconds - evaluation, "eval": evaluation},
+        device=str(args.device),
+    )
+
+
+def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int, device: str) -> TrainingArguments:
+    steps = recipe.epochs * math.ceil(n_train / recipe.batch_size)
+    args = TrainingArguments(
+        output_dir=scratch,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=_EVAL_BATCH,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        weight_decay=recipe.weight_decay,
+        optim="adamw_torch_fused",
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        max_grad_norm=1.0,
+        seed=seeds.noise,
+        data_seed=seeds.order,
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu" and torch.cuda.is_available(),
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # Several GPUs would silently multiply the batch size.
+    return args
+
+
+def _history(log: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    return [
+        {
+            "epoch": number,
+            "train_loss": _finite(loss),
+            "eval_loss": _finite(evaluation["eval_loss"]),
+            "metrics": {name: _finite(evaluation[f"eval_{name}"]) for name in task.metrics},
+        }
+        for number, (loss, evaluation) in enumerate(zip(losses, evaluations, strict=True), start=1)
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Give Python, NumPy and torch their random state back: the Trainer seeds them all."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,88 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from guided_dropout import artefacts
+from guided_dropout.errors import ArtefactError
+from guided_dropout.fisher.profile import FisherProfile
+
+
+def profile(**tensors):
+    tensors = tensors or {"a.weight": torch.rand(3, 2), "a.bias": torch.rand(2)}
+    return FisherProfile(
+        diagonal=tensors,
+        tensor_means={n: t.double().mean().item() for n, t in tensors.items()},
+        num_samples=7,
+        num_skipped=1,
+        objective="mlm",
+        reduction="mean",
+        model={"architecture": "Toy", "num_parameters": 8},
+    )
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    file = tmp_path / "x.json"
+    artefacts.write_json(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        artefacts.write_json(file, {"a": float("nan")})
+    with pytest.raises(RuntimeError, match="killed"), artefacts.staged_file(file) as tmp:
+        tmp.write_text("half")
+        raise RuntimeError("killed")
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "p"
+    profile().save_pretrained(folder)
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    with pytest.raises(KeyboardInterrupt), artefacts.staged_folder(folder) as tmp:
+        (tmp / "profile.json").write_text("half")
+        raise KeyboardInterrupt
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    profile(other=torch.ones(2)).save_pretrained(folder)
+    assert list(FisherProfile.from_pretrained(folder).diagonal) == ["other"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_an_output_folder_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ArtefactError, match="holds other files and no profile.json"):
+        profile().save_pretrained(tmp_path)
+    with pytest.raises(ArtefactError, match="is a file; expected a folder"):
+        profile().save_pretrained(tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work():
+    with pytest.raises(ArtefactError, match=r"cannot write .*; choose an output that you may write to"):
+        artefacts.check_output_folder(Path("/proc/nothing/here"), marker="profile.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "profile.json").unlink(), "cannot read .*profile.json: No such file"),
+        (lambda d: (d / "profile.json").write_text("{"), "is not valid JSON"),
+        (lambda d: (d / "profile.json").write_text('{"kind": "run-result"}'), "holds 'run-result'; expected"),
+        (lambda d: (d / "profile.json").write_text('{"kind": "fisher-profile", "schema": 99}'), "schema version 99"),
+        (lambda d: (d / "fisher.safetensors").unlink(), "cannot read .*fisher.safetensors"),
+        (lambda d: (d / "fisher.safetensors").write_bytes(b"\x08"), "not a whole safetensors file"),
+        (
+            lambda d: artefacts.write_tensors(d / "fisher.safetensors", {"a.weight": torch.ones(3, 2)}),
+            "a.bias is missing, expected \\[2\\]",
+        ),
+    ],
+)
+def test_a_damaged_profile_says_what_is_wrong(tmp_path, damage, message):
+    folder = profile().save_pretrained(tmp_path / "p")
+    damage(folder)
+    with pytest.raises(ArtefactError, match=message):
+        FisherProfile.from_pretrained(folder)
+
+
+def test_a_profile_that_is_not_there_says_how_to_make_one(tmp_path):
+    with pytest.raises(ArtefactError, match="guided-dropout fisher"):
+        FisherProfile.from_pretrained(tmp_path / "none")

@@ -1,0 +1,136 @@
+"""Paired statistics against worked examples, scipy's own functions and simulation."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guided_dropout.bench.stats import paired_comparison, summarise, verdict
+from guided_dropout.errors import DataError
+
+# Student (1908), "The probable error of a mean": hours of sleep gained by ten patients under two drugs.
+SLEEP_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+SLEEP_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+
+
+def test_students_sleep_data_as_published():
+    c = paired_comparison(SLEEP_2, SLEEP_1)
+    assert c.n == 10
+    assert c.mean == pytest.approx(1.58)
+    assert c.median == pytest.approx(1.3)
+    # R's t.test(extra ~ group, paired = TRUE) prints 0.7001142 and 2.4598858.
+    assert c.t_interval == pytest.approx((0.7001142, 2.4598858), abs=1e-7)
+    assert c.improved == pytest.approx(0.95)
+    assert verdict(c) == "helps"
+    assert verdict(paired_comparison(SLEEP_1, SLEEP_2)) == "hurts"
+
+
+@given(st.lists(st.floats(-10, 10), min_size=3, max_size=12), st.integers(0, 3))
+def test_agrees_with_scipy_and_is_antisymmetric(values, seed):
+    b = np.random.default_rng(seed).normal(size=len(values))
+    c, mirrored = paired_comparison(values, b), paired_comparison(b, values)
+    test = scipy.stats.ttest_rel(values, b)
+    assert c.t_interval == pytest.approx(tuple(test.confidence_interval(0.95)), rel=1e-9, abs=1e-9)
+    assert (verdict(c) in {"helps", "hurts"}) == (test.pvalue < 0.05)
+    assert c.t_interval is not None
+    assert mirrored.t_interval is not None
+    assert mirrored.mean == -c.mean
+    assert mirrored.t_interval == pytest.approx((-c.t_interval[1], -c.t_interval[0]))
+    assert mirrored.wilcoxon_p == c.wilcoxon_p
+    assert mirrored.improved == pytest.approx(1 - c.improved)
+
+
+def test_bootstrap_interval_is_seeded_and_holds_the_mean():
+    a, b = [0.81, 0.84, 0.79, 0.83, 0.86], [0.80, 0.80, 0.80, 0.81, 0.82]
+    c = paired_comparison(a, b)
+    assert c == paired_comparison(a, b)
+    assert c.bca_interval is not None
+    assert c.bca_interval[0] < c.mean < c.bca_interval[1]
+
+
+def test_detectable_difference_has_the_power_it_claims():
+    rng = np.random.default_rng(0)
+    d = rng.normal(0, 0.02, size=6)
+    delta = paired_comparison(d, np.zeros(6)).detectable
+    assert delta is not None
+    repeats = rng.normal(delta, d.std(ddof=1), size=(20_000, 6))
+    found = scipy.stats.ttest_1samp(repeats, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.015)
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_t_covers_as_promised_where_the_bootstrap_does_not(n):
+    draws = np.random.default_rng(n).normal(size=(600, n))
+    comparisons = [paired_comparison(row, np.zeros(n)) for row in draws[:200]]
+    bca = [c.bca_interval[0] <= 0 <= c.bca_interval[1] for c in comparisons if c.bca_interval]
+    t = [i[0] <= 0 <= i[1] for i in (summarise(row).interval for row in draws) if i]
+    assert len(bca) == 200
+    assert len(t) == 600
+    assert 0.92 < np.mean(t) < 0.975
+    assert np.mean(bca) < 0.91
+
+
+def test_summary_of_an_arm():
+    s = summarise([0.5, 0.6, 0.7, 0.8, 0.9])
+    assert (s.n, s.mean, s.median, s.quartiles) == (5, pytest.approx(0.7), 0.7, (0.6, pytest.approx(0.8)))
+    half = 2.776445 * np.std([0.5, 0.6, 0.7, 0.8, 0.9], ddof=1) / 5**0.5
+    assert s.interval == pytest.approx((0.7 - half, 0.7 + half), abs=1e-6)
+    assert summarise([0.5, 0.5, 0.5]).interval is None
+    assert summarise([0.5]).interval is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_fewer_than_three_pairs_have_no_interval_and_say_so(n):
+    c = paired_comparison([0.9] * n, [0.1] * n)
+    assert (c.t_interval, c.bca_interval, c.detectable) == (None, None, None)
+    assert "at least 3 seeds" in c.notes[0]
+    assert verdict(c) == "undecided at this n"
+
+
+@pytest.mark.parametrize(("a", "p"), [([0.7, 0.7, 0.7, 0.7], None), ([0.8, 0.9, 1.0, 1.1], 0.125)])
+def test_equal_differences_decide_nothing(a, p):
+    b = [0.7, 0.7, 0.7, 0.7] if p is None else [0.7, 0.8, 0.9, 1.0]
+    c = paired_comparison(a, b)
+    assert c.t_interval is None
+    assert c.wilcoxon_p == p
+    assert c.improved == (0.5 if p is None else 1)
+    assert any("no spread" in note for note in c.notes)
+    assert verdict(c, margin=1.0) == "undecided at this n"
+
+
+def test_small_samples_are_noted():
+    def notes(n):
+        return " ".join(paired_comparison(np.arange(n) * 0.1, np.zeros(n)).notes)
+
+    assert "cannot give p < 0.05" in notes(5)
+    assert "cannot give p < 0.05" not in notes(6)
+    assert "roughly normal" in notes(9)
+    assert notes(10) == ""
+
+
+def test_verdict_claims_equivalence_only_within_a_margin():
+    c = paired_comparison([0.801, 0.799, 0.802, 0.800, 0.798], [0.8] * 5)
+    assert verdict(c) == "undecided at this n"
+    assert verdict(c, margin=0.01) == "no difference within ±0.01"
+    assert verdict(c, margin=0.001) == "undecided at this n"
+    small_but_sure = paired_comparison([0.8011, 0.8010, 0.8012, 0.8011, 0.8010], [0.8] * 5)
+    assert verdict(small_but_sure, margin=0.01) == "helps"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        ([], [], "at least one number"),
+        ([1.0, 2.0], [1.0], "one pair per seed"),
+        ([1.0, float("nan")], [1.0, 1.0], "diverged runs"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(a, b, words):
+    with pytest.raises(DataError, match=words):
+        paired_comparison(a, b)
+
+
+def test_confidence_must_be_a_share():
+    with pytest.raises(DataError, match="between 0 and 1"):
+        paired_comparison(SLEEP_1, SLEEP_2, confidence=95)
