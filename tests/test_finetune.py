@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import COLOUR, VOCABULARY, colour_examples, save, save_tiny_bert, tiny_bert_config
-from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from guided_dropout import finetune as module
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError
@@ -34,6 +34,14 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vocab_size": len(VOCABULARY), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 24}
     model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=2, eos_token_id=3))
     return save(model, tmp_path_factory.mktemp("models") / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its classifier returns more than the logits."""
+    sizes = {"vocab_size": len(VOCABULARY), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=3))
+    return save(model, tmp_path_factory.mktemp("models") / "t5")
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +136,7 @@ def test_it_learns_and_reports_the_last_epoch(bert: Path) -> None:
     assert not result.collapsed
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_an_evaluation_is_the_mean_over_single_examples(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +147,7 @@ def test_an_evaluation_is_the_mean_over_single_examples(
     tokenizer, model = load_tokenizer(folder), models[0].eval()
     losses, hits = [], []
     for (text,), label in validation:
-        logits = model(**tokenizer(text, return_tensors="pt")).logits
+        logits = model(**tokenizer(text, return_tensors="pt", return_token_type_ids=name != "t5")).logits
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor([label])).item())
         hits.append(logits.argmax().item() == label)
     assert result.history[-1]["eval_loss"] == pytest.approx(np.mean(losses), rel=1e-4)

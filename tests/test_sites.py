@@ -209,6 +209,7 @@ def test_any_module_works_given_inputs() -> None:
     assert torch.equal(model.norm.running_mean, mean)
     assert model.norm.num_batches_tracked == 0
     assert type(model.shared_drop.p) is int
+    assert trace(model, IDS).dead == ()  # neither a count nor a number above 1 is taken for a rate
 
 
 def test_a_rate_without_a_knob_is_an_error_that_names_the_place() -> None:

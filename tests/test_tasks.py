@@ -247,8 +247,8 @@ def test_without_datasets_the_error_says_what_to_install(monkeypatch: pytest.Mon
         load_task(COLA)
 
 
-def test_a_task_of_ones_own_has_no_hub_data_set() -> None:
-    with pytest.raises(DataError, match="unknown split"):
+def test_a_task_of_ones_own_needs_examples() -> None:
+    with pytest.raises(DataError, match=r"own has no data .*give a pair \(train, validation\)"):
         load_task(Task("own", ("a", "b"), ("accuracy",)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,12 +57,13 @@ def fisher(
     from guided_dropout import corpus
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.fisher import estimate_fisher, profile
-    from guided_dropout.models import load_lm, load_tokenizer
+    from guided_dropout.models import check_length, load_lm, load_tokenizer
     from guided_dropout.objectives import detect_objective
 
     check_output_folder(out, marker=profile.JSON_NAME)
     lines = _read_text(text)
     lm, tokenizer = load_lm(model, objective), load_tokenizer(model)
+    check_length(lm, max_length)
     kind = detect_objective(lm, {"input_ids": list(range(1, 9))}).name
     drawn = corpus.lm_samples(
         lines, tokenizer, objective=kind, num_samples=samples, max_length=max_length, seed=seed
@@ -72,9 +74,14 @@ def fisher(
         )
     with progress_bar("samples", len(drawn)) as update:
         measured = estimate_fisher(
-            lm, drawn, batch_size=batch_size, objective=objective, reduction=reduction, progress=lambda n: update(n, None),
+            lm,
+            drawn,
+            batch_size=batch_size,
+            objective=objective,
+            reduction=reduction,
+            progress=lambda done: update(done, None),
             facts={"source": model, "text": text, "seed": seed, "max_length": max_length},
-        )  # fmt: skip
+        )
     folder = measured.save_pretrained(out)
     fallback = measured.coverage["fallback"]
     console.print(
@@ -167,15 +174,27 @@ def finetune(
     planned = DropoutSchedule.load(schedule) if schedule else None
     with progress_bar(f"{task} {arm}", None) as update:
         result = run(
-            model, task, data=data, arm=arm, schedule=planned, seed=seed, train_fraction=train_fraction, epochs=epochs,
-            batch_size=batch_size, learning_rate=learning_rate, max_length=max_length, rate=rate, out=out, progress=update,
-        )  # fmt: skip
+            model,
+            task,
+            data=data,
+            arm=arm,
+            schedule=planned,
+            seed=seed,
+            train_fraction=train_fraction,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            rate=rate,
+            out=out,
+            progress=update,
+        )
     value = "diverged" if result.value is None else f"{result.value:.4f}"
     console.print(f"{result.task} {result.arm} seed {seed}: {result.metric} {value} ({result.times['total']:.0f} s)")
     console.print(out / "result.json")
 
 
-def _read_text(text: str) -> list[str]:
+def _read_text(text: str) -> Sequence[str]:
     from guided_dropout import corpus
 
     if text != "demo":
@@ -187,16 +206,21 @@ def _read_text(text: str) -> list[str]:
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app(standalone_mode=True)
     except GuidedDropoutError as e:
         errors.print(f"error: {' '.join(str(e).split())}", markup=False, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _Interrupted:
         errors.print("error: interrupted; nothing was written by the unfinished step: run the command again")
         sys.exit(2)
 
 
+class _Interrupted(BaseException):
+    """Not a KeyboardInterrupt, of which Typer would make its own message and exit code."""
+
+
 def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted

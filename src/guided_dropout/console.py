@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-console = Console()
+# Piped output is not folded: nothing knows how wide it will be read.
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True, soft_wrap=True)
 
 
@@ -26,7 +29,7 @@ class _Speed(ProgressColumn):
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
     """A bar that shows speed and time left; yields ``update(done, total)``, where `total` may be None to leave it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(what, total=total)
 
         def update(done: int, total: int | None = None) -> None:
@@ -36,29 +39,33 @@ def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | 
 
 
 def site_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of `regularizers.dropout_table`, in the order in which the model runs through them."""
+    """The rows of `regularizers.dropout_table`, in the order in which the model runs through them.
+
+    Columns: path (below what all sites of the backbone share) and kind; Fisher score; the rate that arrives now and the
+    one in the schedule; how many tensors feed the site; calls per forward, where any site has more than one.
+    """
     scored = any(row["score"] is not None for row in rows)
     scheduled = any(row["scheduled_rate"] is not None for row in rows)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("dropout site", overflow="fold")
-    table.add_column("kind")
-    table.add_column("calls", justify="right")
-    table.add_column("fed by", justify="right")
-    if scored:
-        table.add_column("Fisher score", justify="right")
-    table.add_column("rate now", justify="right")
-    if scheduled:
-        table.add_column("scheduled", justify="right")
+    repeated = any(row["calls"] > 1 for row in rows)
+    owners = [row["path"].split(".")[:-1] for row in rows if not row["in_head"]]
+    common = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*owners, strict=False))
+    shared = ".".join(level[0] for level in common)
+    prefix = f"{shared}." if shared else ""
+    table.add_column(f"dropout site of {shared}" if shared else "dropout site", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for name, shown in (("score", scored), ("rate", True), ("new", scheduled), ("from", True), ("calls", repeated)):
+        if shown:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [row["path"], row["kind"], str(row["calls"]), _tensors(row["parameters"])]
+        cells = [row["path"].removeprefix(prefix), row["kind"]]
         if scored:
-            cells.append("–" if row["score"] is None else f"{row['score']:.2e}")
+            cells.append("–" if row["score"] is None else f"{row['score']:.1e}")
         cells.append(f"{row['rate']:.4g}")
         if scheduled:
-            cells.append("as is" if row["scheduled_rate"] is None else f"{row['scheduled_rate']:.4f}")
+            cells.append("kept" if row["scheduled_rate"] is None else f"{row['scheduled_rate']:.4f}")
+        cells.append(str(len(row["parameters"])))
+        if repeated:
+            cells.append(str(row["calls"]))
         table.add_row(*cells, style="dim" if row["in_head"] else None)
     return table
-
-
-def _tensors(names: Sequence[str]) -> str:
-    return f"{len(names)} tensor{'' if len(names) == 1 else 's'}"

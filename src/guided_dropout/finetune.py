@@ -6,14 +6,14 @@ import difflib
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.artefacts import check_output_folder
-from guided_dropout.errors import GuidedDropoutError, ModelError, ScheduleError
+from guided_dropout.errors import ModelError, ScheduleError
 from guided_dropout.identity import model_identity
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.provenance import provenance
@@ -21,7 +21,7 @@ from guided_dropout.regularizers import apply_dropout
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.tasks import Examples, Task, get_task, load_task, subset
-from guided_dropout.training import Encoded, Recipe, encode, kept_random_state, train_classifier
+from guided_dropout.training import Recipe, encode, kept_random_state, train_classifier
 
 __all__ = ["ARMS", "Arm", "RunResult", "Seeds", "finetune"]
 
@@ -103,25 +103,25 @@ def finetune(
     start = time.perf_counter()
     task = get_task(task) if isinstance(task, str) else task
     _check_arm(arm, schedule)
-    if device not in ("auto", "cpu"):
-        raise GuidedDropoutError(f"device is {device!r}; expected 'auto' or 'cpu'")
     if out is not None:
         check_output_folder(out, marker=JSON_NAME)
-    recipe = Recipe(train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate)
+    recipe = Recipe(
+        train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate, device
+    )
     seeds = seeds or Seeds.derive(seed)
 
     train, validation = data if isinstance(data, tuple) else (load_task(task, data, s) for s in ("train", "validation"))
     train = subset(train, train_fraction, seeds.subset)
     tokenizer = load_tokenizer(model)
     classifier = load_classifier(model, task.num_labels, head_seed=seeds.head)
-    max_length = _fitting_length(max_length, tokenizer, classifier)
-    encoded = [encode(examples, task, tokenizer, max_length) for examples in (train, validation)]
-    _check_vocabulary(encoded[0], classifier)
+    recipe = replace(recipe, max_length=_fitting_length(max_length, tokenizer, classifier))
+    encoded, held_out = (encode(examples, task, tokenizer, recipe.max_length) for examples in (train, validation))
+    _check_vocabulary(max(encoded.largest_id(), held_out.largest_id()), classifier)
 
     rates = ARMS[arm].rates(classifier, schedule, rate)
     digest = _digest_weights(classifier)
     with kept_random_state(), apply_dropout(classifier, rates):
-        run = train_classifier(classifier, tokenizer, task, encoded[0], encoded[1], recipe, seeds, device, progress)
+        run = train_classifier(classifier, tokenizer, task, encoded, held_out, recipe, seeds, progress)
 
     last = run.history[-1]
     result = RunResult(
@@ -134,20 +134,9 @@ def finetune(
         diverged=run.diverged,
         collapsed=run.collapsed,
         seeds=seeds,
-        recipe={
-            **asdict(recipe),
-            "max_length": max_length,
-            "optimizer": "adamw(0.9, 0.999)",
-            "decay": "linear",
-            "max_grad_norm": 1.0,
-            "dtype": "float32",
-            "n_train": len(train),
-            "n_eval": len(validation),
-            "train_data": train.source,
-            "eval_data": validation.source,
-        },
+        recipe=_recipe_facts(recipe, train, validation),
         rates=_summary(rates),
-        pairing={"weights": digest, "batches": encoded[0].digest()},
+        pairing={"weights": digest, "batches": encoded.digest()},
         model=model_identity(classifier),
         times={**run.times, "total": time.perf_counter() - start},
         provenance=provenance(device=run.device),
@@ -174,13 +163,27 @@ def _fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: 
     return min(max_length, tokenizer.model_max_length, positions)
 
 
-def _check_vocabulary(train: Encoded, model: PreTrainedModel) -> None:
+def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:
     rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-    if train.largest_id() >= rows:
+    if largest_id >= rows:
         raise ModelError(
-            f"the tokenizer gives the token {train.largest_id()}; expected less than {rows}, the model's vocabulary: "
+            f"the tokenizer gives the token {largest_id}; expected less than {rows}, the model's vocabulary: "
             "use the tokenizer that the model was pretrained with"
         )
+
+
+def _recipe_facts(recipe: Recipe, train: Examples, validation: Examples) -> dict[str, Any]:
+    return {
+        **asdict(recipe),
+        "optimizer": "adamw(0.9, 0.999)",
+        "decay": "linear",
+        "max_grad_norm": 1.0,
+        "dtype": "float32",
+        "n_train": len(train),
+        "n_eval": len(validation),
+        "train_data": train.source,
+        "eval_data": validation.source,
+    }
 
 
 def _summary(schedule: DropoutSchedule) -> dict[str, Any]:

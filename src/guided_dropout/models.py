@@ -175,6 +175,20 @@ def load_classifier(
     return model
 
 
+def check_length(model: PreTrainedModel, max_length: int) -> None:
+    """Refuse samples longer than the model has positions for.
+
+    Raises:
+        ModelError: they are.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < max_length:
+        raise ModelError(
+            f"max length {max_length}; {type(model).__name__} has positions for {limit} tokens: "
+            f"use --max-length {limit} or less"
+        )
+
+
 def _check_classifier(model: PreTrainedModel, info: dict[str, Any], name: str) -> None:
     missing = info["missing_keys"]
     if not any(in_head(model, key) for key in missing):

@@ -1,8 +1,8 @@
 """Figures. The only file that imports matplotlib; it keeps no global state and needs no display.
 
-Each ``plot_…`` draws on the ``ax`` it is given, or on a new figure of its own, and returns the `Axes`; its ``.figure``
-can be saved or handed to `figure_svg`. Colours are Okabe and Ito's, told apart by the colour-blind and, with the marks
-and hatches, in grey.
+Each ``plot_…`` draws on the ``ax`` it is given, or on a new figure of its own, and returns the `Axes`; its
+`figure_of` can be saved or handed to `figure_svg`. Colours are Okabe and Ito's, told apart by the colour-blind and,
+with the marks and hatches, in grey.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def plot_layers(table: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> A
     rows = np.arange(len(table))
     scored = [row["score"] for row in table if row["score"]]
     floor = min(scored, default=1.0) / 3
-    for y, row in zip(rows, table, strict=True):
+    for y, row in enumerate(table):
         color, hatch = _KINDS[row["kind"]]
         if row["score"]:
             ax.barh(y, row["score"] - floor, left=floor, color=color, hatch=hatch, edgecolor=_INK, linewidth=0.6)
@@ -96,8 +96,8 @@ def plot_paired(results: Sequence[Any], ax: Axes | None = None) -> Axes:
     """
     arms = list(dict.fromkeys(r.arm for r in results))
     ax = ax or _new_axes(1.6 + 1.5 * len(arms), 3.8)
-    values = {(r.arm, r.seed): np.nan if r.value is None else r.value for r in results}
-    for seed in dict.fromkeys(r.seed for r in results):
+    values = {(r.arm, r.seeds): np.nan if r.value is None else r.value for r in results}
+    for seed in dict.fromkeys(r.seeds for r in results):
         line = [values.get((arm, seed), np.nan) for arm in arms]
         ax.plot(line, color=_GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", zorder=2)
     for x, arm in enumerate(arms):
@@ -121,6 +121,13 @@ def plot_paired(results: Sequence[Any], ax: Axes | None = None) -> Axes:
     _plain(ax)
     ax.grid(axis="x", visible=False)
     return ax
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The whole figure that `ax` stands on."""
+    figure = ax.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return figure
 
 
 def figure_svg(figure: Figure) -> str:
@@ -155,7 +162,7 @@ def _short(paths: Sequence[str]) -> list[str]:
 
 
 def _shown_rate(row: Mapping[str, Any]) -> float:
-    return row["rate"] if row["scheduled"] is None else row["scheduled"]
+    return row["rate"] if row["scheduled_rate"] is None else row["scheduled_rate"]
 
 
 def _kind_legend(ax: Axes, kinds: Sequence[str]) -> None:

@@ -147,9 +147,10 @@ def _run(model: nn.Module, inputs: Mapping[str, Any] | None, recorder: _Recorder
     except SiteError:
         raise
     except Exception as e:
+        reason = next(iter(str(e).splitlines()), "no message")
         raise SiteError(
             f"{type(model).__name__} does not run on a batch of {', '.join(batch)} made from its configuration "
-            f"({type(e).__name__}: {e}); expected a language model: pass inputs= that it runs on"
+            f"({type(e).__name__}: {reason}); expected a language model: pass inputs= that it runs on"
         ) from e
 
 

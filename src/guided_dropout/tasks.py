@@ -261,6 +261,8 @@ def load_task(task: Task, data: str | Path | None = None, split: str = "train") 
         DataError: no such task data, or a malformed line, named by file and number.
     """
     known = (task.files and task.files.names) or (task.hub and task.hub.splits) or {}
+    if not known:
+        raise DataError(f"task {task.name} has no data of its own; expected examples: give a pair (train, validation)")
     if split not in known:
         raise DataError(_unknown(f"split of {task.name}", split, known))
     if data is None:

@@ -52,6 +52,7 @@ class Recipe:
     weight_decay: float
     max_length: int
     rate: float
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         rules = {
@@ -61,6 +62,7 @@ class Recipe:
             "warmup_ratio": (0.0 <= self.warmup_ratio < 1.0, "at least 0 and less than 1"),
             "weight_decay": (0.0 <= self.weight_decay < math.inf, "at least 0"),
             "max_length": (self.max_length >= 4, "at least 4 tokens"),
+            "device": (self.device in ("auto", "cpu"), "'auto' or 'cpu'"),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
@@ -188,7 +190,6 @@ def train_classifier(
     validation: Encoded,
     recipe: Recipe,
     seeds: Seeds,
-    device: str,
     progress: Callable[[int, int], None] | None,
 ) -> Training:
     """Train `model` in place, with the dropout rates that it has, and evaluate it after each epoch.
@@ -201,12 +202,11 @@ def train_classifier(
         validation: examples to evaluate on.
         recipe: numbers.
         seeds: of the order and of the noise; the random state of the process is lost (see `kept_random_state`).
-        device: ``"auto"`` or ``"cpu"``.
         progress: called after each step with the steps done and the steps in all.
     """
     evaluator = _Evaluator(task)
     with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet():
-        args = _arguments(scratch, recipe, seeds, len(train), device)
+        args = _arguments(scratch, recipe, seeds, len(train))
         trainer = Trainer(
             model,
             args,
@@ -232,7 +232,7 @@ def train_classifier(
     )
 
 
-def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int, device: str) -> TrainingArguments:
+def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> TrainingArguments:
     steps = recipe.epochs * math.ceil(n_train / recipe.batch_size)
     args = TrainingArguments(
         output_dir=scratch,
@@ -255,8 +255,8 @@ def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int, device:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=device == "cpu",
-        dataloader_pin_memory=device != "cpu" and torch.cuda.is_available(),
+        use_cpu=recipe.device == "cpu",
+        dataloader_pin_memory=recipe.device != "cpu" and torch.cuda.is_available(),
     )
     args._n_gpu = min(args.n_gpu, 1)  # Several GPUs would silently multiply the batch size.
     return args

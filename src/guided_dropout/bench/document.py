@@ -78,7 +78,7 @@ def to_markdown(blocks: Sequence[Block], figures: str = "figures") -> str:
 
 def to_html(title: str, blocks: Sequence[Block]) -> str:
     """One page that refers to nothing outside itself, for wide and narrow, light and dark screens."""
-    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("guided_dropout.bench").joinpath("report.css").read_text(encoding="utf-8")
     body = "\n".join(_html(block) for block in blocks)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,6 +1,6 @@
-"""A labelled task made by rule: is this sentence as it was written, or was a determiner swapped with the word after it?
+"""A labelled task made by rule: is this sentence as it was written, or were some neighbouring words of it swapped?
 
-"Return a copy of the string." becomes, for instance, "Return copy a of the string."
+"Return a copy of the given string unchanged." becomes, for instance, "Return copy a of given the string unchanged."
 
 No annotation is needed, the classes are balanced exactly, and word counts tell nothing, since every sentence occurs
 once as written and once swapped. It is a toy: it shows the workflow and stands for no task that anybody cares about.
@@ -16,13 +16,13 @@ from guided_dropout.demo.text import demo_sentences, text_digest
 from guided_dropout.errors import DataError
 from guided_dropout.tasks import Examples, Task
 
-DETERMINERS = frozenset("the a an this that these those its their each every any no some all".split())
+MOST_SWAPS = 3
 
 SWAPPED_WORDS = Task("swapped-words", labels=("as written", "swapped"), metrics=("accuracy", "matthews_correlation"))
 
 
 def swapped_words(
-    *, num_train: int = 720, num_validation: int = 280, seed: int = 0, sentences: Sequence[str] | None = None
+    *, num_train: int = 400, num_validation: int = 200, seed: int = 0, sentences: Sequence[str] | None = None
 ) -> tuple[Examples, Examples]:
     """Training and validation examples of `SWAPPED_WORDS`.
 
@@ -51,10 +51,10 @@ def swapped_words(
 
 
 def swap_words(sentence: str, rng: np.random.Generator) -> str:
-    """Exchange a determiner of `sentence`, drawn by `rng`, with the word after it.
+    """Exchange up to three pairs of neighbouring words of `sentence`, drawn by `rng`; no word moves twice.
 
-    The first and the last word stay, and so do words with punctuation: capitals and full stops give nothing away. Nor
-    is a determiner exchanged with another.
+    Paired words differ in more than capitals. The first and the last word stay, and so do words with punctuation:
+    capitals and full stops give nothing away.
 
     Raises:
         DataError: the sentence has no such pair.
@@ -62,9 +62,12 @@ def swap_words(sentence: str, rng: np.random.Generator) -> str:
     words = sentence.split()
     places = _swappable(words)
     if not places:
-        raise DataError(f"no two words to swap in {sentence!r}; expected a determiner and a word after it inside")
-    i = int(rng.choice(places))
-    words[i], words[i + 1] = words[i + 1], words[i]
+        raise DataError(f"no two words to swap in {sentence!r}; expected two neighbours that differ inside it")
+    swapped: set[int] = set()
+    for i in rng.permutation(places).tolist():
+        if len(swapped) < MOST_SWAPS and not swapped & {i - 1, i, i + 1}:
+            words[i], words[i + 1] = words[i + 1], words[i]
+            swapped.add(i)
     return " ".join(words)
 
 
@@ -73,7 +76,7 @@ def _swappable(words: Sequence[str]) -> list[int]:
     return [
         i
         for i in range(1, len(words) - 2)
-        if words[i] in DETERMINERS and words[i + 1] not in DETERMINERS and words[i + 1].isalpha()
+        if words[i].isalpha() and words[i + 1].isalpha() and words[i].lower() != words[i + 1].lower()
     ]
 
 

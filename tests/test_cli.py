@@ -1,0 +1,181 @@
+"""The command line as a stranger meets it: the whole chain, and one line and exit code 2 for each mistake."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+from tiny import WORDS, save_tiny_bert
+
+from guided_dropout import cli
+from guided_dropout.fisher import FisherProfile
+from guided_dropout.results import RunResult
+from guided_dropout.schedule import DropoutSchedule
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    save_tiny_bert(folder / "model")
+    (folder / "text.txt").write_text("\n".join(" ".join(WORDS[(i + j) % 17] for j in range(12)) for i in range(40)))
+    rows = [f"x\t{i % 2}\t\tthe {'red' if i % 2 else 'green'} cat sees a {WORDS[i % 17]}\n" for i in range(40)]
+    for split in ("train", "dev"):
+        (folder / "glue" / "CoLA").mkdir(parents=True, exist_ok=True)
+        (folder / "glue" / "CoLA" / f"{split}.tsv").write_text("".join(rows))
+    (folder / "blank.txt").write_text("\n")
+    return folder
+
+
+def run(folder, *args, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of the command line, run in `folder`."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["guided-dropout", *map(str, args)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    return lambda *args: run(folder, *args, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.fixture(scope="module")
+def chain(folder):
+    """A profile and a schedule, made on the command line."""
+    for line in (
+        "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out profile",
+        "schedule profile --upper 0.2 --lower 0.01 --out schedule.json",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", "from guided_dropout.cli import main; main()", *line.split()],
+            cwd=folder, capture_output=True, text=True, check=False, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_chain_from_text_to_a_result(chain, command):
+    profile = FisherProfile.from_pretrained(chain / "profile")
+    assert profile.num_samples + profile.num_skipped == 20
+    assert {"seed": 1, "max_length": 12, "source": "model"}.items() <= profile.provenance.items()
+    schedule = DropoutSchedule.load(chain / "schedule.json")
+    assert (max(schedule.rates.values()), min(schedule.rates.values())) == (0.2, 0.01)
+    code, out, err = command(
+        "finetune", "model", "--task", "cola", "--data", "glue", "--arm", "guided", "--schedule", "schedule.json",
+        "--seed", 3, "--train-fraction", 0.5, "--epochs", 1, "--out", "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "cola guided seed 3: matthews_correlation" in out
+    assert RunResult.load(chain / "run").recipe["train_fraction"] == 0.5
+
+
+def test_inspect_prints_a_table_and_json_with_scores_and_rates(chain, command):
+    code, out, _ = command("inspect", "model", "--profile", "profile", "--schedule", "schedule.json", "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert [r["path"] for r in rows][:2] == ["bert.embeddings.dropout", "bert.encoder.layer.0.attention.self.dropout"]
+    assert {r["kind"] for r in rows} == {"module", "attention"}
+    assert rows[0]["parameters"][0] == "bert.embeddings.word_embeddings.weight"
+    assert {r["scheduled_rate"] for r in rows} >= {0.2, 0.01}
+    assert all(r["score"] > 0 and r["rate"] == 0.1 and r["calls"] == 1 for r in rows)
+    code, out, _ = command("inspect", "model", "--profile", "profile")
+    assert code == 0
+    assert "encoder.layer.1.output.dropout" in out
+    assert f"{rows[-1]['score']:.1e}" in out
+
+
+def test_the_same_arguments_give_the_same_profile(chain, command):
+    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 9 --seed 1 --out again"
+    assert command(*line.split())[0] == 0
+    a, b = (FisherProfile.from_pretrained(chain / name).tensor_means for name in ("profile", "again"))
+    assert a == pytest.approx(b, rel=1e-4, abs=1e-12)
+
+
+FISHER = "fisher model --text text.txt --max-length 12 --out new"
+FINETUNE = "finetune model --task cola --data glue --out new --arm guided --schedule schedule.json"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (FISHER.replace("text.txt", "nowhere.txt"), "cannot read the text nowhere.txt: No such file"),
+        (FISHER.replace("text.txt", "blank.txt"), "blank.txt has no text; expected"),
+        (FISHER.replace("12", "128"), "BertForMaskedLM has positions for 24 tokens: use --max-length 24 or less"),
+        (f"{FISHER} --samples 0", "number of samples 0; expected at least 1"),
+        (f"{FISHER} --batch-size 0", "batch size 0; expected at least 1"),
+        (f"{FISHER} --objective causal", "choose another objective or model"),
+        (f"{FISHER} --objective hope", "unknown objective 'hope'; expected one of auto"),
+        (FISHER.replace("model", "./nobody"), "no folder './nobody'; expected"),
+        (FISHER.replace("new", "/proc/new"), "cannot write /proc/new"),
+        (FISHER.replace("new", "glue"), "glue holds other files and no profile.json"),
+        ("schedule profile --upper 1.0 --out new", r"dropout rate of upper is 1.0; expected a number in [0, 1)"),
+        ("schedule profile --upper 0.1 --lower 0.2 --out new", "lower rate 0.2 is above upper rate 0.1"),
+        ("schedule profile --shape linaer --out new", "did you mean 'linear'?"),
+        ("schedule nowhere --out new", "no folder nowhere; expected one that `guided-dropout fisher"),
+        ("inspect model --schedule text.txt", "text.txt is not valid JSON"),
+        (FINETUNE.replace("cola", "kola"), "did you mean 'cola'"),
+        (FINETUNE.replace("cola", "rte"), "RTE"),
+        (FINETUNE.replace("guided", "guidde"), "did you mean 'guided'"),
+        (FINETUNE.replace(" --schedule schedule.json", ""), "schedule"),
+        (f"{FINETUNE} --train-fraction 0", "fraction"),
+        (FINETUNE.replace("--out new", "--out glue"), "glue holds other files and no result.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(chain, command, line, message):
+    before = sorted(chain.rglob("*"))
+    code, _, err = command(*line.split())
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+    assert sorted(chain.rglob("*")) == before
+
+
+def test_a_malformed_row_is_named_by_file_and_line(chain, command, tmp_path):
+    cola = tmp_path / "CoLA"
+    cola.mkdir()
+    good = (chain / "glue" / "CoLA" / "dev.tsv").read_text()
+    (cola / "dev.tsv").write_text(good)
+    (cola / "train.tsv").write_text(good + "x\tmaybe\t\tthe cat\n")
+    code, _, err = command(*FINETUNE.replace("glue", str(tmp_path)).split())
+    assert code == 2
+    assert "train.tsv:41: found" in err
+
+
+def test_a_schedule_for_another_model_is_refused(chain, command):
+    save_tiny_bert(chain / "wider", hidden_size=64)
+    code, _, err = command(*FINETUNE.replace("model", "wider").split())
+    assert code == 2
+    assert "another model" in err
+
+
+# Sends itself a signal when the first samples are done.
+INTERRUPTED = """
+import os, sys
+from guided_dropout import cli, fisher
+
+number, estimate = int(sys.argv.pop()), fisher.estimate_fisher
+
+def interrupted(*args, progress, **options):
+    return estimate(*args, progress=lambda done: os.kill(os.getpid(), number), **options)
+
+fisher.estimate_fisher = interrupted
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(chain, number):
+    before = sorted(chain.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, *FISHER.split(), str(int(number))],
+        cwd=chain, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: interrupted")
+    assert done.stderr.count("\n") == 1
+    assert sorted(chain.rglob("*")) == before
