@@ -22,14 +22,19 @@ def profile(**tensors):
     )
 
 
+def _write_half(staged, file_in, error):
+    with staged as tmp:
+        file_in(tmp).write_text("half")
+        raise error
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     file = tmp_path / "x.json"
     artefacts.write_json(file, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
         artefacts.write_json(file, {"a": float("nan")})
-    with pytest.raises(RuntimeError, match="killed"), artefacts.staged_file(file) as tmp:
-        tmp.write_text("half")
-        raise RuntimeError("killed")
+    with pytest.raises(RuntimeError, match="killed"):
+        _write_half(artefacts.staged_file(file), lambda tmp: tmp, RuntimeError("killed"))
     assert json.loads(file.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [file]
 
@@ -38,9 +43,8 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "p"
     profile().save_pretrained(folder)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    with pytest.raises(KeyboardInterrupt), artefacts.staged_folder(folder) as tmp:
-        (tmp / "profile.json").write_text("half")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        _write_half(artefacts.staged_folder(folder), lambda tmp: tmp / "profile.json", KeyboardInterrupt())
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     profile(other=torch.ones(2)).save_pretrained(folder)
     assert list(FisherProfile.from_pretrained(folder).diagonal) == ["other"]
@@ -49,7 +53,7 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 
 def test_an_output_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(ArtefactError, match="holds other files and no profile.json"):
+    with pytest.raises(ArtefactError, match=r"holds other files and no profile\.json"):
         profile().save_pretrained(tmp_path)
     with pytest.raises(ArtefactError, match="is a file; expected a folder"):
         profile().save_pretrained(tmp_path / "thesis.tex")

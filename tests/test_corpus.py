@@ -53,7 +53,8 @@ def test_masking_depends_on_seed_and_index_alone(seed, index, length):
     np.random.seed(length + 1)
     assert corpus.mask_tokens(list(ids), tok, seed, index) == once
     target = [y != -100 for y in once["labels"]]
-    assert not (target[0] or target[-1])
+    assert not target[0]
+    assert not target[-1]
     assert all(x == i for x, i, t in zip(once["input_ids"], ids, target, strict=True) if not t)
     assert all(y == i for y, i, t in zip(once["labels"], ids, target, strict=True) if t)
 
@@ -90,11 +91,11 @@ def test_bad_text_is_named(tmp_path):
         corpus.read_text(tmp_path / "nowhere.txt")
     blank = tmp_path / "blank.txt"
     blank.write_text(" \n\n")
-    with pytest.raises(DataError, match="blank.txt has no text"):
+    with pytest.raises(DataError, match=r"blank\.txt has no text"):
         corpus.read_text(blank)
     latin = tmp_path / "latin.txt"
     latin.write_bytes("Élan".encode("latin-1"))
-    with pytest.raises(DataError, match="latin.txt is not UTF-8"):
+    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8"):
         corpus.read_text(latin)
     cut = tmp_path / "cut.xz"
     cut.write_bytes(lzma.compress(b"words " * 1000)[:-20])

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import math
 import os
 import platform
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,17 +129,19 @@ def evaluate(model: BertForMaskedLM, blocks: Blocks, unigram: torch.Tensor) -> d
 CARD = """# demo-bert
 
 An uncased BERT masked LM ({layers} layers x {hidden}, {heads} heads, vocabulary {vocab:,}, {params:.2f} M parameters,
-stored as float16) that this project pretrained itself, so that the quickstart needs no model hub. It is a toy: use it to see the
-tool work, not to draw conclusions about language models.
+stored as float16) that this project pretrained itself, so that the quickstart needs no model hub. It is a toy: use it
+to see the tool work, not to draw conclusions about language models.
 
 Text: English Wikipedia articles ({train_tokens:.1f} M training tokens; the last 1 % of the text held out).
 Recipe: `tools/pretrain_demo_lm.py`, {steps:,} steps, {tokens_seen:.1f} M tokens seen, seed {seed}, no dropout,
 AdamW, peak learning rate {lr}, {precision}; torch {torch}, transformers {transformers}, {date}.
 
-| held-out masked LM ({targets:,} targets, {eval_length} tokens) | loss (nats) | top-1 |
-|---|---|---|
-| this model | {loss:.3f} | {accuracy:.1%} |
-| unigram frequencies of the training text | {unigram_loss:.3f} | {unigram_accuracy:.1%} |
+| held-out masked LM | loss (nats) | top-1 | unigram loss | unigram top-1 | targets |
+|---|---|---|---|---|---|
+{rows}
+
+The unigram columns are the training text's token frequencies on the same targets. Most of the training was on 64
+tokens: positions beyond the 64th saw only the last {long_steps:,} steps, and it shows.
 
 The weights are under the project's licence. The Wikipedia text they were trained on is CC BY-SA 4.0 and is not
 included.
@@ -240,7 +242,7 @@ def main() -> None:
             )  # fmt: skip
             os.replace(tmp, checkpoint)
 
-    final = evaluate(model, held_blocks[128], unigram)
+    final = {length: evaluate(model, blocks, unigram) for length, blocks in held_blocks.items()}
     folder = a.out / "model"
     # The dropout that fine-tuning will start from is BERT's default; pretraining used none.
     model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.1
@@ -255,16 +257,21 @@ def main() -> None:
         mask_token="[MASK]", model_max_length=128,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
-    short_steps = a.steps - a.long_steps
-    facts = dict(
+    rows = "\n".join(
+        f"| {n} tokens | {f['loss']:.3f} | {f['accuracy']:.1%} | {f['unigram_loss']:.3f} | {f['unigram_accuracy']:.1%} "
+        f"| {f['targets']:,} |"
+        for n, f in final.items()
+    )
+    facts: dict[str, Any] = dict(  # noqa: C408
         layers=a.layers, hidden=a.hidden, heads=a.hidden // 32, vocab=vocab, steps=a.steps, seed=a.seed, lr=a.lr,
         params=sum(q.numel() for q in model.parameters()) / 1e6, train_tokens=len(stream) / 1e6,
-        tokens_seen=(short_steps + a.long_steps) * a.batch_tokens / 1e6, torch=torch.__version__,
-        transformers=transformers.__version__, date=date.today().isoformat(), eval_length=128,
-        precision="bfloat16 autocast" if a.bf16 else "float32", **final,
+        tokens_seen=a.steps * a.batch_tokens / 1e6, torch=torch.__version__,
+        transformers=transformers.__version__, date=date.today().isoformat(), rows=rows,
+        long_steps=a.long_steps,
+        precision="bfloat16 autocast" if a.bf16 else "float32", held_out=final,
     )  # fmt: skip
     (folder / "README.md").write_text(CARD.format(**facts))
-    record = {**facts, "python": platform.python_version(), "perplexity": math.exp(final["loss"]), "history": history}
+    record = {**facts, "python": platform.python_version(), "history": history}
     (a.out / "record.json").write_text(json.dumps(record, indent=1) + "\n")
     print((folder / "README.md").read_text())
 

@@ -39,7 +39,7 @@ def tune(args: argparse.Namespace) -> None:
             pair = fifth.take(range(half)), fifth.take(range(half, len(fifth)))
             finetune(args.model, name, data=pair, arm="dropout", seed=seed, epochs=epochs, learning_rate=rate, out=out)
         result = RunResult.load(out)
-        print(f"{name} lr {rate:g} epochs {epochs} seed {seed}: {result.metric} {result.value} ({result.times['total']:.0f} s)", flush=True)
+        print(f"{name} lr {rate:g} epochs {epochs} seed {seed}: {result.metric} {result.value}", flush=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -27,13 +27,13 @@ class _Speed(ProgressColumn):
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar that shows speed and time left; yields ``update(done, total)``, where `total` may be None to leave it."""
+    """A bar that shows speed and time left; yields ``update(done, total)``, a `total` of None leaves it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(what, total=total)
 
         def update(done: int, total: int | None = None) -> None:
-            bar.update(task, completed=done, **({} if total is None else {"total": total}))
+            bar.update(task, completed=done, total=total)
 
         yield update
 

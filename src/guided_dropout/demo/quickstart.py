@@ -53,9 +53,9 @@ class Settings:
     fisher_length: int = 64
     train_sentences: int = 400
     validation_sentences: int = 200
-    epochs: int = 3
-    batch_size: int = 16
-    learning_rate: float = 3e-4
+    epochs: int = 2
+    batch_size: int = 32
+    learning_rate: float = 6e-4
     rate: float = 0.1
 
 
