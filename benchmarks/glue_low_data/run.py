@@ -80,7 +80,7 @@ def summary(args: argparse.Namespace, schedule: DropoutSchedule) -> dict[str, ob
             "means": {arm: summarise(v).mean for arm, v in values.items()},
             "collapsed": {arm: sum(r.collapsed for r in results) for arm, results in runs.items()},
             "comparisons": comparisons,
-            "recipe": runs["guided"][0].recipe,
+            "recipe": {k: Path(v).name if k.endswith("_data") else v for k, v in runs["guided"][0].recipe.items()},
         }
     return {
         "kind": "glue-low-data",

@@ -1,5 +1,16 @@
 """Dropout rates for fine-tuning language models, guided by the Fisher information of the pretrained weights."""
 
 from guided_dropout.fisher import FisherProfile, estimate_fisher
+from guided_dropout.regularizers import DropoutHandle, apply_dropout
+from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.sites import DropoutSite, find_sites
 
-__all__ = ["FisherProfile", "estimate_fisher"]
+__all__ = [
+    "DropoutHandle",
+    "DropoutSchedule",
+    "DropoutSite",
+    "FisherProfile",
+    "apply_dropout",
+    "estimate_fisher",
+    "find_sites",
+]
