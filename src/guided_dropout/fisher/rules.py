@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A tile of a matrix's gradient and one of its sum of squares fit a core's cache together (float32: 2 x 512 KB).
-_TILE_ELEMENTS = 128 * 1024
+# A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
+_TILE_ELEMENTS = 512 * 1024
 
 
 @dataclass(frozen=True)
