@@ -156,6 +156,8 @@ def test_quickstart_makes_everything_and_goes_on_where_it_was_cut_off(tmp_path, 
     assert SWAPPED_WORDS.name in (out / "report.md").read_text()
     with pytest.raises(ArtefactError, match=r"epochs 1; expected 2"):
         run(out, model, settings=replace(SMALL, epochs=2))
+    with pytest.raises(ArtefactError, match="fisher_samples"):  # which no run's own recipe would tell
+        run(out, model, settings=replace(SMALL, fisher_samples=SMALL.fisher_samples + 1))
     damaged = json.loads((out / "runs" / "guided-0" / "result.json").read_text())
     damaged["recipe"]["learning_rate"] = 1.0
     (out / "runs" / "guided-0" / "result.json").write_text(json.dumps(damaged))
