@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny import WORDS, save_tiny_bert
+from tiny import WORDS, save_tiny_bert, tiny_bert_config
+from transformers import BertModel
 
 from guided_dropout import cli
 from guided_dropout.fisher import FisherProfile
+from guided_dropout.models import quiet
 from guided_dropout.results import RunResult
 from guided_dropout.schedule import DropoutSchedule
 
@@ -62,6 +64,7 @@ def test_the_chain_from_text_to_a_result(chain, command):
     profile = FisherProfile.from_pretrained(chain / "profile")
     assert profile.num_samples + profile.num_skipped == 20
     assert {"seed": 1, "max_length": 12, "source": "model"}.items() <= profile.provenance.items()
+    assert profile.model["name_or_path"] == "model"
     schedule = DropoutSchedule.load(chain / "schedule.json")
     assert (max(schedule.rates.values()), min(schedule.rates.values())) == (0.2, 0.01)
     code, out, err = command(
@@ -86,6 +89,18 @@ def test_inspect_prints_a_table_and_json_with_scores_and_rates(chain, command):
     assert code == 0
     assert "encoder.layer.1.output.dropout" in out
     assert f"{rows[-1]['score']:.1e}" in out
+
+
+def test_inspect_needs_no_language_model_head(chain, command):
+    with quiet():
+        BertModel(tiny_bert_config()).save_pretrained(chain / "encoder")
+    code, out, err = command("inspect", "encoder", "--profile", "profile", "--json")
+    assert code == 0, err
+    assert {row["path"] for row in json.loads(out)} >= {"embeddings.dropout", "encoder.layer.0.output.dropout"}
+    assert all(row["score"] > 0 for row in json.loads(out))
+    code, _, err = command("fisher", "encoder", "--text", "text.txt", "--max-length", 12, "--out", "new")
+    assert code == 2
+    assert "does not hold the language-model head" in err
 
 
 def test_the_same_arguments_give_the_same_profile(chain, command):

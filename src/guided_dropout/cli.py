@@ -102,20 +102,20 @@ def inspect(
 ) -> None:
     """List a model's dropout sites, found by running it: path, kind, the rate that arrives, what feeds it, score."""
     from guided_dropout.fisher import FisherProfile
-    from guided_dropout.models import load_lm
+    from guided_dropout.models import load_model
     from guided_dropout.regularizers import dropout_table
     from guided_dropout.schedule import DropoutSchedule
     from guided_dropout.sites import trace
 
-    lm = load_lm(model)
+    loaded = load_model(model)
     measured = FisherProfile.from_pretrained(profile) if profile else None
     planned = DropoutSchedule.load(schedule) if schedule else None
-    rows = dropout_table(lm, planned, measured, grouping)
+    rows = dropout_table(loaded, planned, measured, grouping)
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return
     console.print(site_table(rows))
-    dead = trace(lm).dead
+    dead = trace(loaded).dead
     if dead:
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
 

@@ -11,6 +11,9 @@ do. The command line prints it in one line and exits with 2. Anything else that 
 * ``SiteError``: a dropout rate that does not arrive where it should.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class GuidedDropoutError(ValueError):
     """Root of all errors that a user can mend."""
@@ -34,3 +37,11 @@ class ScheduleError(GuidedDropoutError):
 
 class SiteError(GuidedDropoutError):
     """A dropout rate does not arrive where it should."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not among those known, with the nearest of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name.lower().replace("-", ""), known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"unknown {what} {name!r}{hint}; expected one of: {', '.join(known)}"

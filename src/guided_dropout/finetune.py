@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.artefacts import check_output_folder
-from guided_dropout.errors import ModelError, ScheduleError
+from guided_dropout.errors import ModelError, ScheduleError, unknown
 from guided_dropout.identity import model_identity
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.provenance import provenance
@@ -148,9 +147,7 @@ def finetune(
 
 def _check_arm(arm: str, schedule: DropoutSchedule | None) -> None:
     if arm not in ARMS:
-        near = difflib.get_close_matches(arm, ARMS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise ScheduleError(f"unknown arm {arm!r}{hint}; expected one of: {', '.join(ARMS)}")
+        raise ScheduleError(unknown("arm", arm, ARMS))
     if ARMS[arm].needs_schedule and schedule is None:
         raise ScheduleError(
             f"the arm {arm!r} has no schedule; expected one made from a Fisher profile: run `guided-dropout schedule` "

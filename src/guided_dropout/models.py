@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -138,6 +140,18 @@ def load_lm(name: str | Path, objective: str = "auto", dtype: torch.dtype = torc
     return model.eval()
 
 
+def load_model(name: str | Path) -> PreTrainedModel:
+    """Load the model that the checkpoint says it is, with whatever head it has, in evaluation mode on the CPU.
+
+    Raises:
+        ModelError: no such model.
+    """
+    config = _load(AutoConfig.from_pretrained, name)
+    architecture = next(iter(config.architectures or []), "")
+    loader = getattr(transformers, architecture, AutoModel)
+    return _load(loader.from_pretrained, name, dtype=torch.float32).eval()
+
+
 def load_classifier(
     name: str | Path, num_labels: int, *, head_seed: int, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
@@ -228,7 +242,7 @@ def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
     source = resolve_model(name)
     try:
         with quiet():
-            return loader(source, local_files_only=Path(source).is_dir(), **options)
+            loaded = loader(source, local_files_only=Path(source).is_dir(), **options)
     except _LOADING_ERRORS as e:
         where = "the folder" if Path(source).is_dir() else "no such folder, and the hub"
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
@@ -236,6 +250,10 @@ def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
             f"cannot load {name} ({where}: {reason}); expected {DEMO!r}, a folder that save_pretrained wrote, or a hub "
             "name: check the name, the folder's files and the connection"
         ) from e
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if isinstance(model, PreTrainedModel):
+        model.config.name_or_path = str(name)  # as the user calls it: a path of this machine means nothing elsewhere
+    return loaded
 
 
 def _first(names: list[str]) -> str:

@@ -10,7 +10,7 @@ over its own targets, in nats:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,17 +119,48 @@ def pad_value(model: nn.Module, name: str) -> int:
     return 0
 
 
-def check_samples(samples: Iterable[Sample]) -> Iterable[Sample]:
-    """Yield samples after a look at their form; the first bad one is named by its index."""
+def check_samples(model: nn.Module, samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield samples after a look at their form; the first bad one is named by its index.
+
+    Raises:
+        DataError: a sample that is no mapping, is empty, whose sequences differ in length, that holds other keys than
+            the first, or a token beyond the vocabulary.
+    """
+    vocabulary = _vocabulary(model)
+    paired = {"attention_mask", "token_type_ids", "position_ids"}
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        paired.add("labels")
+    keys: set[str] = set()
     for i, s in enumerate(samples):
         if not isinstance(s, Mapping) or "input_ids" not in s or "labels" not in s:
             found = sorted(s) if isinstance(s, Mapping) else type(s).__name__
             raise DataError(f"sample {i} holds {found}; expected a mapping with input_ids and labels")
-        if len(s["input_ids"]) == 0:
-            raise DataError(f"sample {i} is empty; expected at least one token: leave it out")
-        if "decoder_input_ids" not in s and "decoder_attention_mask" not in s and len(s["labels"]) == 0:
-            raise DataError(f"sample {i} has empty labels; expected one label per position (-100 for no target)")
+        if len(s["input_ids"]) == 0 or len(s["labels"]) == 0:
+            raise DataError(f"sample {i} is empty; expected at least one token and one label: leave it out")
+        own = set(s) - {"attention_mask"}  # which is all ones where it is not given
+        if own != (keys := keys or own):
+            odd = sorted(own ^ keys)[0]
+            where = f"sample {i}" if odd in own else "sample 0"
+            raise DataError(f"only {where} of samples 0 and {i} holds {odd}; expected the same keys in all samples")
+        tensors = {name: _as_tensor(name, value) for name, value in s.items()}
+        for name in sorted(paired & set(s)):
+            if len(tensors[name]) != len(tensors["input_ids"]):
+                raise DataError(
+                    f"sample {i} has {len(s[name])} {name} for {len(s['input_ids'])} input_ids; expected as many"
+                )
+        for name in ("input_ids", "labels"):
+            odd_ids = [t for t in tensors[name].tolist() if not 0 <= t < vocabulary and (name, t) != ("labels", IGNORE)]
+            if odd_ids:
+                raise DataError(
+                    f"sample {i} has {odd_ids[0]} in its {name}; expected 0 to {vocabulary - 1}, the vocabulary of "
+                    f"{type(model).__name__}, or {IGNORE} for no target: use the model's own tokenizer"
+                )
         yield s
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    return embeddings.weight.shape[0]
 
 
 def detect_objective(model: nn.Module, sample: Sample, reduction: str = "mean") -> Objective:

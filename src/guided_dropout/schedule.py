@@ -7,7 +7,6 @@ With the sites in ascending order of their Fisher score, :math:`k = 0 \dots L-1`
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from guided_dropout.artefacts import read_json, write_json
-from guided_dropout.errors import ArtefactError, ScheduleError
+from guided_dropout.errors import ArtefactError, ScheduleError, unknown
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.identity import backbone_name, model_identity
 from guided_dropout.sites import GROUPINGS, DropoutSite, find_sites
@@ -253,11 +252,8 @@ def check_rate(name: str, rate: Any) -> None:
 
 
 def _check_choice(what: str, value: str, choices: Iterable[str]) -> None:
-    choices = list(choices)
     if value not in choices:
-        close = difflib.get_close_matches(value, choices, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "choose one of them"
-        raise ScheduleError(f"unknown {what} {value!r}; expected one of {', '.join(choices)}: {hint}")
+        raise ScheduleError(unknown(what, value, choices))
 
 
 def _sites(model: nn.Module, include_head: bool) -> list[DropoutSite]:

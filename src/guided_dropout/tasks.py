@@ -5,11 +5,10 @@ A task is data. One of your own is a `Task` with a name, labels and metrics; its
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn import metrics as sk
 
-from guided_dropout.errors import DataError
+from guided_dropout.errors import DataError, unknown
 from guided_dropout.examples import (
     Examples,
     GlueFiles,
@@ -74,7 +73,7 @@ class Task:
             raise DataError(f"task {self.name!r} has no metric; expected at least one of {', '.join(METRICS)}")
         for metric in self.metrics:
             if metric not in METRICS:
-                raise DataError(_unknown("metric", metric, METRICS))
+                raise DataError(unknown("metric", metric, METRICS))
             if not METRICS[metric].suits(self.labels):
                 wants = METRICS[metric].wants
                 raise DataError(f"task {self.name!r} has the metric {metric}, which expects {wants}: choose another")
@@ -221,7 +220,7 @@ def get_task(name: str) -> Task:
         DataError: there is none; the nearest names are given.
     """
     if name not in TASKS:
-        raise DataError(_unknown("task", name, TASKS))
+        raise DataError(unknown("task", name, TASKS))
     return TASKS[name]
 
 
@@ -264,7 +263,7 @@ def load_task(task: Task, data: str | Path | None = None, split: str = "train") 
     if not known:
         raise DataError(f"task {task.name} has no data of its own; expected examples: give a pair (train, validation)")
     if split not in known:
-        raise DataError(_unknown(f"split of {task.name}", split, known))
+        raise DataError(unknown(f"split of {task.name}", split, known))
     if data is None:
         return _from_hub(task, HUB_REPOSITORY, split)
     folder = Path(data).expanduser()
@@ -284,9 +283,3 @@ def _from_hub(task: Task, repository: str, split: str) -> Examples:
     if task.hub is None:
         raise DataError(f"task {task.name} has no hub data set; expected a folder that holds it: give --data")
     return read_hub_data(task.hub, repository, split, task.labels)
-
-
-def _unknown(what: str, name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name.lower().replace("-", ""), known, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"unknown {what} {name!r}{hint}; expected one of: {', '.join(known)}"

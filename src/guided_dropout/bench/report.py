@@ -254,7 +254,9 @@ def _limits(comparisons: Sequence[ArmComparison], notes: Sequence[str]) -> list[
     if any(c.b == "dropout" for c in comparisons):
         limits.append(
             "The guided schedule's mean rate is lower than the standard one, so guided − dropout alone cannot tell "
-            "guidance from less dropout; guided − uniform, at the same mean rate, can."
+            "guidance from less dropout; guided − uniform, at the same mean rate, takes that difference away. It still "
+            "does not tell whether the Fisher scores matter or any uneven rates would do: that needs reversed and "
+            "shuffled schedules, which were not run."
         )
     if len(comparisons) > 1:
         limits.append(f"Each of the {len(comparisons)} intervals stands alone; they are not adjusted for each other.")
@@ -278,4 +280,5 @@ def _again(run: RunResult, commands: Sequence[str]) -> list[Block]:
 
 
 def _interval(interval: Interval | None, form: str) -> str:
-    return "–" if interval is None else f"[{interval[0]:{form}}, {interval[1]:{form}}]"
+    # Rounded first: a tiny negative bound would be printed as -0.0000.
+    return "–" if interval is None else "[{}, {}]".format(*(f"{round(bound, 4) + 0.0:{form}}" for bound in interval))

@@ -63,7 +63,7 @@ def estimate_fisher(
         raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
     if objective not in ("auto", *OBJECTIVES):
         raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
-    stream = iter(check_samples(samples))
+    stream = check_samples(model, samples)
     first = next(stream, None)
     if first is None:
         raise DataError("there are no samples; expected at least one")
