@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, ModelError
-from guided_dropout.fisher.fast import BatchedSquares, Plan, make_plan, requiring_grad
+from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
+from guided_dropout.fisher.plan import checked_plan
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.identity import model_identity
@@ -134,11 +134,12 @@ def _sum(
         if squares is None:
             plan = checked_plan(model, objective, parameters, batch)
             squares = BatchedSquares(model, objective, parameters, plan)
-        _check_finite(squares.add(batch), first=num)
+        _check_finite(squares.add(batch).losses, first=num)
         num += len(batch)
         if progress:
             progress(num)
-    return (squares.totals, squares.fallback, num) if squares else ({}, set(), 0)
+    totals = {n: squares.totals.total(n) for n in parameters} if squares else {}
+    return (totals, squares.fallback, num) if squares else ({}, set(), 0)
 
 
 def _sum_by_reference(
@@ -171,21 +172,6 @@ def _check_finite(losses: Tensor, *, first: int) -> None:
             f"the loss of sample {first + b} (from 0, of those with a target) is {losses[b].item()}; "
             "expected a finite number: leave the sample out or load the model in float32"
         )
-
-
-def checked_plan(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
-) -> Plan:
-    """A plan whose squares were compared with plain autograd on the first samples; what differs takes the loop."""
-    plan = make_plan(model, objective, parameters, samples[0])
-    few = samples[:2]
-    fast = BatchedSquares(model, objective, parameters, plan)
-    fast.add(few)
-    with requiring_grad(parameters.values()):
-        slow = sum_of_squares(model, parameters, few, objective)
-    largest = max(t.max().item() for t in slow.values())
-    wrong = {n for n, t in slow.items() if (fast.totals[n] - t).norm().item() > 1e-2 * t.norm().item() + 1e-9 * largest}
-    return replace(plan, fallback=frozenset(wrong)) if wrong else plan
 
 
 def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
