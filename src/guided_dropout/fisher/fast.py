@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from guided_dropout.fisher.crossentropy import cross_entropy
+from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.operations import Key, ParameterOperations
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.rules import Call, Rule, as_rows
-from guided_dropout.fisher.squares import Layout, Use, add_squares
+from guided_dropout.fisher.squares import Use, add_squares
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.objectives import IGNORE, Batch, Objective, Sample
 
@@ -56,14 +59,28 @@ class Added:
 class BatchedSquares:
     """Adds up the squares of the per-sample gradients, batch by batch.
 
+    Args:
+        scores_only: keep only each parameter's sum over its elements, with no memory of the parameters' size.
+        per_sample: give each sample's sums with each batch.
+
     Attributes:
         totals: the running sums.
         fallback: parameters that took the reference loop in any batch.
     """
 
-    def __init__(self, model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], plan: Plan):
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan,
+        *,
+        scores_only: bool = False,
+        per_sample: bool = False,
+    ):
         self.model, self.objective, self.parameters, self.plan = model, objective, parameters, plan
-        self.totals = Totals(parameters)
+        self.totals = Totals(parameters, scores_only=scores_only)
+        self.per_sample = per_sample
         self.fallback: set[str] = set()
 
     def add(self, samples: Sequence[Sample]) -> Added:
@@ -74,19 +91,32 @@ class BatchedSquares:
         skipped = capture.mode.uncovered | self.plan.fallback
         self.fallback |= skipped
         if skipped:
-            self._add_by_reference(skipped, samples)
+            self._add_by_reference(skipped, samples, capture.sums)
+        if self.totals.scores_only:
+            for name, sums in capture.sums.items():
+                self.totals[name].add_(sums.sum())
         self.totals.counted(len(samples))
-        return Added(losses)
+        return Added(losses, capture.sums if self.per_sample else None)
 
-    def _add_by_reference(self, names: set[str] | frozenset[str], samples: Sequence[Sample]) -> None:
+    def _add_by_reference(
+        self, names: set[str] | frozenset[str], samples: Sequence[Sample], sums: dict[str, Tensor]
+    ) -> None:
         some = {n: self.parameters[n] for n in self.parameters if n in names}
         with requiring_grad(some.values()):
-            for name, squares in sum_of_squares(self.model, some, samples, self.objective).items():
-                self.totals[name].add_(squares)
+            for b, sample in enumerate(samples):
+                for name, squares in sum_of_squares(self.model, some, [sample], self.objective).items():
+                    if not self.totals.scores_only:
+                        self.totals[name].add_(squares)
+                    if name in sums:
+                        sums[name][b] = squares.sum(dtype=torch.float64)
 
 
 class Capture:
-    """One batch's forward and backward."""
+    """One batch's forward and backward.
+
+    Attributes:
+        sums: name → [B] float64, each sample's sum of squares over the parameter's elements, where that is wanted.
+    """
 
     def __init__(self, owner: BatchedSquares, batch: Batch):
         self.owner, self.batch, self.plan = owner, batch, owner.plan
@@ -95,20 +125,27 @@ class Capture:
         self.expected: Counter[str] = Counter()
         self.mode = ParameterOperations({id(p): n for n, p in owner.parameters.items()}, self.visit)
         self.head_rows: Layout | None = None
+        self.sums: dict[str, Tensor] = {}
+        if owner.per_sample or owner.totals.scores_only:
+            zeros = {
+                n: torch.zeros(len(batch), dtype=torch.float64, device=p.device) for n, p in owner.parameters.items()
+            }
+            self.sums.update(zeros)
 
     def run(self) -> Tensor:
         """Forward and backward; returns the losses [B]."""
         logits = self.forward()
-        targets, weights = self.batch.targets[self.targets], self.batch.weights[self.targets]
         if self.plan.head is None:
             logits = logits[self.targets]
-        ce = nn.functional.cross_entropy(logits, targets, reduction="none") * weights.to(logits.dtype)
+        weights = self.batch.weights[self.targets]
+        ce = cross_entropy(logits, self.batch.targets[self.targets])
+        del logits  # its memory becomes the gradient's
         if ce.requires_grad:
-            ce.sum().backward()
+            (ce * weights.to(ce.dtype)).sum().backward()
         for name, uses in self.uses.items():
             if name not in self.mode.uncovered:
-                add_squares(self.owner.totals[name], uses, len(self.batch))
-        return self.target_layout().sum_rows(ce.detach())
+                self._square(name, uses)
+        return self.target_layout().sum_rows(ce.detach() * weights)
 
     def forward(self) -> Tensor:
         """The logits [B, T, V], or [M, V] where the head sees target positions only."""
@@ -130,18 +167,17 @@ class Capture:
         if layout is None:
             self.mode.uncovered |= names
             return rule.run(call)
+        self.expected.update(names)
+        if rule.input_gradient is not None and call.x.requires_grad:
+            return _Alone.apply(call.x, _Kept(call, rule, layout, keys, self))
         out = rule.run(call)
         if not out.requires_grad:  # the graph begins here; a clone, since a leaf must not be changed in place
             out = out.detach().requires_grad_().clone()
-        self.expected.update(names)
         kept = [replace(call, x=call.x.detach())]
 
         def hook(gradient: Tensor) -> None:
-            (saved,) = kept
-            kept.clear()  # free the input as soon as it has served
-            for role, use in rule.uses(saved, as_rows(gradient), layout).items():
-                if role in keys:
-                    self._take(keys[role][0], use)
+            saved = kept.pop()  # free the input as soon as it has served
+            self.take(rule.uses(saved, as_rows(gradient), layout), keys)
 
         out.register_hook(hook)
         return out
@@ -160,13 +196,73 @@ class Capture:
             return call, Layout.even(rows, samples)
         return call, None
 
-    def _take(self, name: str, use: Use) -> None:
-        if name in self.mode.uncovered or name in self.plan.fallback:
-            return
-        if self.expected[name] == 1:
-            add_squares(self.owner.totals[name], [use], len(self.batch))
-        else:
-            self.uses[name].append(use)
+    def take(self, uses: Mapping[str, Use], keys: Mapping[str, Key]) -> None:
+        """Square an operation's uses, or keep those of parameters that are used again."""
+        for role, use in uses.items():
+            name = keys[role][0] if role in keys else None
+            if name is None or name in self.mode.uncovered or name in self.plan.fallback:
+                continue
+            if self.expected[name] == 1:
+                self._square(name, [use])
+            else:
+                self.uses[name].append(use)
+
+    def _square(self, name: str, uses: Sequence[Use]) -> None:
+        totals = self.owner.totals
+        add_squares(None if totals.scores_only else totals[name], uses, self.sums.get(name))
+
+
+@dataclass
+class _Kept:
+    """What the backward of an operation that treats each row alike needs."""
+
+    call: Call
+    rule: Rule
+    layout: Layout
+    keys: Mapping[str, Key]
+    capture: Capture
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        call, rule, layout = self.call, self.rule, self.layout
+        assert rule.input_gradient is not None
+        rows = as_rows(gradient)
+        kept = None if layout.rows is not None else rows_with_gradient(rows)
+        if kept is None:
+            self.capture.take(rule.uses(call, rows, layout), self.keys)
+            return rule.input_gradient(call, rows).view(call.x.shape)
+        self.capture.take(rule.uses(call, rows, layout.only(kept)), self.keys)
+        whole = rows.new_zeros(len(rows), call.x.shape[-1])
+        return whole.index_copy_(0, kept, rule.input_gradient(call, rows[kept])).view(call.x.shape)
+
+
+class _Alone(torch.autograd.Function):
+    """An operation whose rows are differentiated by us; it never forms a weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: _Kept) -> Tensor:
+        ctx.kept = kept
+        kept.call = replace(kept.call, x=x.detach())
+        return kept.rule.run(kept.call)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        kept, ctx.kept = ctx.kept, None  # free the input as soon as it has served
+        return kept.backward(*gradients), None
+
+
+def rows_with_gradient(rows: Tensor) -> Tensor | None:
+    """Numbers of the rows of [R, n] that are not all zero; None where these are most, or where to ask would cost more.
+
+    Padding has none, nor what only idle positions of the last layer depend on. Exact: a row is left out only if each of
+    its elements is zero.
+    """
+    if rows.device.type != "cpu":
+        return None
+    doubtful = (rows[:, 0] == 0).nonzero()[:, 0]
+    if len(doubtful) * 8 < len(rows):
+        return None
+    idle = doubtful[~rows[doubtful].any(1)]
+    return torch.ones(len(rows), dtype=torch.bool).index_fill_(0, idle, False).nonzero()[:, 0]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from guided_dropout.fisher.squares import Layout, Outer, Rows, Sums, Use
+from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.squares import Outer, Rows, Sums, Use
 
 
 @dataclass
@@ -40,12 +41,15 @@ class Rule:
         bind: the operation's own arguments → Call, or None where this form of it has no rule.
         run: Call → output.
         uses: (Call, gradient rows [R, ·], Layout) → role → Use.
+        input_gradient: (Call, gradient rows [R, ·]) → the gradient of the input's rows [R, ·], for operations that
+            treat each row alike; rows without a gradient are then left out of all products. None: autograd does it.
     """
 
     name: str
     bind: Callable[..., Call | None]
     run: Callable[[Call], Tensor]
     uses: Callable[[Call, Tensor, Layout], dict[str, Use]]
+    input_gradient: Callable[[Call, Tensor], Tensor] | None = None
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -150,9 +154,19 @@ def _shift_uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
     return {"vector": Sums(layout.sum_rows(g))}
 
 
-_LINEAR = Rule("linear", _bind_linear, lambda c: F.linear(c.x, **c.parameters), _linear_uses)
+_LINEAR = Rule(
+    "linear",
+    _bind_linear,
+    lambda c: F.linear(c.x, **c.parameters),
+    _linear_uses,
+    lambda c, g: g @ c.parameters["weight"],
+)
 _ADDMM = Rule(
-    "addmm", _bind_addmm, lambda c: torch.addmm(c.parameters["bias"], c.x, c.parameters["weight"]), _addmm_uses
+    "addmm",
+    _bind_addmm,
+    lambda c: torch.addmm(c.parameters["bias"], c.x, c.parameters["weight"]),
+    _addmm_uses,
+    lambda c, g: g @ c.parameters["weight"].T,
 )
 EMBEDDING = Rule(
     "embedding",

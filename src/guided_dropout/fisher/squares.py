@@ -10,55 +10,20 @@ contributes to a parameter's per-sample gradients is a *use*:
 ======================  ===========================================================
 
 Sums run over the rows t of one sample. `add_squares` adds up a sample's uses of a parameter, squares, and sums over the
-batch.
+batch, over the parameter's elements, or both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-# A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
-_TILE_ELEMENTS = 512 * 1024
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which of R rows belong to which of B samples.
-
-    Attributes:
-        offsets: B+1 row numbers; sample b owns rows ``offsets[b]`` to ``offsets[b+1]``.
-    """
-
-    offsets: tuple[int, ...]
-
-    @classmethod
-    def even(cls, num_rows: int, num_samples: int) -> Layout:
-        """Equally many rows for each sample, sample after sample."""
-        step = num_rows // num_samples
-        return cls(tuple(range(0, num_rows + 1, step)) if step else (0,) * (num_samples + 1))
-
-    @property
-    def num_samples(self) -> int:
-        """B."""
-        return len(self.offsets) - 1
-
-    def owners(self, device: torch.device) -> Tensor:
-        """[R] int64, the sample that each row belongs to."""
-        counts = torch.tensor(self.offsets, device=device).diff()
-        return torch.repeat_interleave(torch.arange(self.num_samples, device=device), counts)
-
-    def sum_rows(self, rows: Tensor) -> Tensor:
-        """[R, ...] → [B, ...], each sample's rows added up."""
-        return rows.new_zeros(self.num_samples, *rows.shape[1:]).index_add_(0, self.owners(rows.device), rows)
-
-    def spans(self) -> list[tuple[int, slice]]:
-        """(sample, its rows) for each sample that has rows."""
-        pairs = zip(self.offsets[:-1], self.offsets[1:], strict=True)
-        return [(b, slice(s, e)) for b, (s, e) in enumerate(pairs) if e > s]
+from guided_dropout.fisher.kernels import square_accumulate
+from guided_dropout.fisher.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -69,11 +34,6 @@ class Outer:
     right: Tensor
     layout: Layout
 
-    def add_to(self, gradient: Tensor, sample: int) -> None:
-        """Add sample `sample`'s gradient to `gradient` [m, n]."""
-        rows = slice(self.layout.offsets[sample], self.layout.offsets[sample + 1])
-        gradient.addmm_(self.left[rows].T.to(gradient.dtype), self.right[rows].to(gradient.dtype))
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -83,11 +43,6 @@ class Rows:
     grads: Tensor
     layout: Layout
 
-    def add_to(self, gradient: Tensor, sample: int) -> None:
-        """Add sample `sample`'s gradient to `gradient` [V, d]."""
-        rows = slice(self.layout.offsets[sample], self.layout.offsets[sample + 1])
-        gradient.index_add_(0, self.ids[rows], self.grads[rows].to(gradient.dtype))
-
 
 @dataclass(frozen=True)
 class Sums:
@@ -95,72 +50,89 @@ class Sums:
 
     grads: Tensor
 
-    def add_to(self, gradient: Tensor, sample: int) -> None:
-        """Add sample `sample`'s gradient to `gradient` [d]."""
-        gradient.add_(self.grads[sample])
-
 
 Use = Outer | Rows | Sums
+_Kind = TypeVar("_Kind", Outer, Rows, Sums)
 
 
-def add_squares(total: Tensor, uses: Sequence[Use], num_samples: int) -> None:
-    r"""``total`` += :math:`\sum_b (\sum_u g_{u,b})^2` over the B samples and the uses u of one parameter, in place."""
-    outers = sum(isinstance(u, Outer) for u in uses)
-    if all(isinstance(u, Sums) for u in uses):
-        gradients = torch.stack([u.grads.to(total.dtype) for u in uses if isinstance(u, Sums)])
-        total += gradients.sum(0).square_().sum(0)
-    elif all(isinstance(u, Rows) for u in uses):
-        _add_row_squares(total, [u for u in uses if isinstance(u, Rows)])
-    elif isinstance(uses[0], Outer) and len(uses) == 1:
-        _add_outer_squares(total, uses[0])
-    elif outers == 1 and len(uses) == outers + sum(isinstance(u, Rows) for u in uses):
-        _add_tied_squares(total, uses)
+def add_squares(total: Tensor | None, uses: Sequence[Use], sums: Tensor | None = None) -> None:
+    r"""Square the per-sample gradients :math:`g_b = \sum_u g_{u,b}` of one parameter, summed over its uses u.
+
+    Args:
+        total: the parameter's shape, float32 or float64; gets :math:`\sum_b g_b^2` added in place. None where only
+            `sums` are wanted, which needs no memory of the parameter's size and less arithmetic.
+        uses: what the operations contributed.
+        sums: [B] float64; gets each :math:`\lVert g_b\rVert^2` added in place, if given.
+    """
+    outers, rows, vectors = _of_kind(uses, Outer), _of_kind(uses, Rows), _of_kind(uses, Sums)
+    if vectors:
+        if len(vectors) != len(uses):
+            raise AssertionError("a vector's sums cannot be added to a matrix's products")
+        _add_vector_squares(total, vectors, sums)
+    elif outers:
+        outer = _concatenated(outers)
+        square_accumulate(total, sums, outer.left, outer.right, outer.layout)
+        if rows:
+            _add_tied_squares(total, outer, rows, sums)
     else:
-        gradient = torch.empty_like(total)
-        for b in range(num_samples):
-            gradient.zero_()
-            for u in uses:
-                u.add_to(gradient, b)
-            total.addcmul_(gradient, gradient)
+        _add_touched(total, sums, *(touched := _touched_rows(rows, _dtype(total, rows[0].grads))), touched[2])
 
 
-def _add_outer_squares(total: Tensor, use: Outer) -> None:
-    """Tile by tile, so that a tile's product and its sum of squares stay in the cache for the whole batch."""
-    left, right = use.left.to(total.dtype), use.right.to(total.dtype)
-    step = max(1, _TILE_ELEMENTS // total.shape[1])
-    spans = use.layout.spans()
-    buffer = torch.empty_like(total[:step])
-    for start in range(0, total.shape[0], step):
-        tile = total[start : start + step]
-        gradient = buffer[: len(tile)]
-        for _, rows in spans:
-            torch.mm(left[rows, start : start + step].T, right[rows], out=gradient)
-            tile.addcmul_(gradient, gradient)
+def _of_kind(uses: Sequence[Use], kind: type[_Kind]) -> list[_Kind]:
+    return [u for u in uses if isinstance(u, kind)]
 
 
-def _add_tied_squares(total: Tensor, uses: Sequence[Use]) -> None:
+def _dtype(total: Tensor | None, grads: Tensor) -> torch.dtype:
+    return torch.promote_types(grads.dtype, torch.float32) if total is None else total.dtype
+
+
+def _add_vector_squares(total: Tensor | None, uses: Sequence[Sums], sums: Tensor | None) -> None:
+    dtype = _dtype(total, uses[0].grads)
+    squares = torch.stack([u.grads.to(dtype) for u in uses]).sum(0).square_()
+    if total is not None:
+        total += squares.sum(0)
+    if sums is not None:
+        sums += squares.flatten(1).sum(1, dtype=sums.dtype)
+
+
+def _concatenated(uses: Sequence[Outer]) -> Outer:
+    """A matrix used several times in a sample: its products are summed over the rows of all uses."""
+    if len(uses) == 1:
+        return uses[0]
+    left, right = torch.cat([u.left for u in uses]), torch.cat([u.right for u in uses])
+    return Outer(left, right, Layout.concatenated([u.layout for u in uses], [len(u.left) for u in uses], left.device))
+
+
+def _add_tied_squares(total: Tensor | None, outer: Outer, rows: Sequence[Rows], sums: Tensor | None) -> None:
     r"""A table that is looked up and multiplied by: :math:`(D+E)^2 = D^2 + (2D + E)E`, and E is zero in most rows."""
-    (outer,) = (u for u in uses if isinstance(u, Outer))
-    _add_outer_squares(total, outer)
-    samples, ids, sums = _touched_rows(total, [u for u in uses if isinstance(u, Rows)])
-    left, right = outer.left.to(total.dtype), outer.right.to(total.dtype)
-    for b, rows in outer.layout.spans():
-        mine = samples == b
-        crossed = left[rows].index_select(1, ids[mine]).T @ right[rows]
-        total.index_add_(0, ids[mine], 2 * crossed * sums[mine])
-    total.index_add_(0, ids, sums.square())
+    dtype = _dtype(total, outer.left)
+    samples, ids, grads = _touched_rows(rows, dtype)
+    crossed = torch.zeros_like(grads)
+    bounds = torch.searchsorted(samples, torch.arange(outer.layout.num_samples + 1, device=samples.device)).tolist()
+    for b, span in outer.layout.spans():
+        mine = slice(bounds[b], bounds[b + 1])
+        left, right = outer.layout.take(outer.left, span).to(dtype), outer.layout.take(outer.right, span).to(dtype)
+        torch.mm(left.index_select(1, ids[mine]).T, right, out=crossed[mine])
+    _add_touched(total, sums, samples, ids, grads, crossed.mul_(2).add_(grads))
 
 
-def _add_row_squares(total: Tensor, uses: Sequence[Rows]) -> None:
-    _, ids, sums = _touched_rows(total, uses)
-    total.index_add_(0, ids, sums.square_())
+def _add_touched(
+    total: Tensor | None, sums: Tensor | None, samples: Tensor, ids: Tensor, grads: Tensor, factor: Tensor
+) -> None:
+    """Add ``grads * factor`` [K, d] at the rows `ids` [K], and its sum over d at `samples` [K]."""
+    products = grads * factor
+    if total is not None:
+        total.index_add_(0, ids, products)
+    if sums is not None:
+        sums.index_add_(0, samples, products.sum(1, dtype=sums.dtype))
 
 
-def _touched_rows(total: Tensor, uses: Sequence[Rows]) -> tuple[Tensor, Tensor, Tensor]:
-    """(sample [K], row [K], gradient [K, d]) of the K (sample, row) pairs that the uses touch."""
-    num_rows = total.shape[0]
-    keys = torch.cat([u.ids + num_rows * u.layout.owners(u.ids.device) for u in uses])
-    grads = torch.cat([u.grads for u in uses]).to(total.dtype)
-    touched, where = torch.unique(keys, return_inverse=True)
-    sums = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
-    return touched // num_rows, touched % num_rows, sums
+def _touched_rows(uses: Sequence[Rows], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """(sample [K], row [K], gradient [K, d]) of the K (sample, row) pairs that the uses touch, by sample."""
+    ids = torch.cat([u.ids for u in uses])
+    owners = torch.cat([u.layout.owners(ids.device) for u in uses])
+    grads = torch.cat([u.grads for u in uses]).to(dtype)
+    num_rows = int(ids.max()) + 1 if len(ids) else 1
+    touched, where = torch.unique(ids + num_rows * owners, return_inverse=True)
+    summed = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
+    return touched // num_rows, touched % num_rows, summed

@@ -1,0 +1,90 @@
+r"""Squares of per-sample products, where nearly all of the time goes: one entry, several ways.
+
+.. math:: \text{total}_{ij} \mathrel{+}= \sum_b \Big(\sum_{t \in b} \text{left}_{ti}\,\text{right}_{tj}\Big)^2
+
+On a CPU a small C kernel, built on first use (`native`), keeps each sample's product in registers; without a compiler,
+and for types other than float32, tiles that stay in the cache do. Where only a sample's sum over i and j is wanted, the
+Gram identity
+
+.. math:: \lVert L^\top R\rVert^2 = \sum_{t,t'} (L L^\top)_{tt'} (R R^\top)_{tt'}
+
+needs no product of the parameter's size; it is taken where it is the cheaper one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from guided_dropout.fisher import native
+from guided_dropout.fisher.layout import Layout
+
+# A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
+_TILE_ELEMENTS = 512 * 1024
+
+
+def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
+    """Add the squares of B per-sample products to `total`, and their sums to `sums`.
+
+    Args:
+        total: [m, n] float32 or float64, or None.
+        sums: [B] float64, or None.
+        left: [R, m], any floating-point type.
+        right: [R, n], of the same type.
+        layout: which rows are whose.
+    """
+    if total is None:
+        dense, gram = _costs(left.shape[1], right.shape[1], layout)
+        if gram < dense:
+            _by_gram(sums, left, right, layout)
+            return
+    if native.takes(total, left, right):
+        native.square_accumulate(total, sums, left, right, layout)
+    else:
+        _by_tiles(total, sums, left, right, layout)
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What `square_accumulate` uses for matrices of this kind, for the records: ``"native"`` or ``"torch"``."""
+    probe = torch.empty(0, 0, device=device, dtype=dtype)
+    return "native" if native.takes(None, probe, probe) else "torch"
+
+
+def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:
+    """Multiplications of the products and of the Gram matrices."""
+    lengths = [span.stop - span.start for _, span in layout.spans()]
+    return sum(lengths) * m * n, sum(t * t for t in lengths) * (m + n)
+
+
+def _by_gram(sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
+    if sums is None:
+        return
+    for b, span in layout.spans():
+        # In float32 at least: these products cancel.
+        some = [layout.take(x, span).to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right)]
+        grams = [x @ x.T for x in some]
+        sums[b] += torch.dot(grams[0].flatten(), grams[1].flatten())
+
+
+def _by_tiles(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
+    """Tile by tile, so that a tile's product and its sum of squares stay in the cache for the whole batch."""
+    m, n = left.shape[1], right.shape[1]
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if left.device.type == "cpu" and left.dtype == torch.float16:  # slow there
+        left, right = left.to(wide), right.to(wide)
+    if layout.rows is not None:
+        left, right = left[layout.rows], right[layout.rows]
+    step = max(1, _TILE_ELEMENTS // n)
+    product = left.new_empty(min(step, m), n)
+    widened = product if product.dtype == wide else product.to(wide)
+    for start in range(0, m, step):
+        height = min(step, m - start)
+        narrow, tile = product[:height], widened[:height]
+        for b, rows in layout.spans():
+            torch.mm(left[rows, start : start + height].T, right[rows], out=narrow)
+            if narrow is not tile:
+                tile.copy_(narrow)
+            if total is not None:
+                total[start : start + height].addcmul_(tile, tile)
+            if sums is not None:
+                sums[b] += torch.linalg.vector_norm(tile).double().square()

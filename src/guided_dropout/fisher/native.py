@@ -1,0 +1,112 @@
+"""The C kernel ``squares.c``: built on first use for this very machine, kept in the user's cache, called by ctypes.
+
+Without a compiler, or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from guided_dropout.artefacts import staged_file
+from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.fisher.layout import Layout
+
+_SOURCE = Path(__file__).with_name("squares.c")
+_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+_TUNING = (("-march=native",), ("-mcpu=native",), ())
+
+
+def takes(total: Tensor | None, left: Tensor, right: Tensor) -> bool:
+    """Whether the kernel can be used for these matrices: float32, on a CPU, and it could be built."""
+    kinds = {(t.device.type, t.dtype) for t in (total, left, right) if t is not None}
+    suited = kinds == {("cpu", torch.float32)} and (total is None or total.is_contiguous())
+    return suited and _kernel() is not None
+
+
+def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
+    """`kernels.square_accumulate` for what `takes` takes."""
+    kernel = _kernel()
+    assert kernel is not None
+    left, right = _dense_rows(left), _dense_rows(right)
+    offsets = torch.tensor(layout.offsets)
+    rows = layout.row_numbers(left.device).contiguous()
+    failed = kernel(
+        None if total is None else total.data_ptr(),
+        None if sums is None else sums.data_ptr(),
+        left.data_ptr(),
+        left.stride(0),
+        right.data_ptr(),
+        right.stride(0),
+        rows.data_ptr(),
+        offsets.data_ptr(),
+        layout.num_samples,
+        left.shape[1],
+        right.shape[1],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the kernel's buffers")
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """`x` with elements of a row side by side; rows may lie anywhere."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@functools.cache
+def _kernel() -> Callable[..., int] | None:
+    """The kernel, built if need be; None where it cannot be."""
+    if os.environ.get("GUIDED_DROPOUT_KERNEL", "").lower() == "off":
+        return None
+    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    if sys.platform == "win32" or shutil.which(compiler[0]) is None:
+        return None
+    for tuning in _TUNING:
+        try:
+            library = ctypes.CDLL(str(_built(compiler, tuning)))
+        except (OSError, subprocess.SubprocessError, GuidedDropoutError):
+            continue
+        kernel = library.square_accumulate
+        p, i = ctypes.c_void_p, ctypes.c_int64
+        kernel.argtypes = [p, p, p, i, p, i, p, p, i, i, i, ctypes.c_int]
+        kernel.restype = ctypes.c_int
+        return kernel
+    return None
+
+
+def _built(compiler: list[str], tuning: tuple[str, ...]) -> Path:
+    """The library's path, after building it unless this source was built for this machine before."""
+    command = [*compiler, *_FLAGS, *tuning]
+    key = hashlib.sha256(_SOURCE.read_bytes() + repr((command, _machine())).encode()).hexdigest()[:16]
+    library = cache_folder() / f"squares-{key}.so"
+    if not library.exists():
+        with staged_file(library) as tmp:
+            subprocess.run([*command, "-o", str(tmp), str(_SOURCE)], check=True, capture_output=True, timeout=120)
+    return library
+
+
+def cache_folder() -> Path:
+    """Where built kernels are kept: ``$XDG_CACHE_HOME/guided-dropout``, by default below ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "guided-dropout"
+
+
+def _machine() -> str:
+    """What the code is tuned to: a home folder may be shared by machines with other processors."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()
