@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, ModelError
+from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
-from guided_dropout.fisher.plan import checked_plan
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.identity import model_identity

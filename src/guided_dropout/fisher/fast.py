@@ -36,11 +36,13 @@ class Plan:
             ``"head"`` (target positions only).
         head: the module that maps hidden states to the vocabulary, if it can be run at target positions only.
         fallback: parameters that always take the reference loop.
+        noise: parameters whose true gradient is zero; what is measured of them is rounding.
     """
 
     layouts: Mapping[Key, str]
     head: nn.Module | None
     fallback: frozenset[str] = frozenset()
+    noise: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from guided_dropout.fisher.layout import Layout
 
 # A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
 _TILE_ELEMENTS = 512 * 1024
+_GRAM_ELEMENTS = 4 * 1024 * 1024
 
 
 def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
@@ -59,10 +60,18 @@ def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:
 def _by_gram(sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
     if sums is None:
         return
+    wide = torch.promote_types(left.dtype, torch.float32)  # at least: these products cancel
+    if layout.step:  # many samples in one product
+        some = max(1, _GRAM_ELEMENTS // layout.step**2)
+        for b in range(0, layout.num_samples, some):
+            rows = slice(b * layout.step, (b + some) * layout.step)
+            parts = [x[rows].to(wide).view(-1, layout.step, x.shape[1]) for x in (left, right)]
+            grams = [torch.bmm(x, x.mT) for x in parts]
+            sums[b : b + some] += grams[0].mul_(grams[1]).sum((1, 2), dtype=sums.dtype)
+        return
     for b, span in layout.spans():
-        # In float32 at least: these products cancel.
-        some = [layout.take(x, span).to(torch.promote_types(x.dtype, torch.float32)) for x in (left, right)]
-        grams = [x @ x.T for x in some]
+        parts = [layout.take(x, span).to(wide) for x in (left, right)]
+        grams = [x @ x.T for x in parts]
         sums[b] += torch.dot(grams[0].flatten(), grams[1].flatten())
 
 

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from guided_dropout.fisher.fast import BatchedSquares, Capture, Plan, requiring_grad
+from guided_dropout.fisher.fast import BatchedSquares, Capture, Plan
 from guided_dropout.fisher.operations import Key, ParameterOperations
-from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.rules import EMBEDDING, Call, Rule
 from guided_dropout.objectives import IGNORE, Objective, Sample
 
 # Where a shortcut does not suit a model, one of these comes up in its forward.
 _UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
-
-
-def checked_plan(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
-) -> Plan:
-    """A plan whose squares were compared with plain autograd on the first samples; what differs takes the loop."""
-    plan = make_plan(model, objective, parameters, samples[0])
-    few = samples[:2]
-    fast = BatchedSquares(model, objective, parameters, plan)
-    fast.add(few)
-    with requiring_grad(parameters.values()):
-        slow = sum_of_squares(model, parameters, few, objective)
-    noise = 1e-9 * max(t.max().item() for t in slow.values())
-    off = {n: (fast.totals.total(n) - t).norm().item() for n, t in slow.items()}
-    wrong = {n for n, t in slow.items() if off[n] > 1e-2 * t.norm().item() + noise}
-    return replace(plan, fallback=frozenset(wrong)) if wrong else plan
 
 
 def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], sample: Sample) -> Plan:

@@ -1,0 +1,146 @@
+"""A plan is proved on the first samples, against plain autograd, before it is trusted with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from guided_dropout.fisher.fast import BatchedSquares, Plan, requiring_grad
+from guided_dropout.fisher.plan import make_plan
+from guided_dropout.objectives import Objective, Sample, has_target
+
+# How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
+_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
+_TOLERANCE_HALF = 0.25
+# Of two computations of a gradient that is rounding noise, this share differs at least; of a true one, far less.
+_NOISE = 0.3
+_SMALL = 1 << 16  # tensors up to this size are looked at for noise: biases are, and it costs no memory
+
+
+def checked_plan(
+    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
+) -> Plan:
+    """A plan whose squares were compared with plain autograd on the first samples.
+
+    What differs takes the reference loop. What is computed differently each time it is computed, in a batch or alone,
+    has no gradient but rounding noise (attention's key biases, which softmax does not see), and is named in the plan.
+    """
+    few = [shortened(objective, s) for s in samples[:2]]
+    plan = make_plan(model, objective, parameters, few[0])
+    try:
+        fast = _squares(model, objective, parameters, plan, few)
+    except RuntimeError:  # the logits are needed by their own backward, and must not be overwritten
+        plan = replace(plan, head=None, layouts={k: v for k, v in plan.layouts.items() if v != "head"})
+        fast = _squares(model, objective, parameters, plan, few)
+    alone = [_Gradients(), _Gradients()]
+    norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
+    for gradients, sample in zip(alone, few, strict=True):
+
+        def compare(name: str, gradient: Tensor, gradients: _Gradients = gradients) -> None:
+            total = fast.totals[name]
+            square = gradient.to(total.dtype).square()
+            total.sub_(square)
+            norms[name] += square.norm().item()
+            gradients.take(name, gradient)
+
+        with _arriving(parameters, compare):
+            batch = objective.collate(model, [sample])
+            objective.losses(model(**batch.inputs).logits, batch).sum().backward()
+    # Beside a longer sample these are padded, and their rounding takes another course.
+    noise = _noise(model, objective, parameters, [*few, max(samples[:2], key=lambda s: len(s["input_ids"]))], alone)
+    tolerance = max(_TOLERANCE.get(p.dtype, _TOLERANCE_HALF) for p in parameters.values())
+    floor = 1e-9 * max(norms.values())
+    wrong = {
+        n for n in parameters if n not in noise and not fast.totals[n].norm().item() <= tolerance * norms[n] + floor
+    }
+    return replace(plan, fallback=frozenset(wrong), noise=frozenset(noise))
+
+
+def shortened(objective: Objective, sample: Sample) -> Sample:
+    """The sample without its last tokens, if something is left to predict then."""
+    length = len(sample["input_ids"])
+    cut = max(2, length - 3)
+    short = {k: v[:cut] if hasattr(v, "__len__") and len(v) == length else v for k, v in sample.items()}
+    return short if has_target(objective, short) else sample
+
+
+class _Gradients:
+    """One sample's gradients of the small tensors."""
+
+    def __init__(self) -> None:
+        self.small: dict[str, Tensor] = {}
+
+    def take(self, name: str, gradient: Tensor) -> None:
+        if gradient.numel() <= _SMALL:
+            self.small[name] = gradient.detach().double()
+
+
+def _squares(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    plan: Plan,
+    samples: Sequence[Sample],
+) -> BatchedSquares:
+    squares = BatchedSquares(model, objective, parameters, plan)
+    squares.add(samples)
+    return squares
+
+
+def _noise(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: Sequence[Sample],
+    alone: Sequence[_Gradients],
+) -> set[str]:
+    """Names of the tensors whose gradients differ between a sample alone and the same one in a batch."""
+    batch = objective.collate(model, samples)
+    together = [_Gradients() for _ in alone]
+    small = {n: parameters[n] for g in alone for n in g.small}
+    with requiring_grad(small.values()):
+        losses = objective.losses(model(**batch.inputs).logits, batch)
+    for b, gradients in enumerate(together):
+        with _arriving(small, gradients.take):
+            losses[b].backward(retain_graph=b + 1 < len(together))
+    found = set()
+    for name in small:
+        pairs = [(a.small[name], t.small[name]) for a, t in zip(alone, together, strict=True) if name in a.small]
+        size = sum(a.norm().item() ** 2 for a, _ in pairs)
+        if size and sum((a - t).norm().item() ** 2 for a, t in pairs) > _NOISE**2 * size:
+            found.add(name)
+    return found
+
+
+@contextmanager
+def _arriving(parameters: Mapping[str, nn.Parameter], visit: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Within, each gradient of a backward is shown to `visit` when it is complete, and then dropped.
+
+    So a backward needs no memory for the gradients of all parameters at once.
+    """
+    kept = {name: p.grad for name, p in parameters.items()}
+    handles = []
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def show(p: Tensor) -> None:
+            assert p.grad is not None
+            gradient, p.grad = p.grad, None
+            visit(name, gradient)
+
+        return show
+
+    try:
+        with requiring_grad(parameters.values()):
+            for name, p in parameters.items():
+                p.grad = None
+                handles.append(p.register_post_accumulate_grad_hook(hook(name)))
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for name, p in parameters.items():
+            p.grad = kept[name]
