@@ -20,6 +20,10 @@ from transformers import (
 
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.errors import DataError, ModelError
+from guided_dropout.fisher.check import checked_plan
+from guided_dropout.fisher.fast import BatchedSquares
+from guided_dropout.fisher.totals import Totals
+from guided_dropout.objectives import detect_objective
 
 VOCAB = 61
 
@@ -307,3 +311,82 @@ def test_profile_is_saved_whole_and_read_back(tmp_path):
     assert back.provenance["seed"] == 3
     assert "BertForMaskedLM" in (folder / "README.md").read_text()
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def squares_of(model, samples, **options):
+    """`BatchedSquares` after these samples, in batches of three."""
+    parameters = dict(model.eval().requires_grad_(False).named_parameters())
+    goal = detect_objective(model, samples[0])
+    squares = BatchedSquares(model, goal, parameters, checked_plan(model, goal, parameters, samples), **options)
+    added = [squares.add(samples[i : i + 3]) for i in range(0, len(samples), 3)]
+    return squares, added
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_only_and_sums_per_sample_equal_the_whole(family):
+    samples = draw_samples([9, 5, 11, 7, 9])
+    whole, added = squares_of(language_model(family).double(), samples, per_sample=True)
+    scores, scored = squares_of(language_model(family).double(), samples, scores_only=True, per_sample=True)
+    expected = whole.totals.element_sums()
+    assert scores.totals.element_sums() == pytest.approx(expected, rel=1e-9, abs=1e-14)
+    assert scores.fallback == whole.fallback
+    for name, sum_ in expected.items():
+        rows = torch.cat([a.tensor_sums[name] for a in added])
+        assert rows.shape == (5,)
+        assert rows.sum().item() == pytest.approx(sum_, rel=1e-9, abs=1e-14)
+        torch.testing.assert_close(torch.cat([a.tensor_sums[name] for a in scored]), rows, rtol=1e-9, atol=1e-14)
+    assert all(scores.totals[name].dim() == 0 for name in scores.totals)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("bert", "key.bias"),
+        ("roberta", "key.bias"),
+        ("distilbert", "k_lin.bias"),
+        ("opt", "k_proj.bias"),
+        ("gpt2", None),
+    ],
+)
+def test_tensors_without_a_true_gradient_are_found(family, part):
+    """Softmax does not see what is added to all keys alike."""
+    model = language_model(family).requires_grad_(False)
+    samples = draw_samples([14, 12])
+    goal = detect_objective(model, samples[0])
+    plan = checked_plan(model, goal, dict(model.named_parameters()), samples)
+    assert plan.noise == {n for n, _ in model.named_parameters() if part and n.endswith(part)}
+    assert not plan.fallback
+
+
+def test_float32_sums_are_flushed_so_that_small_squares_are_not_lost():
+    parameter = {"w": torch.zeros(3)}
+    totals, plain = Totals(parameter), torch.zeros(3)
+    big = torch.tensor([1e4, 0.0, 1.0])
+    totals["w"].add_(big)
+    plain.add_(big)
+    for _ in range(50):
+        for _ in range(64):
+            totals["w"].add_(1e-5)
+            plain.add_(1e-5)
+            totals.counted(32)
+    want = big.double() + 3200 * 1e-5
+    assert (plain - want).abs().max() > 1e-2
+    torch.testing.assert_close(totals.total("w"), want, rtol=1e-6, atol=0)
+    again = Totals(parameter)
+    again.load_state(totals.state())
+    assert torch.equal(again.total("w"), totals.total("w"))
+    assert totals.element_sums() == {"w": pytest.approx(want.sum().item(), rel=1e-6)}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_bfloat16_is_near(family):
+    samples = draw_samples([9, 14, 11, 7, 9, 12, 10, 8])
+    exact, _ = squares_of(language_model(family).double(), samples)
+    half, _ = squares_of(language_model(family).to(torch.bfloat16), samples)
+    assert not half.fallback
+    assert all(half.totals[n].dtype == torch.float32 for n in half.totals)
+    want, found = exact.totals.element_sums(), half.totals.element_sums()
+    largest = max(want.values())
+    assert all(
+        found[n] == pytest.approx(w, rel=0.15, abs=1e-6 * largest) for n, w in want.items() if w > 1e-6 * largest
+    )

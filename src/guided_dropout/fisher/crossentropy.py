@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 21  # temporaries of 8 MB in float32
+# Of temporaries, in float32: 8 MB on a CPU; on a GPU, where a launch costs more than the memory, 256 MB.
+_CHUNK_ELEMENTS = {"cpu": 1 << 21}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 26
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -28,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        chunks = logits.split(max(1, _CHUNK_ELEMENTS // logits.shape[1]))
+        chunks = logits.split(_rows_at_once(logits))
         wide = torch.promote_types(logits.dtype, torch.float32)
         parts = [chunk.to(wide).logsumexp(1) for chunk in chunks]
         norm = torch.cat(parts) if parts else logits.new_zeros(0, dtype=wide)
@@ -40,7 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
         (g,) = gradients
         logits, targets, norm = ctx.logits, ctx.targets, ctx.norm
         del ctx.logits
-        size = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+        size = _rows_at_once(logits)
         for s in range(0, len(logits), size):
             part = slice(s, s + size)
             chunk = logits[part].to(norm.dtype)  # float32 logits themselves, not a copy
@@ -50,3 +52,8 @@ class _CrossEntropy(torch.autograd.Function):
             if chunk.dtype != logits.dtype:
                 logits[part] = chunk.to(logits.dtype)
         return logits, None
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    return max(1, elements // logits.shape[1])

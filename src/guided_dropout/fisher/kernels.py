@@ -2,8 +2,9 @@ r"""Squares of per-sample products, where nearly all of the time goes: one entry
 
 .. math:: \text{total}_{ij} \mathrel{+}= \sum_b \Big(\sum_{t \in b} \text{left}_{ti}\,\text{right}_{tj}\Big)^2
 
-On a CPU a small C kernel, built on first use (`native`), keeps each sample's product in registers; without a compiler,
-and for types other than float32, tiles that stay in the cache do. Where only a sample's sum over i and j is wanted, the
+On a CPU a small C kernel, built on first use (`native`), keeps each sample's product in registers; on a GPU a Triton
+kernel does (`triton_kernel`). Without a compiler, and for types that these do not take, tiles that stay in the cache
+do. Where only a sample's sum over i and j is wanted, the
 Gram identity
 
 .. math:: \lVert L^\top R\rVert^2 = \sum_{t,t'} (L L^\top)_{tt'} (R R^\top)_{tt'}
@@ -18,6 +19,11 @@ from torch import Tensor
 
 from guided_dropout.fisher import native
 from guided_dropout.fisher.layout import Layout
+
+try:
+    from guided_dropout.fisher import triton_kernel as triton
+except ImportError:  # no Triton, or one that is too old
+    triton = None
 
 # A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
 _TILE_ELEMENTS = 512 * 1024
@@ -41,14 +47,23 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
             return
     if native.takes(total, left, right):
         native.square_accumulate(total, sums, left, right, layout)
+    elif triton is not None and triton.supports(total, left, right):
+        if layout.rows is not None:
+            left, right = left[layout.rows], right[layout.rows]
+        if total is not None:
+            triton.square_accumulate(total, left, right, layout.offsets)
+        if sums is not None:
+            sums += triton.square_sums(left, right, layout.offsets)
     else:
         _by_tiles(total, sums, left, right, layout)
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What `square_accumulate` uses for matrices of this kind, for the records: ``"native"`` or ``"torch"``."""
-    probe = torch.empty(0, 0, device=device, dtype=dtype)
-    return "native" if native.takes(None, probe, probe) else "torch"
+    """What `square_accumulate` uses for such matrices, for the records: ``"native"``, ``"triton"`` or ``"torch"``."""
+    probe = torch.empty(16, 16, device=device, dtype=dtype)
+    if native.takes(None, probe, probe):
+        return "native"
+    return "triton" if triton is not None and triton.supports(None, probe, probe) else "torch"
 
 
 def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:

@@ -57,7 +57,7 @@ class Layout:
     def owners(self, device: torch.device) -> Tensor:
         """[K] int64, the sample that each row of the list belongs to."""
         if device not in self._owners:
-            counts = torch.tensor(self.offsets).diff().to(device)
+            counts = torch.tensor(self.offsets, device="cpu").diff().to(device)
             samples = torch.arange(self.num_samples, device=device)
             self._owners[device] = samples.repeat_interleave(counts, output_size=self.offsets[-1])
         return self._owners[device]

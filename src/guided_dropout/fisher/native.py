@@ -41,7 +41,7 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
     kernel = _kernel()
     assert kernel is not None
     left, right = _dense_rows(left), _dense_rows(right)
-    offsets = torch.tensor(layout.offsets)
+    offsets = torch.tensor(layout.offsets, device="cpu")
     rows = layout.row_numbers(left.device).contiguous()
     failed = kernel(
         None if total is None else total.data_ptr(),

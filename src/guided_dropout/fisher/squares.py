@@ -52,6 +52,7 @@ class Sums:
 
 
 Use = Outer | Rows | Sums
+_MANY = 1 << 32  # more rows than any table has
 _Kind = TypeVar("_Kind", Outer, Rows, Sums)
 
 
@@ -132,7 +133,6 @@ def _touched_rows(uses: Sequence[Rows], dtype: torch.dtype) -> tuple[Tensor, Ten
     ids = torch.cat([u.ids for u in uses])
     owners = torch.cat([u.layout.owners(ids.device) for u in uses])
     grads = torch.cat([u.grads for u in uses]).to(dtype)
-    num_rows = int(ids.max()) + 1 if len(ids) else 1
-    touched, where = torch.unique(ids + num_rows * owners, return_inverse=True)
+    touched, where = torch.unique(ids + _MANY * owners, return_inverse=True)
     summed = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
-    return touched // num_rows, touched % num_rows, summed
+    return touched // _MANY, touched % _MANY, summed

@@ -1,0 +1,159 @@
+"""Squares of per-sample gradients, whatever they are computed by, against the plain formula in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guided_dropout.fisher import kernels, native
+from guided_dropout.fisher.crossentropy import cross_entropy
+from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.squares import Outer, Rows, Sums, add_squares
+
+HAVE_KERNEL = native.takes(None, torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def dense(use, shape):
+    """A use's gradient of each sample, [B, *shape] float64, by loops."""
+    if isinstance(use, Sums):
+        return use.grads.double()
+    layout = use.layout
+    out = torch.zeros(layout.num_samples, *shape, dtype=torch.float64)
+    for row, b in zip(layout.row_numbers(torch.device("cpu")), layout.owners(torch.device("cpu")), strict=True):
+        if isinstance(use, Outer):
+            out[b] += torch.outer(use.left[row].double(), use.right[row].double())
+        else:
+            out[b, use.ids[row]] += use.grads[row].double()
+    return out
+
+
+def check(uses, shape, num_samples, *, dtype, rtol):
+    gradients = sum(dense(u, shape) for u in uses)
+    before = torch.rand(shape, dtype=dtype)
+    total, sums = before.clone(), torch.ones(num_samples, dtype=torch.float64)
+    add_squares(total, uses, sums)
+    assert (total - before - (gradients**2).sum(0)).norm() <= rtol * (1 + (gradients**2).sum(0).norm())
+    norms = (gradients**2).flatten(1).sum(1)
+    torch.testing.assert_close(sums - 1, norms, rtol=rtol, atol=rtol * (1 + norms.max().item()))
+    sums.fill_(1)
+    add_squares(None, uses, sums)
+    torch.testing.assert_close(sums - 1, norms, rtol=10 * rtol, atol=10 * rtol * (1 + norms.max().item()))
+
+
+def random_layout(draw, g, num_samples, num_rows):
+    kind = draw(st.sampled_from(["even", "ragged", "scattered", "idle"]))
+    if kind == "even":
+        return Layout.even(num_rows, num_samples)
+    owners = torch.randint(0, num_samples, (num_rows,), generator=g)
+    if kind == "ragged":
+        return Layout((0, *torch.bincount(owners, minlength=num_samples).cumsum(0).tolist()))
+    if kind == "scattered":
+        return Layout.of_owners(owners, num_samples)
+    return Layout.even(num_rows, num_samples).only((torch.rand(num_rows, generator=g) < 0.5).nonzero()[:, 0])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_products_lookups_and_both_equal_the_plain_formula(data):
+    draw = data.draw
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    num_samples, rows = draw(st.integers(1, 5)), draw(st.integers(1, 9))
+    m, n = draw(st.sampled_from([1, 3, 12, 13, 40])), draw(st.sampled_from([1, 5, 32, 33, 70]))
+    num_rows = rows * num_samples
+
+    def outer():
+        wide = torch.randn(num_rows, n + 2, generator=g, dtype=dtype)
+        left = (
+            torch.randn(m, num_rows, generator=g, dtype=dtype).T if draw(st.booleans()) else wide.new_ones(num_rows, m)
+        )
+        return Outer(left, wide[:, 1:-1], random_layout(draw, g, num_samples, num_rows))
+
+    def lookup():
+        ids = torch.randint(0, m, (num_rows,), generator=g)
+        return Rows(ids, torch.randn(num_rows, n, generator=g, dtype=dtype), Layout.even(num_rows, num_samples))
+
+    uses = [outer() for _ in range(draw(st.integers(0, 2)))] + [lookup() for _ in range(draw(st.integers(0, 2)))]
+    uses = uses or [outer()]
+    check(uses, (m, n), num_samples, dtype=dtype, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_vectors_sum_their_uses_before_squaring():
+    a, b = torch.randn(3, 7), torch.randn(3, 7)
+    check([Sums(a), Sums(b)], (7,), 3, dtype=torch.float32, rtol=1e-5)
+
+
+@pytest.mark.skipif(not HAVE_KERNEL, reason="no C compiler")
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("rows", "m", "n"), [((300, 0, 1), 40, 70), ((7,), 12, 32), ((5, 6), 200, 700), ((3, 600), 13, 31)]
+)
+def test_the_kernel_at_sizes_of_several_blocks(rows, m, n, threads):
+    torch.manual_seed(0)
+    left, right = torch.randn(sum(rows), m), torch.randn(sum(rows), n)
+    layout = Layout((0, *torch.tensor(rows).cumsum(0).tolist()))
+    total, sums = torch.zeros(m, n), torch.zeros(len(rows), dtype=torch.float64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert native.takes(total, left, right)
+        native.square_accumulate(total, sums, left, right, layout)
+    finally:
+        torch.set_num_threads(before)
+    want = [(left[s].double().T @ right[s].double()) ** 2 for _, s in layout.spans()]
+    torch.testing.assert_close(total.double(), sum(want), rtol=1e-5, atol=1e-4)
+    filled = [b for b, _ in layout.spans()]
+    torch.testing.assert_close(sums[filled], torch.stack([w.sum() for w in want]), rtol=1e-5, atol=0)
+
+
+PRODUCT = """
+import torch
+from guided_dropout.fisher import kernels
+from guided_dropout.fisher.layout import Layout
+torch.manual_seed(0)
+left, right, total = torch.randn(12, 20), torch.randn(12, 30), torch.zeros(20, 30)
+kernels.square_accumulate(total, None, left, right, Layout((0, 5, 12)))
+want = (left[:5].double().T @ right[:5].double()) ** 2 + (left[5:].double().T @ right[5:].double()) ** 2
+print(kernels.backend(left.device, left.dtype), bool((total - want).norm() < 1e-6 * want.norm()))
+"""
+
+
+@pytest.mark.parametrize("without", [{"GUIDED_DROPOUT_KERNEL": "off"}, {"CC": "/nowhere/cc"}])
+def test_without_the_kernel_results_are_the_same(without):
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCT], env={**os.environ, **without}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["torch", "True"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_are_squared_in_float32(dtype):
+    torch.manual_seed(0)
+    left, right = torch.randn(40, 20).to(dtype), torch.randn(40, 30).to(dtype)
+    layout = Layout.even(40, 4)
+    total, sums = torch.zeros(20, 30), torch.zeros(4, dtype=torch.float64)
+    kernels.square_accumulate(total, sums, left, right, layout)
+    want = sum((left[s].double().T @ right[s].double()) ** 2 for _, s in layout.spans())
+    assert (total - want).norm() < 0.01 * want.norm()
+    assert abs(total.mean() / want.mean() - 1) < 2e-3
+    assert sums.sum() == pytest.approx(want.sum().item(), rel=2e-3)
+
+
+@given(st.integers(1, 9), st.integers(2, 50), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_cross_entropy_and_its_gradient_are_pytorchs(rows, vocabulary, seed):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(rows, vocabulary, generator=g, dtype=torch.float64) * 5
+    y = torch.randint(0, vocabulary, (rows,), generator=g)
+    weights = torch.rand(rows, generator=g, dtype=torch.float64)
+    results = []
+    for function in (cross_entropy, lambda a, b: torch.nn.functional.cross_entropy(a, b, reduction="none")):
+        leaf = z.clone().requires_grad_()
+        loss = function(leaf * 1.0, y)
+        (loss * weights).sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
