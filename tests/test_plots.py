@@ -11,7 +11,17 @@ from samples_of_results import profile, run, site
 
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots import figure_of, figure_svg, plot_layers, plot_paired, plot_spectrum
+from guided_dropout.plots import (
+    figure_of,
+    figure_svg,
+    plot_layers,
+    plot_paired,
+    plot_schedule,
+    plot_shapes,
+    plot_spectrum,
+    save_figure,
+)
+from guided_dropout.schedule import DropoutSchedule, rates_from_scores
 
 
 def texts(ax):
@@ -69,6 +79,48 @@ def test_plot_layers_draws_scores_and_rates():
 def test_plot_layers_drops_what_all_paths_share():
     ax = plot_layers([site("bert.layer.0.dropout", 1.0, 0.1), site("bert.layer.1.dropout", 2.0, 0.0)])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0.dropout", "1.dropout"]
+
+
+def schedule(paths):
+    rates = {path: k / 100 for k, path in enumerate(paths)}
+    return DropoutSchedule(
+        rates, dict.fromkeys(rates), "table", "owner", 0.5, 0.0, {"backbone_prefix": "m."},
+        kinds={path: "attention" if "self" in path else "module" for path in rates},
+    )  # fmt: skip
+
+
+def test_plot_schedule_draws_a_line_for_each_place_over_depth():
+    ax = plot_schedule(schedule(["m.first", "m.h.0.self", "m.h.0.out", "m.h.1.self", "m.h.1.out"]))
+    lines = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert list(lines) == ["first (module)", "h.*.self (attention)", "h.*.out (module)"]
+    assert list(lines["h.*.self (attention)"].get_xdata()) == [1, 3]
+    assert list(lines["h.*.self (attention)"].get_ydata()) == [0.01, 0.03]
+    assert list(ax.get_xticks()) == [1, 3]
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0", "1"]
+    assert "mean 0.02" in texts(ax)
+
+
+def test_many_series_are_told_apart():
+    ax = plot_schedule(schedule([f"m.place{k}" for k in range(30)]))
+    looks = {(line.get_color(), line.get_marker()) for line in ax.lines if not line.get_label().startswith("_")}
+    assert len(looks) == 30
+
+
+def test_plot_shapes_draws_each_in_the_order_of_the_scores():
+    scores = {"a": 3.0, "b": 1.0, "c": 20.0}
+    ax = plot_shapes(scores, ["linear", "proportional"])
+    for line in ax.lines:
+        rates = rates_from_scores(scores, shape=line.get_label())
+        assert list(line.get_ydata()) == [rates["b"], rates["a"], rates["c"]]
+
+
+def test_a_figure_is_saved_as_its_ending_says(tmp_path):
+    figure = figure_of(plot_shapes({"a": 1.0, "b": 2.0}))
+    assert save_figure(figure, tmp_path / "new" / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert save_figure(figure, tmp_path / "a.svg").read_text().startswith("<svg")
+    with pytest.raises(ArtefactError, match=r"cannot draw to .*a\.pdf; expected a name that ends in \.png or \.svg"):
+        save_figure(figure, tmp_path / "a.pdf")
+    assert not (tmp_path / "a.pdf").exists()
 
 
 def test_plot_paired_joins_seeds_and_marks_means():

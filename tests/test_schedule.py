@@ -1,90 +1,16 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, classifier_of, config_of, language_model, profile_of
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from guided_dropout.errors import ArtefactError, ScheduleError
-from guided_dropout.schedule import DropoutSchedule, rates_from_scores, site_scores
-from guided_dropout.sites import find_sites
-
-finite = st.floats(allow_nan=False, allow_infinity=False)
-score_maps = st.dictionaries(st.text(min_size=1, max_size=5), finite, min_size=1, max_size=40)
-bounds = st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)).map(sorted)
-
-
-@given(scores=score_maps, bounds=bounds)
-def test_rates_fall_from_upper_to_lower_as_scores_rise(scores: dict[str, float], bounds: list[float]) -> None:
-    lower, upper = bounds
-    rates = rates_from_scores(scores, upper=upper, lower=lower)
-    assert list(rates) == list(scores)
-    ranked = sorted(scores, key=lambda path: (scores[path], path))
-    assert rates[ranked[0]] == upper
-    if len(scores) > 1:
-        assert rates[ranked[-1]] == lower
-    in_order = [rates[path] for path in ranked]
-    assert in_order == sorted(in_order, reverse=True)
-    if len(scores) > 2:
-        step = (upper - lower) / (len(scores) - 1)
-        assert in_order == pytest.approx([upper - k * step for k in range(len(scores))], abs=1e-12)
-
-
-@given(scores=score_maps, bounds=bounds, data=st.data())
-def test_a_permutation_of_the_sites_permutes_the_rates(
-    scores: dict[str, float], bounds: list[float], data: st.DataObject
-) -> None:
-    lower, upper = bounds
-    shuffled = {path: scores[path] for path in data.draw(st.permutations(list(scores)))}
-    assert rates_from_scores(shuffled, upper=upper, lower=lower) == rates_from_scores(scores, upper=upper, lower=lower)
-
-
-def test_the_formula_of_the_paper() -> None:
-    rates = rates_from_scores({"a": 3.0, "b": 1.0, "c": 2.0, "d": 9.0, "e": 4.0}, upper=0.1, lower=0.02)
-    assert rates == pytest.approx({"b": 0.1, "c": 0.08, "a": 0.06, "e": 0.04, "d": 0.02}, abs=1e-15)
-
-
-def test_equal_scores_are_ranked_by_path_and_a_single_site_gets_upper() -> None:
-    assert rates_from_scores({"b": 1.0, "a": 1.0}, upper=0.5, lower=0.1) == {"b": 0.1, "a": 0.5}
-    assert rates_from_scores({"a": 1.0}, upper=0.5, lower=0.1) == {"a": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"upper": 1.0}, r"upper is 1.0; expected a number in \[0, 1\)"),
-        ({"lower": -0.1}, "lower is -0.1"),
-        ({"upper": math.nan}, "upper is nan"),
-        ({"upper": math.inf}, "upper is inf"),
-        ({"upper": True}, "upper is True"),
-        ({"upper": 0.1, "lower": 0.2}, "lower rate 0.2 is above upper rate 0.1"),
-        ({"shape": "liner"}, "unknown shape 'liner'.*did you mean 'linear'"),
-    ],
-)
-def test_impossible_rates_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ScheduleError, match=message):
-        rates_from_scores({"a": 1.0, "b": 2.0}, **{"upper": 0.1, "lower": 0.0, **options})
-
-
-def test_a_score_that_is_not_finite_is_refused() -> None:
-    with pytest.raises(ScheduleError, match="score of b is nan"):
-        rates_from_scores({"a": 1.0, "b": math.nan}, upper=0.1, lower=0.0)
-
-
-def test_a_score_is_the_mean_over_tensors_whatever_their_size() -> None:
-    model = language_model("bert")
-    site = find_sites(model)[1]
-    profile = profile_of(model, **dict(zip(site.parameters, [1.0, 2.0, 3.0, 4.0, 5.0, 9.0], strict=True)))
-    assert site_scores(profile, model, [site]) == {site.path: 4.0}
-    by_flow = [profile.tensor_means[name] for name in site.dataflow]
-    assert site_scores(profile, model, [site], "dataflow") == {site.path: sum(by_flow) / len(by_flow)}
+from guided_dropout.schedule import DropoutSchedule, controls
 
 
 @pytest.mark.parametrize("grouping", ["owner", "dataflow"])
@@ -125,18 +51,8 @@ def test_a_profile_of_another_model_is_refused() -> None:
         DropoutSchedule.from_profile(profile, language_model("bert", num_hidden_layers=3))
 
 
-def test_means_are_all_that_is_needed() -> None:
+def test_impossible_rates_and_models_without_dropout_are_refused() -> None:
     model = language_model("bert")
-    profile = profile_of(model)
-    assert DropoutSchedule.from_profile(replace(profile, diagonal={}), model) == DropoutSchedule.from_profile(
-        profile, model
-    )
-
-
-def test_wrong_choices_and_models_without_dropout_are_refused() -> None:
-    model = language_model("bert")
-    with pytest.raises(ScheduleError, match=r"unknown grouping 'data-flow'.*did you mean 'dataflow'"):
-        DropoutSchedule.from_profile(profile_of(model), model, grouping="data-flow")
     with pytest.raises(ScheduleError, match=r"embeddings.dropout is 1.5; expected a number"):
         DropoutSchedule.uniform(model, 1.5)
     with pytest.raises(ScheduleError, match=r"Plain has no dropout site in its backbone.*choose a model"):
@@ -170,14 +86,136 @@ def test_uniform_and_at_uniform() -> None:
         schedule.at_uniform(-1)
 
 
+def test_a_mean_rate_scales_rates_and_bounds() -> None:
+    model, classifier = language_model("bert"), classifier_of("bert")
+    profile = profile_of(model)
+    plain = DropoutSchedule.from_profile(profile, model, upper=0.1, lower=0.02)
+    schedule = DropoutSchedule.from_profile(profile, model, upper=0.1, lower=0.02, mean_rate=0.15)
+    assert schedule.mean_rate == pytest.approx(0.15, rel=1e-12)
+    assert (schedule.upper, schedule.lower) == pytest.approx((0.25, 0.05))
+    assert schedule.rates == pytest.approx({path: 2.5 * rate for path, rate in plain.rates.items()})
+    assert schedule == plain.with_mean(0.15)
+    whole = DropoutSchedule.from_profile(profile, classifier, include_head=True, mean_rate=0.15)
+    assert whole.mean_rate == pytest.approx(0.15, rel=1e-12)
+    assert whole.rates["dropout"] == whole.upper == max(whole.rates.values())
+    with pytest.raises(ScheduleError, match=r"mean rate 0.8 would need a rate of 1.333.*choose a mean rate below 0.6,"):
+        DropoutSchedule.from_profile(profile, model, upper=0.1, lower=0.02, mean_rate=0.8)
+
+
+def test_what_it_was_made_from_is_told() -> None:
+    model = language_model("bert")
+    profile = replace(profile_of(model), provenance={"text": "some.txt", "seed": 4, "date": "2026-01-01", "other": 1})
+    schedule = DropoutSchedule.from_profile(profile, model, shape="step:3", grouping="dataflow", aggregate="max")
+    assert (schedule.shape, schedule.grouping, schedule.aggregate) == ("step:3", "dataflow", "max")
+    assert schedule.kinds["bert.encoder.layer.0.attention.self.dropout"] == "attention"
+    facts = {"num_samples": 8, "objective": "mlm", "text": "some.txt", "seed": 4, "date": "2026-01-01"}
+    assert facts.items() <= schedule.profile.items()
+    again = DropoutSchedule.from_profile(replace(profile, provenance={}), model)
+    assert again.profile["digest"] == schedule.profile["digest"]
+    name = next(iter(profile.tensor_means))
+    other = DropoutSchedule.from_profile(profile_of(model, **{name: 1.5}), model)
+    assert other.profile["digest"] != schedule.profile["digest"]
+
+
+def test_rates_given_one_by_one(tmp_path: Path) -> None:
+    model, classifier = language_model("bert"), classifier_of("bert")
+    paths = list(DropoutSchedule.uniform(model, 0.1).rates)
+    rates = {path: k / 10 for k, path in enumerate(paths)}
+    schedule = DropoutSchedule.from_rates(dict(reversed(rates.items())), model)
+    assert list(schedule.rates.items()) == list(rates.items())
+    assert (schedule.shape, schedule.upper, schedule.lower) == ("table", 0.6, 0.0)
+    relative = {path.removeprefix("bert."): rate for path, rate in rates.items()}
+    assert DropoutSchedule.from_rates(relative, model) == schedule
+    assert DropoutSchedule.from_rates({**relative, "dropout": 0.9}, classifier).rates["dropout"] == 0.9
+
+    table = tmp_path / "rates.json"
+    table.write_text(json.dumps(rates))
+    assert DropoutSchedule.from_rates(table, model) == schedule
+    table = tmp_path / "rates.csv"
+    table.write_text("path, rate\n" + "".join(f"{path}, {rate}\n" for path, rate in relative.items()) + "\n")
+    assert DropoutSchedule.from_rates(table, model) == schedule
+    table.write_text("".join(f"{path},{rate}\n" for path, rate in rates.items()))
+    assert DropoutSchedule.from_rates(str(table), model) == schedule
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bert.embeddings.dropout": None}, "no rate for the dropout site bert.embeddings.dropout"),
+        ({"embeddings.dropout": 0.1}, "two rates for the dropout site bert.embeddings.dropout"),
+        ({"embeddings.dropuot": 0.1}, r"'embeddings.dropuot' is no .*\(did you mean 'embeddings.dropout'\?\)"),
+        ({"bert.embeddings.dropout": 1.0}, "embeddings.dropout is 1.0; expected a number"),
+        ({"bert.embeddings.dropout": "high"}, "embeddings.dropout is 'high'; expected a number"),
+    ],
+)
+def test_rates_that_do_not_fit_the_model_are_refused(changes: dict[str, object], message: str) -> None:
+    model = language_model("bert")
+    rates = {**DropoutSchedule.uniform(model, 0.1).rates, **changes}
+    with pytest.raises(ScheduleError, match=message):
+        DropoutSchedule.from_rates({path: rate for path, rate in rates.items() if rate is not None}, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rates.yaml", "", "neither .json nor .csv"),
+        ("rates.json", "{", "not valid JSON"),
+        ("rates.json", "[1]", "holds no object"),
+        ("rates.json", "{}", "gives no rates"),
+        ("rates.json", '{"a": 0.1, "a": 0.2}', "gives a twice"),
+        ("rates.json", '{"a": {"rate": 0.1}}', "of a is .*expected a number"),
+        ("rates.json", '{"kind": "dropout-schedule"}', "holds 'dropout-schedule'; expected a plain object"),
+        ("rates.csv", "", "gives no rates"),
+        ("rates.csv", "a,0.1\nb,much\n", "rates.csv:2: found 'b,much'"),
+        ("rates.csv", "a,0.1,0.2\n", "rates.csv:1: found 'a,0.1,0.2'"),
+        ("rates.csv", "a\n", "rates.csv:1: found 'a'"),
+        ("rates.csv", "a,nan\n", "of a is nan"),
+        ("rates.csv", "a,0.1\na,0.2\n", "gives a twice"),
+    ],
+)
+def test_a_malformed_table_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises((ArtefactError, ScheduleError), match=message):
+        DropoutSchedule.from_rates(tmp_path / name, language_model("bert"))
+    with pytest.raises(ArtefactError, match=r"neither|cannot read .*No such file"):
+        DropoutSchedule.from_rates(tmp_path / "nowhere.csv", language_model("bert"))
+
+
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     model = classifier_of("t5")
     for schedule in (
         DropoutSchedule.from_profile(profile_of(language_model("t5")), model, include_head=True),
+        DropoutSchedule.from_profile(profile_of(model), model, shape="step", aggregate="sum", grouping="dataflow"),
         DropoutSchedule.uniform(model, 0.1),
+        controls.shuffled(DropoutSchedule.from_profile(profile_of(model), model), seed=2),
     ):
         path = schedule.save(tmp_path / "new" / "schedule.json")
-        assert DropoutSchedule.load(path) == schedule
+        loaded = DropoutSchedule.load(path)
+        assert loaded == schedule
+        assert list(loaded.rates) == list(schedule.rates)
+        assert loaded.digest == schedule.digest
+
+
+def test_a_file_of_schema_1_still_loads(tmp_path: Path) -> None:
+    facts = {
+        "kind": "dropout-schedule",
+        "schema": 1,
+        "shape": "linear",
+        "grouping": "dataflow",
+        "upper": 0.1,
+        "lower": 0.0,
+        "mean_rate": 0.05,
+        "rates": {"bert.embeddings.dropout": 0.0, "bert.encoder.layer.0.output.dropout": 0.1},
+        "scores": {"bert.embeddings.dropout": 0.016, "bert.encoder.layer.0.output.dropout": 0.0001},
+        "profile": {"objective": "mlm", "reduction": "mean", "num_samples": 256},
+        "model": {"model_type": "bert", "backbone_prefix": "bert.", "shapes": {"embeddings.LayerNorm.bias": [16]}},
+    }
+    (tmp_path / "old.json").write_text(json.dumps(facts))
+    schedule = DropoutSchedule.load(tmp_path / "old.json")
+    names = ("shape", "grouping", "upper", "lower", "mean_rate", "rates", "scores", "profile", "model")
+    assert {name: getattr(schedule, name) for name in names} == {name: facts[name] for name in names}
+    assert (schedule.aggregate, schedule.kinds, schedule.derived_from) == ("tensor_mean", {}, {})
+    assert DropoutSchedule.load(schedule.save(tmp_path / "new.json")) == schedule
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
@@ -190,11 +228,15 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ArtefactError, match="has no 'model'"):
         load(model=None)
-    with pytest.raises(ArtefactError, match="schema version 2"):
-        load(schema=2)
+    with pytest.raises(ArtefactError, match="schema version 3; this version of guided-dropout reads 2 and 1: make"):
+        load(schema=3)
     with pytest.raises(ArtefactError, match="expected 'dropout-schedule'"):
         load(kind="fisher-profile")
     with pytest.raises(ScheduleError, match=r"self_attn.attention_dropout is 1.5"):
-        load(rates=dict.fromkeys(whole["rates"], 1.5))
+        load(sites={path: {**site, "rate": 1.5} for path, site in whole["sites"].items()})
     with pytest.raises(ScheduleError, match="without sites"):
-        load(rates={})
+        load(sites={})
+    with pytest.raises(ArtefactError, match="has no 'score'"):
+        load(sites={"a": {"rate": 0.1}})
+    with pytest.raises(ArtefactError, match="is damaged"):
+        load(sites=["a"])

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +120,13 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]:
+def read_json(path: str | Path, *, kind: str, schema: int | Sequence[int]) -> dict[str, Any]:
     """Read a JSON artefact and check what it says it is.
 
     Args:
         path: the file.
         kind: expected value of its ``"kind"``, for instance ``"dropout-schedule"``.
-        schema: expected value of its ``"schema"``.
+        schema: expected value of its ``"schema"``, or those that can be read, the newest first.
 
     Raises:
         ArtefactError: no such file, not JSON, or of another kind or schema version.
@@ -141,9 +141,11 @@ def read_json(path: str | Path, *, kind: str, schema: int) -> dict[str, Any]:
     found = value.get("kind") if isinstance(value, dict) else type(value).__name__
     if found != kind:
         raise ArtefactError(f"{path} holds {found!r}; expected {kind!r}: give the path of a {kind} file")
-    if value.get("schema") != schema:
+    readable = [schema] if isinstance(schema, int) else list(schema)
+    if value.get("schema") not in readable:
         raise ArtefactError(
-            f"{path} has schema version {value.get('schema')!r}; this version of guided-dropout reads {schema}: "
+            f"{path} has schema version {value.get('schema')!r}; this version of guided-dropout reads "
+            f"{' and '.join(map(str, readable))}: "
             "make the file again or install the version that wrote it"
         )
     return value

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.console import console, errors, progress_bar, site_table
 from guided_dropout.errors import GuidedDropoutError
 
@@ -21,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(schedule_app, name="schedule")
 
 MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
@@ -118,37 +121,6 @@ def inspect(
     dead = trace(loaded).dead
     if dead:
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
-
-
-@app.command()
-def schedule(
-    profile: Annotated[Path, typer.Argument(metavar="DIR", help="Profile folder that `fisher` wrote.")],
-    out: Annotated[Path, typer.Option(help="Schedule file (JSON).")],
-    upper: Annotated[float, typer.Option(help="Rate of the least informative site.")] = 0.1,
-    lower: Annotated[float, typer.Option(help="Rate of the most informative site.")] = 0.0,
-    shape: Annotated[str, typer.Option(help="How the rate falls with the rank.")] = "linear",
-    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
-    model: Annotated[
-        str | None, typer.Option(help="Take the sites from this model, not from the profile's own.")
-    ] = None,
-) -> None:
-    """Turn a profile into a dropout rate for each site."""
-    from guided_dropout.errors import ScheduleError
-    from guided_dropout.fisher import FisherProfile
-    from guided_dropout.models import load_lm
-    from guided_dropout.regularizers import dropout_table
-    from guided_dropout.schedule import DropoutSchedule
-
-    measured = FisherProfile.from_pretrained(profile)
-    source = model or measured.provenance.get("source") or measured.model.get("name_or_path")
-    if not source:
-        raise ScheduleError(f"{profile} does not say which model it was measured on; name it with --model")
-    lm = load_lm(source)
-    planned = DropoutSchedule.from_profile(measured, lm, upper=upper, lower=lower, shape=shape, grouping=grouping)
-    path = planned.save(out)
-    console.print(site_table(dropout_table(lm, planned, measured, grouping)))
-    console.print(f"{len(planned.rates)} sites, mean rate {planned.mean_rate:.4f}")
-    console.print(path)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: progress and the table of dropout sites."""
+"""What a person sees on the terminal: progress, the table of dropout sites, schedules."""
 
 from __future__ import annotations
 
@@ -6,16 +6,25 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.schedule.places import by_role
+
+if TYPE_CHECKING:
+    from guided_dropout.schedule.compare import ScheduleDiff
+
 # Piped output is not folded: nothing knows how wide it will be read.
 console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True, soft_wrap=True)
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_LEVELS = "▁▂▃▄▅▆▇█"
+_BAR_CELLS = 24
 
 
 class _Speed(ProgressColumn):
@@ -60,7 +69,7 @@ def site_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         cells = [row["path"].removeprefix(prefix), row["kind"]]
         if scored:
-            cells.append("–" if row["score"] is None else f"{row['score']:.1e}")
+            cells.append(_score(row["score"]))
         cells.append(f"{row['rate']:.4g}")
         if scheduled:
             cells.append("kept" if row["scheduled_rate"] is None else f"{row['scheduled_rate']:.4f}")
@@ -69,3 +78,90 @@ def site_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(str(row["calls"]))
         table.add_row(*cells, style="dim" if row["in_head"] else None)
     return table
+
+
+def schedule_origin(schedule: DropoutSchedule) -> str:
+    """What a schedule was made from, in lines."""
+    model, profile, source = schedule.model, schedule.profile, schedule.derived_from
+    made = f"shape {schedule.shape}, grouping {schedule.grouping}, aggregate {schedule.aggregate}"
+    if source:
+        seed = f", seed {source['seed']}" if "seed" in source else ""
+        made = f"{schedule.shape}{seed}: control of schedule {source['digest']} ({_recipe(source)})"
+    elif not any(score is not None for score in schedule.scores.values()):
+        made = f"shape {schedule.shape}, no scores"
+    lines = [
+        f"{len(schedule.rates)} sites, mean rate {schedule.mean_rate:.4f}, "
+        f"from {min(schedule.rates.values()):.4g} to {max(schedule.rates.values()):.4g}",
+        made,
+        f"model {model.get('name_or_path') or '?'} ({model.get('architecture')})",
+    ]
+    if profile:
+        facts = (
+            f"{profile['num_samples']:,} samples ({profile['objective']})",
+            profile.get("text"),
+            profile.get("date"),
+        )
+        lines.append(f"profile {profile.get('digest', '')}: ".replace(" :", ":") + ", ".join(filter(None, facts)))
+    return "\n".join(lines)
+
+
+def schedule_table(schedule: DropoutSchedule) -> Table:
+    """Each site's kind, score and rate, as a number and as a bar as long as the rate, in the order of the sites."""
+    scored = any(score is not None for score in schedule.scores.values())
+    prefix = schedule.model.get("backbone_prefix", "")
+    top = max(schedule.rates.values())
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(f"dropout site of {prefix.removesuffix('.')}" if prefix else "dropout site", no_wrap=True)
+    if schedule.kinds:
+        table.add_column("kind", no_wrap=True)
+    if scored:
+        table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for path, rate in schedule.rates.items():
+        cells = [path.removeprefix(prefix)]
+        if schedule.kinds:
+            cells.append(schedule.kinds.get(path, "–"))
+        if scored:
+            cells.append(_score(schedule.scores.get(path)))
+        table.add_row(*cells, f"{rate:.4f}", _bar(rate / top if top else 0.0))
+    return table
+
+
+def depth_chart(schedule: DropoutSchedule) -> Table:
+    """The rates over depth: a line for the same place in each layer, a block as high as the rate for each layer."""
+    prefix = schedule.model.get("backbone_prefix", "")
+    top = max(schedule.rates.values())
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("place", no_wrap=True)
+    table.add_column(f"rate, first layer to last ({_LEVELS[0]} 0, {_LEVELS[-1]} {top:.4g})", no_wrap=True)
+    for role, paths in by_role(schedule.rates).items():
+        levels = (schedule.rates[path] / top if top else 0.0 for path in paths)
+        blocks = "".join(_LEVELS[round(level * (len(_LEVELS) - 1))] for level in levels)
+        table.add_row(role.removeprefix(prefix), blocks)
+    return table
+
+
+def diff_table(difference: ScheduleDiff) -> Table:
+    """Per site: both rates, the change, and its place in each (1 is the most dropped)."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("dropout site", no_wrap=True)
+    for name in ("A", "B", "B − A", "place in A", "in B"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for site in difference.changes:
+        a, b = site.rates
+        table.add_row(site.name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}", *(f"{rank:g}" for rank in site.ranks))
+    return table
+
+
+def _recipe(facts: Mapping[str, Any]) -> str:
+    return f"{facts['shape']}, {facts['grouping']}, {facts['aggregate']}, mean {facts['mean_rate']:.4f}"
+
+
+def _score(score: float | None) -> str:
+    return "–" if score is None else f"{score:.1e}"
+
+
+def _bar(share: float) -> str:
+    whole, eighths = divmod(round(share * _BAR_CELLS * 8), 8)
+    return _EIGHTHS[8] * whole + (_EIGHTHS[eighths] if eighths else "")

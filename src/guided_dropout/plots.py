@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -20,10 +21,22 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from mpl_toolkits.axes_grid1 import make_axes_locatable
 
+from guided_dropout.artefacts import staged_file
+from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
+from guided_dropout.schedule import DropoutSchedule, rates_from_scores
+from guided_dropout.schedule.places import by_role, place_of
 
 _BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#8a8a8a"
+_SERIES = tuple(
+    zip(
+        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222"),
+        "osD^vPX",
+        ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3))),
+        strict=True,
+    )
+)
 _KINDS = {"module": ("#56B4E9", ""), "attention": ("#F0E442", "////"), "attribute": ("#CC79A7", "xx")}
 
 
@@ -86,6 +99,71 @@ def plot_layers(table: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> A
     return ax
 
 
+def plot_schedule(schedule: DropoutSchedule, ax: Axes | None = None) -> Axes:
+    """The rates over depth: the sites in the order of the forward pass, a line for the same place in each layer.
+
+    Args:
+        schedule: of any model; the layers' numbers are read from the paths.
+        ax: where to draw; a new figure of fitting size if None.
+    """
+    paths = list(schedule.rates)
+    roles = by_role(paths)
+    columns = 2 if len(roles) > 6 and len(paths) > 30 else 1
+    ax = ax or _new_axes(min(4.2 + 0.12 * len(paths), 14), 3.2 + 0.17 * len(roles) / columns)
+    prefix = schedule.model.get("backbone_prefix", "")
+    for number, (role, members) in enumerate(roles.items()):
+        color, marker, line = _series(number)
+        kinds = dict.fromkeys(schedule.kinds[path] for path in members if path in schedule.kinds)
+        ax.plot(
+            [paths.index(path) for path in members], [schedule.rates[path] for path in members],
+            color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=5.5,
+            label=role.removeprefix(prefix) + (f" ({', '.join(kinds)})" if kinds else ""),
+        )  # fmt: skip
+    ax.axhline(schedule.mean_rate, color=_GREY, linewidth=1, zorder=1)
+    ax.annotate(
+        f"mean {schedule.mean_rate:.4g}", (1, schedule.mean_rate), xycoords=ax.get_yaxis_transform(),
+        xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=_INK, annotation_clip=False,
+    )  # fmt: skip
+    layers = [place_of(path).layer for path in paths]
+    starts = [i for i, layer in enumerate(layers) if layer is not None and (i == 0 or layers[i - 1] != layer)]
+    ax.set_xticks(starts, [str(layers[i]) for i in starts])
+    ax.set_xlabel("dropout sites in the order of the forward pass; numbers: first site of each layer")
+    ax.set_ylabel("dropout rate")
+    ax.set_ylim(bottom=-0.03 * max(*schedule.rates.values(), 0.01))
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=8, handlelength=3.5)
+    _plain(ax)
+    return ax
+
+
+def plot_shapes(
+    scores: Mapping[str, float],
+    shapes: Sequence[str] = ("linear", "cosine", "exponential", "step", "proportional"),
+    ax: Axes | None = None,
+) -> Axes:
+    """The rates that each shape makes of the same scores, from the least informative site to the most.
+
+    Args:
+        scores: path → score.
+        shapes: as for `rates_from_scores`.
+        ax: where to draw; a new figure if None.
+    """
+    ax = ax or _new_axes(6.8, 3.8)
+    ranked = sorted(scores, key=scores.__getitem__)
+    for number, shape in enumerate(shapes):
+        rates = rates_from_scores(scores, shape=shape)
+        color, marker, line = _series(number)
+        ax.plot(
+            [rates[path] for path in ranked], color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=4.5,
+            label=shape,
+        )  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("site k, in ascending order of its score")
+    ax.set_ylabel("dropout rate")
+    ax.legend(loc="upper right", frameon=False, fontsize=9, handlelength=3.5)
+    _plain(ax)
+    return ax
+
+
 def plot_paired(results: Sequence[Any], ax: Axes | None = None) -> Axes:
     """The metric of every run by arm; a thin line joins the runs of a seed, a bar marks the arm's mean.
 
@@ -137,6 +215,30 @@ def figure_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure, all or nothing, as the ending of `path` says, ``.png`` or ``.svg``; return the path.
+
+    Raises:
+        ArtefactError: another ending, or `path` cannot be written.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise ArtefactError(f"cannot draw to {path}; expected a name that ends in .png or .svg")
+    with staged_file(path) as tmp:
+        if path.suffix == ".svg":
+            tmp.write_text(figure_svg(figure), encoding="utf-8")
+        else:
+            figure.savefig(tmp, format="png", dpi=150)
+    return path
+
+
+def _series(number: int) -> tuple[str, str, Any]:
+    """Colour, marker and line of a series; the three part ways from the eighth on, so that pairs stay distinct."""
+    lap, place = divmod(number, len(_SERIES))
+    color, _, line = _SERIES[place]
+    return color, _SERIES[(place + lap) % len(_SERIES)][1], line
 
 
 def _new_axes(width: float, height: float) -> Axes:

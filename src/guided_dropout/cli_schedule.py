@@ -1,0 +1,143 @@
+"""The command line's `schedule`: make, show, diff."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table
+from guided_dropout.errors import ScheduleError
+
+
+class _MakeByDefault(TyperGroup):
+    """``schedule DIR …`` is short for ``schedule make DIR …``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "--help"}:
+            typo = not Path(args[0]).exists() and difflib.get_close_matches(args[0], self.commands)
+            args = args if typo else ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+schedule_app = typer.Typer(
+    cls=_MakeByDefault,
+    help="Make, show and compare schedules. `schedule DIR --out FILE` is short for `schedule make DIR --out FILE`.",
+    short_help="Turn a profile into a dropout rate for each site; show and compare schedules.",
+    no_args_is_help=True,
+)
+
+
+@schedule_app.command()
+def make(
+    out: Annotated[Path, typer.Option(help="Schedule file (JSON).")],
+    profile: Annotated[Path | None, typer.Argument(metavar="DIR", help="Profile folder that `fisher` wrote.")] = None,
+    upper: Annotated[float, typer.Option(help="Rate of the least informative site.")] = 0.1,
+    lower: Annotated[float, typer.Option(help="Rate of the most informative site.")] = 0.0,
+    shape: Annotated[
+        str,
+        typer.Option(
+            help="How the rate falls with the score: linear, cosine, exponential[:decay], step[:groups], proportional "
+            "(to the log score) or paper_code (BERT-base, as the authors' script)."
+        ),
+    ] = "linear",
+    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
+    aggregate: Annotated[
+        str, typer.Option(help="Their values as one score: tensor_mean, parameter_mean, sum, max or top_share.")
+    ] = "tensor_mean",
+    mean_rate: Annotated[
+        float | None, typer.Option(help="Multiply all rates by one number such that this is their mean.")
+    ] = None,
+    rates: Annotated[
+        Path | None,
+        typer.Option(help="Rates one by one, in place of DIR: JSON or CSV of path and rate; needs --model."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Take the sites from this model, not from the profile's own.")
+    ] = None,
+) -> None:
+    """Turn a profile, or a table of rates, into a schedule: a dropout rate for each site."""
+    from guided_dropout.fisher import FisherProfile
+    from guided_dropout.models import load_lm, load_model
+    from guided_dropout.schedule import DropoutSchedule
+
+    if profile is not None and rates is not None:
+        raise ScheduleError(f"both the profile {profile} and --rates {rates}; expected one of the two: leave one out")
+    if profile is not None:
+        measured = FisherProfile.from_pretrained(profile)
+        source = model or measured.provenance.get("source") or measured.model.get("name_or_path")
+        if not source:
+            raise ScheduleError(f"{profile} does not say which model it was measured on; name it with --model")
+        planned = DropoutSchedule.from_profile(
+            measured,
+            load_lm(source),
+            upper=upper,
+            lower=lower,
+            shape=shape.replace("-", "_"),
+            grouping=grouping,
+            aggregate=aggregate.replace("-", "_"),
+            mean_rate=mean_rate,
+        )
+    elif rates is not None:
+        if not model:
+            raise ScheduleError("--rates without a model; name the model whose sites they are with --model")
+        if (upper, lower, shape, grouping, aggregate) != (0.1, 0.0, "linear", "owner", "tensor_mean"):
+            raise ScheduleError(
+                "--rates gives the rates one by one; leave out --upper, --lower, --shape, --grouping and --aggregate"
+            )
+        planned = DropoutSchedule.from_rates(rates, load_model(model))
+        planned = planned if mean_rate is None else planned.with_mean(mean_rate)
+    else:
+        raise ScheduleError("no profile; expected a folder that `guided-dropout fisher` wrote, or --rates FILE")
+    path = planned.save(out)
+    console.print(schedule_table(planned))
+    console.print(schedule_origin(planned), highlight=False)
+    console.print(path)
+
+
+@schedule_app.command()
+def show(
+    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="Schedule file that `schedule` wrote.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw the rates over depth to this file: .png or .svg.")] = None,
+) -> None:
+    """Print a schedule: where it comes from, each site's rate, the rates over depth."""
+    from guided_dropout.schedule import DropoutSchedule
+
+    planned = DropoutSchedule.load(schedule)
+    if plot:
+        from guided_dropout.plots import figure_of, plot_schedule, save_figure
+
+        save_figure(figure_of(plot_schedule(planned)), plot)
+    console.print(schedule_origin(planned), highlight=False)
+    console.print()
+    console.print(schedule_table(planned))
+    console.print()
+    console.print(depth_chart(planned))
+    if plot:
+        console.print(plot)
+
+
+@schedule_app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Schedule file.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Schedule file.")],
+) -> None:
+    """Compare two schedules: rates, order and mean; sites are matched whatever head the models have."""
+    from guided_dropout.schedule import DropoutSchedule
+    from guided_dropout.schedule.compare import diff as compare
+
+    schedules = [DropoutSchedule.load(path) for path in (first, second)]
+    found = compare(*schedules)
+    for name, path, planned in zip("AB", (first, second), schedules, strict=True):
+        console.print(f"{name} {path}: shape {planned.shape}, mean rate {planned.mean_rate:.4f}", highlight=False)
+    if found.changes:
+        console.print()
+        console.print(diff_table(found))
+    for name, sites in (("A", found.only_first), ("B", found.only_second)):
+        if sites:
+            console.print(f"in {name} only: {', '.join(sites)}", highlight=False)
+    tau = "not defined (it needs two sites with different rates)" if found.tau is None else f"{found.tau:+.3f}"
+    console.print(f"order of the sites by rate: Kendall's tau {tau}", highlight=False)

@@ -1,0 +1,109 @@
+"""Controls: schedules that say whether it is the Fisher information that helps, or something simpler.
+
+Each has the sites and the mean rate of the schedule that it is derived from, and names it in `derived_from`. Sites
+without a score beside sites with one (a new head's) keep their rates where rates are dealt out anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import nn
+
+from guided_dropout.errors import ScheduleError
+from guided_dropout.identity import backbone_name, model_identity
+from guided_dropout.schedule.schedule import DropoutSchedule
+from guided_dropout.schedule.scores import weight_scores
+from guided_dropout.schedule.shapes import place_rates, with_mean
+from guided_dropout.sites import find_sites
+
+CONTROLS = ("uniform", "reversed", "shuffled", "depth_linear", "magnitude")
+
+
+def uniform(schedule: DropoutSchedule) -> DropoutSchedule:
+    """The mean rate at each site: the same amount of dropout, no guidance."""
+    return schedule.at_uniform()
+
+
+def reversed(schedule: DropoutSchedule) -> DropoutSchedule:  # noqa: A001
+    """The same rates, dealt out the wrong way round: the site that knows most gets the highest.
+
+    Where the schedule has no scores the site with the lowest rate gets the highest.
+    """
+    order = _scored(schedule) or {path: -rate for path, rate in schedule.rates.items()}
+    return schedule.derive("reversed", _dealt_anew(schedule, {path: -score for path, score in order.items()}))
+
+
+def shuffled(schedule: DropoutSchedule, seed: int = 0) -> DropoutSchedule:
+    """The same rates, dealt out by chance: the same spread of rates, guidance by nothing.
+
+    Args:
+        schedule: where the rates come from.
+        seed: of NumPy's default generator; the same seed gives the same permutation of the sites.
+    """
+    paths = list(_scored(schedule) or schedule.rates)
+    drawn = np.random.default_rng(seed).permutation(len(paths))
+    rates = {path: schedule.rates[paths[i]] for path, i in zip(paths, drawn, strict=True)}
+    return schedule.derive("shuffled", {**schedule.rates, **rates}, derived_from={"seed": seed})
+
+
+def depth_linear(schedule: DropoutSchedule) -> DropoutSchedule:
+    r"""Rates that rise with depth, without Fisher information.
+
+    With the sites in the order of their first call, :math:`k = 0 \dots L-1`, the rate is
+    :math:`p_{min} + k\,(p_{max} - p_{min}) / (L - 1)`, from the schedule's lowest rate to its highest, times one number
+    such that the mean is the schedule's; of a linear schedule's rates it is a permutation. Early layers are kept, as
+    with stochastic depth (Huang et al., 2016).
+
+    Raises:
+        ScheduleError: that number would take a rate to 1 or above.
+    """
+    low, high = min(schedule.rates.values()), max(schedule.rates.values())
+    steps = max(len(schedule.rates) - 1, 1)
+    ramp = {path: low + k / steps * (high - low) for k, path in enumerate(schedule.rates)}
+    return schedule.derive(
+        "depth_linear",
+        with_mean(ramp, schedule.mean_rate),
+        scores=dict.fromkeys(schedule.rates),
+        profile={},
+    )
+
+
+def magnitude(schedule: DropoutSchedule, model: nn.Module) -> DropoutSchedule:
+    """The same rates, dealt out by the size of the weights: the site with the largest weights gets the lowest.
+
+    A site's score is the schedule's aggregate, over the same parameters, of the squares of the weights.
+
+    Args:
+        schedule: where the rates come from.
+        model: holds the pretrained weights; its head may differ. It is run once on a tiny batch and left as it was.
+
+    Raises:
+        ScheduleError: a model of another backbone.
+        SiteError: as for `sites.trace`.
+    """
+    found, expected = model_identity(model)["model_type"], schedule.model["model_type"]
+    sites = [site for site in find_sites(model) if not site.in_head]
+    by_name = weight_scores(model, sites, schedule.grouping, schedule.aggregate)
+    scores = {backbone_name(model, path): score for path, score in by_name.items()}
+    prefix = schedule.model["backbone_prefix"]
+    wanted = {path: path.removeprefix(prefix) for path in schedule.rates if path.startswith(prefix)}
+    if found != expected or set(wanted.values()) != set(scores):
+        raise ScheduleError(
+            f"{type(model).__name__} (model type {found!r}) has other dropout sites than the schedule, which was made "
+            f"on {schedule.model.get('architecture')} ({expected!r}); expected a model with the same backbone"
+        )
+    sizes = {path: score for path, name in wanted.items() if (score := scores[name]) is not None}
+    kept = {path: None for path in schedule.rates if path not in sizes}
+    return schedule.derive("magnitude", _dealt_anew(schedule, sizes), scores={**sizes, **kept}, profile={})
+
+
+def _scored(schedule: DropoutSchedule) -> dict[str, float]:
+    return {path: score for path in schedule.rates if (score := schedule.scores.get(path)) is not None}
+
+
+def _dealt_anew(schedule: DropoutSchedule, scores: Mapping[str, float]) -> dict[str, float]:
+    """The rates of the sites in `scores`, the highest to the lowest score; all other sites keep theirs."""
+    rates = sorted((schedule.rates[path] for path in scores), reverse=True)
+    return {**schedule.rates, **place_rates(scores, rates)}

@@ -1,0 +1,81 @@
+"""A schedule as a JSON file: one entry for each site, keyed by its path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guided_dropout.artefacts import read_json, write_json
+from guided_dropout.errors import ArtefactError
+
+if TYPE_CHECKING:
+    from guided_dropout.schedule.schedule import DropoutSchedule
+
+KIND = "dropout-schedule"
+SCHEMA = 2
+
+
+def facts_of(schedule: DropoutSchedule) -> dict[str, Any]:
+    """What is written, as plain data."""
+    return {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "shape": schedule.shape,
+        "grouping": schedule.grouping,
+        "aggregate": schedule.aggregate,
+        "upper": schedule.upper,
+        "lower": schedule.lower,
+        "mean_rate": schedule.mean_rate,
+        "sites": {
+            path: {"rate": rate, "score": schedule.scores.get(path), "kind": schedule.kinds.get(path)}
+            for path, rate in schedule.rates.items()
+        },
+        "derived_from": dict(schedule.derived_from),
+        "profile": dict(schedule.profile),
+        "model": dict(schedule.model),
+    }
+
+
+def write_schedule(path: str | Path, schedule: DropoutSchedule) -> Path:
+    """Write it, all or nothing; return the path."""
+    write_json(path, facts_of(schedule))
+    return Path(path)
+
+
+def read_schedule(path: str | Path) -> dict[str, Any]:
+    """The arguments of `DropoutSchedule` from a file of schema 2 or 1.
+
+    Raises:
+        ArtefactError: no such file, another kind of file or schema version, or something is missing in it.
+    """
+    facts = read_json(path, kind=KIND, schema=(SCHEMA, 1))
+    try:
+        return _from_schema_1(facts) if facts["schema"] == 1 else _from_schema_2(facts)
+    except KeyError as e:
+        raise ArtefactError(f"{path} has no {e}; expected a whole {KIND} file: make it again") from e
+    except (AttributeError, TypeError) as e:
+        raise ArtefactError(f"{path} is damaged ({e}); expected a whole {KIND} file: make it again") from e
+
+
+def digest(facts: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that stand for plain data."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _from_schema_2(facts: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("shape", "grouping", "aggregate", "upper", "lower", "model", "profile", "derived_from")
+    sites = facts["sites"].items()
+    return {name: facts[name] for name in names} | {
+        "rates": {path: site["rate"] for path, site in sites},
+        "scores": {path: site["score"] for path, site in sites},
+        "kinds": {path: site["kind"] for path, site in sites if site["kind"]},
+    }
+
+
+def _from_schema_1(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Schema 1 had the aggregate ``tensor_mean`` only, which is the default, and kept neither kinds nor origins."""
+    names = ("rates", "scores", "shape", "grouping", "upper", "lower", "model", "profile")
+    return {name: facts[name] for name in names}

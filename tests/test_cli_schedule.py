@@ -1,0 +1,140 @@
+"""`guided-dropout schedule` as a stranger meets it."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from families import profile_of
+from test_cli import run
+from tiny import save_tiny_bert
+
+from guided_dropout.models import load_lm
+from guided_dropout.schedule import DropoutSchedule
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a profile of it, and two schedules."""
+    folder = tmp_path_factory.mktemp("schedules")
+    model = load_lm(str(save_tiny_bert(folder / "model")))
+    profile = replace(profile_of(model), provenance={"source": "model"})
+    profile.save_pretrained(folder / "profile")
+    planned = DropoutSchedule.from_profile(profile, model)
+    planned.save(folder / "a.json")
+    planned.at_uniform().save(folder / "flat.json")
+    (folder / "rates.csv").write_text("path,rate\n" + "".join(f"{path},0.25\n" for path in planned.rates))
+    return folder
+
+
+@pytest.fixture
+def command(folder, monkeypatch, capsys):
+    return lambda *args: run(folder, *args, monkeypatch=monkeypatch, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    "line", ["schedule profile --out {}", "schedule make profile --out {}", "schedule --out {0} profile"]
+)
+def test_make_is_what_schedule_does_by_default(folder, command, tmp_path, line):
+    code, out, err = command(*line.format(tmp_path / "new.json").split())
+    assert code == 0, err
+    assert DropoutSchedule.load(tmp_path / "new.json").rates == DropoutSchedule.load(folder / "a.json").rates
+    assert "encoder.layer.1.output.dropout" in out
+    assert "7 sites, mean rate 0.0500, from 0 to 0.1" in out
+
+
+def test_every_choice_arrives(command, tmp_path):
+    new = tmp_path / "new.json"
+    code, _, err = command(
+        "schedule", "profile", "--out", new, "--shape", "step:3", "--aggregate", "top-share", "--grouping", "dataflow",
+        "--upper", 0.4, "--lower", 0.1, "--mean-rate", 0.2,
+    )  # fmt: skip
+    assert code == 0, err
+    made = DropoutSchedule.load(new)
+    assert (made.shape, made.aggregate, made.grouping) == ("step:3", "top_share", "dataflow")
+    assert made.mean_rate == pytest.approx(0.2)
+    assert made.lower == pytest.approx(made.upper / 4)
+
+
+def test_a_table_of_rates_becomes_a_schedule(command, tmp_path):
+    new = tmp_path / "new.json"
+    line = ("schedule", "make", "--rates", "rates.csv", "--model", "model", "--out", new)
+    assert command(*line)[0] == 0
+    assert set(DropoutSchedule.load(new).rates.values()) == {0.25}
+    assert (
+        command("schedule", "make", "--rates", "rates.csv", "--model", "model", "--mean-rate", 0.1, "--out", new)[0]
+        == 0
+    )
+    assert set(DropoutSchedule.load(new).rates.values()) == {0.1}
+
+
+def test_show_prints_and_draws(folder, command, tmp_path):
+    code, out, err = command("schedule", "show", "a.json", "--plot", tmp_path / "a.svg")
+    assert code == 0, err
+    made = DropoutSchedule.load(folder / "a.json")
+    bars = dict(re.findall(r"^(\S+dropout) +\w+ +\S+ +[\d.]+ +(█*)", out, flags=re.M))
+    assert {f"bert.{path}": len(bar) for path, bar in bars.items()} == {
+        path: int(rate / 0.1 * 24 + 1 / 16) for path, rate in made.rates.items()
+    }
+    assert "shape linear, grouping owner, aggregate tensor_mean" in out
+    assert re.search(r"^encoder\.layer\.\*\.attention\.self\.dropout +[▁▂▃▄▅▆▇█]{2}\s*$", out, flags=re.M)
+    assert (tmp_path / "a.svg").read_text().startswith("<svg")
+
+
+def test_show_a_control_and_a_file_of_schema_1(folder, command, tmp_path):
+    _, out, _ = command("schedule", "show", "flat.json")
+    digest = DropoutSchedule.load(folder / "a.json").digest
+    assert f"uniform: control of schedule {digest} (linear, owner, tensor_mean, mean 0.0500)" in out
+    whole = json.loads((folder / "a.json").read_text())
+    sites = whole.pop("sites")
+    old = {**whole, "schema": 1, **{f"{key}s": {p: s[key] for p, s in sites.items()} for key in ("rate", "score")}}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    code, out, err = command("schedule", "show", tmp_path / "old.json")
+    assert code == 0, err
+    assert "embeddings.dropout" in out
+
+
+def test_diff_prints_both_rates_the_means_and_the_order(command):
+    code, out, err = command("schedule", "diff", "a.json", "a.json")
+    assert code == 0, err
+    assert "Kendall's tau +1.000" in out
+    assert len(re.findall(r"\+0\.0000", out)) == 7
+    _, out, _ = command("schedule", "diff", "a.json", "flat.json")
+    assert "B flat.json: shape uniform, mean rate 0.0500" in out
+    assert "Kendall's tau not defined" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "schedule make --out new",
+            "no profile; expected a folder that `guided-dropout fisher` wrote",
+        ),
+        ("schedule make --rates rates.csv --out new", "--rates without a model"),
+        ("schedule make profile --rates rates.csv --out new", "expected one of the two: leave one out"),
+        ("schedule make --rates rates.csv --model model --shape step --out new", "leave out --upper"),
+        ("schedule make --rates a.json --model model --out new", "holds 'dropout-schedule'; expected a plain object"),
+        ("schedule profile --shape paper-code --out new", "paper_code for 7 sites; expected 37"),
+        ("schedule profile --aggregate maximum --out new", "unknown aggregate 'maximum'"),
+        ("schedule profile --mean-rate 0.7 --out new", "choose a mean rate below 0.5"),
+        ("schedule show nowhere.json", "cannot read nowhere.json: No such file"),
+        ("schedule show a.json --plot new.pdf", "cannot draw to new.pdf"),
+        ("schedule show profile/profile.json", "holds 'fisher-profile'; expected 'dropout-schedule'"),
+        ("schedule diff a.json nowhere.json", "cannot read nowhere.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(folder, command, line, message):
+    before = sorted(folder.rglob("*"))
+    code, _, err = command(*line.split())
+    assert code == 2, err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_misspelt_command_is_told(command):
+    code, _, err = command("schedule", "shwo", "a.json")
+    assert code == 2
+    assert "Did you mean 'show'?" in err

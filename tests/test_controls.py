@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from families import FAMILIES, classifier_of, language_model, profile_of
+from random_profiles import random_profile
+
+from guided_dropout.errors import ScheduleError
+from guided_dropout.schedule import DropoutSchedule, controls
+from guided_dropout.sites import find_sites
+
+
+def every_control(schedule: DropoutSchedule, model: object) -> dict[str, DropoutSchedule]:
+    return {
+        "uniform": controls.uniform(schedule),
+        "reversed": controls.reversed(schedule),
+        "shuffled": controls.shuffled(schedule, seed=5),
+        "depth_linear": controls.depth_linear(schedule),
+        "magnitude": controls.magnitude(schedule, model),
+    }
+
+
+@pytest.mark.parametrize("shape", ["linear", "exponential:3"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_control_has_the_same_sites_and_mean_and_says_what_it_is(family: str, shape: str) -> None:
+    model = language_model(family)
+    schedule = DropoutSchedule.from_profile(random_profile(model), model, shape=shape)
+    made = every_control(schedule, model)
+    assert tuple(made) == controls.CONTROLS
+    for name, control in made.items():
+        assert list(control.rates) == list(schedule.rates)
+        assert control.mean_rate == pytest.approx(schedule.mean_rate, rel=1e-12)
+        assert control.shape == name
+        assert control.derived_from["digest"] == schedule.digest
+        assert control.derived_from["shape"] == shape
+        assert (control.model, control.kinds) == (schedule.model, schedule.kinds)
+
+
+def test_reversed_gives_the_least_informative_site_the_lowest_rate() -> None:
+    model = language_model("bert")
+    schedule = DropoutSchedule.from_profile(random_profile(model), model, shape="step:3")
+    control = controls.reversed(schedule)
+    up = sorted(schedule.scores, key=schedule.scores.__getitem__)
+    assert [control.rates[p] for p in up] == [schedule.rates[p] for p in reversed(up)]
+    assert controls.reversed(control).rates != schedule.rates or control.scores == schedule.scores
+    table = DropoutSchedule.from_rates({p: k / 10 for k, p in enumerate(schedule.rates)}, model)
+    assert list(controls.reversed(table).rates.values()) == list(table.rates.values())[::-1]
+
+
+def test_shuffled_is_a_permutation_that_its_seed_decides() -> None:
+    model = language_model("bert")
+    schedule = DropoutSchedule.from_profile(random_profile(model), model)
+    drawn = [controls.shuffled(schedule, seed) for seed in range(20)]
+    assert all(sorted(s.rates.values()) == sorted(schedule.rates.values()) for s in drawn)
+    assert len({tuple(s.rates.values()) for s in drawn}) == 20
+    assert controls.shuffled(schedule, 3) == drawn[3]
+    assert drawn[3].derived_from["seed"] == 3
+
+
+def test_depth_linear_rises_with_the_order_of_the_calls() -> None:
+    model = language_model("bert")
+    schedule = DropoutSchedule.from_profile(random_profile(model), model, upper=0.3, lower=0.1)
+    control = controls.depth_linear(schedule)
+    paths = [site.path for site in find_sites(model)]
+    assert [control.rates[p] for p in paths] == pytest.approx([0.1 + 0.2 * k / 6 for k in range(7)])
+    assert set(control.scores.values()) == {None}
+    assert not control.profile
+
+
+def test_magnitude_gives_the_site_with_the_largest_weights_the_lowest_rate() -> None:
+    model, classifier = language_model("bert"), classifier_of("bert")
+    classifier.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    schedule = DropoutSchedule.from_profile(random_profile(model), model)
+    control = controls.magnitude(schedule, model)
+    squares = {n: float(p.detach().double().square().mean()) for n, p in model.named_parameters()}
+    sizes = {s.path: math.fsum(squares[n] for n in s.parameters) / len(s.parameters) for s in find_sites(model)}
+    assert control.scores == pytest.approx(sizes)
+    up = sorted(sizes, key=sizes.__getitem__)
+    assert [control.rates[p] for p in up] == sorted(schedule.rates.values(), reverse=True)
+    assert controls.magnitude(schedule, classifier).rates == control.rates
+    for other in (language_model("roberta"), language_model("bert", num_hidden_layers=3)):
+        with pytest.raises(ScheduleError, match=r"has other dropout sites than the schedule.*expected a model with"):
+            controls.magnitude(schedule, other)
+
+
+def test_a_new_head_keeps_its_rate() -> None:
+    classifier = classifier_of("bert")
+    schedule = DropoutSchedule.from_profile(
+        profile_of(language_model("bert")), classifier, upper=0.3, include_head=True
+    )
+    for name in ("reversed", "shuffled", "magnitude"):
+        assert every_control(schedule, classifier)[name].rates["dropout"] == 0.3
+
+
+def test_a_schedule_of_one_rate_stays_as_it_is() -> None:
+    model = language_model("gpt2")
+    flat = DropoutSchedule.uniform(model, 0.2)
+    for control in every_control(flat, model).values():
+        assert list(control.rates.values()) == pytest.approx([0.2] * len(flat.rates))
