@@ -59,9 +59,9 @@ def fisher(
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
     from guided_dropout import corpus
     from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.detection import detect_objective
     from guided_dropout.fisher import estimate_fisher, profile
     from guided_dropout.models import check_length, load_lm, load_tokenizer
-    from guided_dropout.objectives import detect_objective
 
     check_output_folder(out, marker=profile.JSON_NAME)
     lines = _read_text(text)

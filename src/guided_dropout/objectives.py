@@ -1,30 +1,51 @@
 r"""A sample's loss, and batches of samples.
 
-A *sample* is a mapping of 1-D sequences: ``input_ids`` and ``labels`` (−100 is no target), and where the model takes
-them ``attention_mask``, ``token_type_ids`` and ``decoder_*``. Its loss is the mean (or the sum) of the cross-entropy
-over its own targets, in nats:
+The loss of a sample that has one label per token (masked LM, next token, sequence to sequence) is the mean (or the sum)
+of the cross-entropy over its targets, in nats; that of a sample that has a single label is the cross-entropy of its
+class, or for a regression the squared error, as transformers computes them:
 
-.. math:: \ell_i = \frac{1}{|T_i|}\sum_{t \in T_i} -\log p(y_t \mid x_i)
+.. math:: \ell_i = \frac{1}{|T_i|}\sum_{t \in T_i} -\log p(y_t \mid x_i), \qquad \ell_i = (f(x_i) - y_i)^2
+
+The labels are the data's, which makes the Fisher the empirical one, or drawn from the model's own prediction, which
+makes its mean over draws the true one (Kunstner et al., 2019, eqs. 4 and 6).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, ModelError
+from guided_dropout.samples import IGNORE, INDEX, Sample, as_tensor, check_samples
 
-IGNORE = -100
-OBJECTIVES = ("mlm", "causal", "seq2seq")
+__all__ = [
+    "IGNORE",
+    "LABELS",
+    "OBJECTIVES",
+    "PER_SAMPLE",
+    "REDUCTIONS",
+    "Batch",
+    "Objective",
+    "Sample",
+    "check_samples",
+    "has_target",
+    "prepare_sample",
+]
+
+OBJECTIVES = ("mlm", "causal", "seq2seq", "classification", "regression")
+PER_SAMPLE = ("classification", "regression")  # one label per sample; the others have one per token
 REDUCTIONS = ("mean", "sum")
+LABELS = ("data", "model")
 
-Sample = Mapping[str, Any]
+# Elements of the float64 probabilities that are held at a time while labels are drawn: 32 MiB.
+_DRAW_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -33,17 +54,33 @@ class Batch:
 
     Attributes:
         inputs: what the model is called with; each [B, T] on the model's device.
-        targets: [B, T] int64 token that the logits at each position should predict, −100 for none. For next-token
-            models it is the labels moved one place to the left, as the models do themselves.
-        weights: [B, T] in the logits' precision later on: what each target's cross-entropy counts for.
+        targets: [B, T] int64 token that the logits at each position should predict, −100 for none; for next-token
+            models it is the labels moved one place to the left, as the models do themselves. [B, 1] for one label per
+            sample, int64 class or float64 score.
+        weights: like `targets`, float32: what each target's loss counts for, 0 where there is no target.
+        indices: the samples' numbers in the stream, where labels are drawn; otherwise empty.
     """
 
     inputs: dict[str, Tensor]
     targets: Tensor
     weights: Tensor
+    indices: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return self.targets.shape[0]
+
+    @property
+    def mask(self) -> Tensor:
+        """Bool, like `targets`: where there is a target; M of them are."""
+        return self.weights != 0
+
+    def at_targets(self, logits: Tensor) -> Tensor:
+        """Logits [B, T, V], or [B, C] for one label per sample → [M, V] or [M, C], those that have a target."""
+        return logits.reshape(*self.targets.shape, -1)[self.mask]
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -51,47 +88,95 @@ class Objective:
     """How a model's logits and a sample's labels become a loss.
 
     Attributes:
-        name: ``"mlm"``, ``"causal"`` or ``"seq2seq"``.
+        name: one of `OBJECTIVES`.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
+        labels: ``"data"``, or ``"model"``: targets are drawn from the model's prediction wherever the data has one.
+        seed: of these draws.
     """
 
     name: str
     reduction: str = "mean"
+    labels: str = "data"
+    seed: int = 0
 
     def targets(self, labels: Tensor) -> Tensor:
-        """Labels [..., T] → the token that the logits at each position should predict [..., T]."""
-        if self.name != "causal":
-            return labels
-        return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
+        """One sample's labels [T] or [] → the target of the logits at each position [T], or [1]."""
+        if self.name in PER_SAMPLE:
+            return labels[None].double() if self.name == "regression" else labels[None]
+        return F.pad(labels[1:], (0, 1), value=IGNORE) if self.name == "causal" else labels
 
     def collate(self, model: nn.Module, samples: Sequence[Sample]) -> Batch:
         """Pad samples on the right into one batch on the model's device."""
         device = next(model.parameters()).device
         prepared = [prepare_sample(model, self, s) for s in samples]
-        labels = _pad([p["labels"] for p in prepared], IGNORE).to(device)
+        targets = _pad([self.targets(p["labels"]) for p in prepared], IGNORE).to(device)
         inputs = {
             k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in prepared[0] if k != "labels"
         }
-        targets = self.targets(labels)
-        count = (targets != IGNORE).sum(1, keepdim=True).clamp(min=1)
-        weights = (targets != IGNORE) / (count if self.reduction == "mean" else torch.ones_like(count))
-        return Batch(inputs, targets, weights)
+        mask = torch.ones_like(targets, dtype=torch.bool) if self.name == "regression" else targets != IGNORE
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        weights = mask / (count if self.reduction == "mean" else torch.ones_like(count))
+        indices = tuple(s[INDEX] for s in samples) if self.labels == "model" else ()
+        return Batch(inputs, targets, weights, indices)
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Logits [B, T, V] → one loss per sample [B], in the logits' precision."""
-        ce = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none", ignore_index=IGNORE)
-        return (ce * batch.weights.to(ce.dtype)).sum(1)
+        """Logits [B, T, V] or [B, C] → one loss per sample [B], in the logits' precision."""
+        parts = self.target_losses(batch.at_targets(logits), batch)
+        return parts.new_zeros(batch.targets.shape).masked_scatter(batch.mask, parts).sum(1)
+
+    def target_losses(
+        self, logits: Tensor, batch: Batch, cross_entropy: Callable[[Tensor, Tensor], Tensor] = _cross_entropy
+    ) -> Tensor:
+        """Logits [M, V] of the targets alone → each target's part of its sample's loss [M].
+
+        `cross_entropy` takes logits [M, V] and targets [M], and may be one that saves memory.
+        """
+        targets = self.draw(logits, batch) if self.labels == "model" else batch.targets[batch.mask]
+        if self.name == "regression":
+            losses = (logits[:, 0] - targets.to(logits.dtype)).square()
+        else:
+            losses = cross_entropy(logits, targets)
+        return losses * batch.weights[batch.mask].to(losses.dtype)
+
+    def draw(self, logits: Tensor, batch: Batch) -> Tensor:
+        r"""Draw each target from what the model predicts there.
+
+        The random number is a function of (seed, sample index, target position) alone and goes through the inverse of
+        the distribution function in float64, so that samples batched in another way get the same labels (where rounding
+        moves the logits, a draw on the very edge between two classes may fall on the other side).
+
+        Args:
+            logits: [M, V] of the targets alone.
+            batch: which targets these are.
+
+        Returns:
+            [M] int64 classes from the softmax; for a regression float64 scores from :math:`N(f(x), 1/2)`, of which the
+            squared error is the negative log-likelihood up to a constant.
+        """
+        width = batch.targets.shape[1]
+        numbers = np.stack([np.random.default_rng([self.seed, 2, i]).random(width) for i in batch.indices])
+        uniform = torch.from_numpy(numbers).to(logits.device)[batch.mask]
+        logits = logits.detach()
+        if self.name == "regression":
+            return logits[:, 0].double() + math.sqrt(0.5) * torch.special.ndtri(uniform)
+        drawn = []
+        rows = max(1, _DRAW_AT_ONCE // logits.shape[1])
+        for some, u in zip(logits.split(rows), uniform.split(rows), strict=True):
+            cumulated = some.double().softmax(-1).cumsum(-1)
+            drawn.append(torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:], right=True)[:, 0])
+        return torch.cat(drawn).clamp(max=logits.shape[1] - 1)
 
 
 def has_target(objective: Objective, sample: Sample) -> bool:
     """Whether a sample has anything to predict; one that has not takes no part in a Fisher."""
-    labels = _as_tensor("labels", sample["labels"])
-    return bool((objective.targets(labels) != IGNORE).any())
+    if objective.name == "regression":
+        return True
+    return bool((objective.targets(as_tensor("labels", sample["labels"])) != IGNORE).any())
 
 
 def prepare_sample(model: nn.Module, objective: Objective, sample: Sample) -> dict[str, Tensor]:
-    """One sample as 1-D int64 tensors with everything that `model` needs, unpadded."""
-    out = {name: _as_tensor(name, value) for name, value in sample.items()}
+    """One sample as int64 tensors [T] with everything that `model` needs, unpadded."""
+    out = {name: as_tensor(name, value) for name, value in sample.items() if name != INDEX}
     accepted = inspect.signature(model.forward).parameters
     unknown = [k for k in out if k not in accepted and k != "labels"]
     if unknown and "input_ids" in accepted:
@@ -117,100 +202,6 @@ def pad_value(model: nn.Module, name: str) -> int:
     if name.endswith("input_ids"):
         return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
     return 0
-
-
-def check_samples(model: nn.Module, samples: Iterable[Sample]) -> Iterator[Sample]:
-    """Yield samples after a look at their form; the first bad one is named by its index.
-
-    Raises:
-        DataError: a sample that is no mapping, is empty, whose sequences differ in length, that holds other keys than
-            the first, or a token beyond the vocabulary.
-    """
-    vocabulary = _vocabulary(model)
-    paired = {"attention_mask", "token_type_ids", "position_ids"}
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        paired.add("labels")
-    keys: set[str] = set()
-    for i, s in enumerate(samples):
-        if not isinstance(s, Mapping) or "input_ids" not in s or "labels" not in s:
-            found = sorted(s) if isinstance(s, Mapping) else type(s).__name__
-            raise DataError(f"sample {i} holds {found}; expected a mapping with input_ids and labels")
-        if len(s["input_ids"]) == 0 or len(s["labels"]) == 0:
-            raise DataError(f"sample {i} is empty; expected at least one token and one label: leave it out")
-        own = set(s) - {"attention_mask"}  # which is all ones where it is not given
-        if own != (keys := keys or own):
-            odd = sorted(own ^ keys)[0]
-            where = f"sample {i}" if odd in own else "sample 0"
-            raise DataError(f"only {where} of samples 0 and {i} holds {odd}; expected the same keys in all samples")
-        tensors = {name: _as_tensor(name, value) for name, value in s.items()}
-        for name in sorted(paired & set(s)):
-            if len(tensors[name]) != len(tensors["input_ids"]):
-                raise DataError(
-                    f"sample {i} has {len(s[name])} {name} for {len(s['input_ids'])} input_ids; expected as many"
-                )
-        for name in ("input_ids", "labels"):
-            odd_ids = [t for t in tensors[name].tolist() if not 0 <= t < vocabulary and (name, t) != ("labels", IGNORE)]
-            if odd_ids:
-                raise DataError(
-                    f"sample {i} has {odd_ids[0]} in its {name}; expected 0 to {vocabulary - 1}, the vocabulary of "
-                    f"{type(model).__name__}, or {IGNORE} for no target: use the model's own tokenizer"
-                )
-        yield s
-
-
-def _vocabulary(model: nn.Module) -> int:
-    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return embeddings.weight.shape[0]
-
-
-def detect_objective(model: nn.Module, sample: Sample, reduction: str = "mean") -> Objective:
-    """Find by running which loss `model` computes itself: with or without the shift of next-token models.
-
-    Raises:
-        ModelError: the model has no language-model head, or computes another loss.
-    """
-    if reduction not in REDUCTIONS:
-        raise DataError(f"reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        require_lm_head(model)
-        return Objective("seq2seq", reduction)
-    require_lm_head(model)
-    ids = _as_tensor("input_ids", sample["input_ids"])[:16]
-    if len(ids) < 3:  # one or two tokens cannot tell the two apart
-        ids = ids.repeat(3)[:3]
-    ids = ids[None].to(next(model.parameters()).device)
-    with torch.no_grad():
-        out = model(input_ids=ids, labels=ids)
-        own = out.loss.double()
-        found = {}
-        for name in ("mlm", "causal"):
-            target = Objective(name).targets(ids)
-            found[name] = F.cross_entropy(out.logits[0].double(), target[0], ignore_index=IGNORE)
-    name = min(found, key=lambda n: abs((found[n] - own).item()))
-    if abs((found[name] - own).item()) > 1e-3 * max(1.0, abs(own.item())):
-        raise ModelError(
-            f"{type(model).__name__} computes a loss ({own:.4f}) that is neither masked-LM ({found['mlm']:.4f}) nor "
-            f"next-token cross-entropy ({found['causal']:.4f}); expected a language model"
-        )
-    return Objective(name, reduction)
-
-
-def require_lm_head(model: nn.Module) -> None:
-    """Raise ModelError unless `model` gives logits over its vocabulary and takes labels."""
-    accepted = inspect.signature(model.forward).parameters
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if "labels" not in accepted or head is None:
-        raise ModelError(
-            f"{type(model).__name__} has no language-model head; expected a masked or causal language model: load the "
-            "checkpoint with AutoModelForMaskedLM or AutoModelForCausalLM"
-        )
-
-
-def _as_tensor(name: str, value: Any) -> Tensor:
-    t = torch.as_tensor(value)
-    if t.dim() != 1 or t.is_floating_point():
-        raise DataError(f"{name} has shape {list(t.shape)} and dtype {t.dtype}; expected one dimension of integers")
-    return t.long()
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:

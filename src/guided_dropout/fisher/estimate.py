@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.identity import model_identity
-from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples, detect_objective, has_target
+from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples, has_target
 from guided_dropout.provenance import provenance
 
 METHODS = ("batched", "reference")
@@ -29,6 +30,8 @@ def estimate_fisher(
     batch_size: int = 8,
     objective: str = "auto",
     reduction: str = "mean",
+    labels: str = "data",
+    seed: int = 0,
     method: str = "batched",
     progress: Callable[[int], None] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -39,13 +42,19 @@ def estimate_fisher(
     the order of the samples or on padding. The model is run in evaluation mode and comes back as it was.
 
     Args:
-        model: a transformers language model with its head.
+        model: a transformers language model with its head, or a sequence classifier.
         samples: any iterable of mappings with 1-D ``input_ids`` and ``labels`` (−100 is no target; a next-token
             model shifts them itself), optionally ``attention_mask``, ``token_type_ids``, ``decoder_*``; any lengths.
+            For a classifier ``labels`` is one integer, for a regression one number. ``index``, which is counted where
+            it is not given, is the sample's number in the stream.
         batch_size: samples per forward; only speed and memory depend on it.
-        objective: ``"auto"`` finds by running whether the model is a masked LM or predicts the next token; naming
-            one makes sure that it is that.
-        reduction: a sample's loss is the ``"mean"`` or the ``"sum"`` of the cross-entropy over its targets.
+        objective: ``"auto"`` finds by running which loss the model computes (masked LM, next token, sequence to
+            sequence, classification, regression); naming one makes sure that it is that.
+        reduction: a sample's loss is the ``"mean"`` or the ``"sum"`` of the losses of its targets: cross-entropy in
+            nats, or squared error for a regression.
+        labels: ``"data"``: the empirical Fisher; ``"model"``: wherever the data has a target, it is drawn from what the
+            model predicts there, a Monte Carlo estimate of the true Fisher.
+        seed: of these draws, which depend on it, on the sample's index and on the target's position alone.
         method: ``"batched"``, or ``"reference"`` for the slow loop that the former is tested against.
         progress: called with the number of samples done so far.
         facts: added to the profile's provenance, for instance the text and the seed.
@@ -69,7 +78,7 @@ def estimate_fisher(
         raise DataError("there are no samples; expected at least one")
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     with _evaluation(model):
-        goal = detect_objective(model, first, reduction)
+        goal = detect_objective(model, first, reduction, labels=labels, seed=seed)
         if objective not in ("auto", goal.name):
             raise ModelError(
                 f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
@@ -91,6 +100,7 @@ def estimate_fisher(
         num_skipped=counted.skipped,
         objective=goal.name,
         reduction=reduction,
+        labels=labels,
         model=model_identity(model),
         coverage={"fallback": sorted(fallback), "parameters_by_rule": by_rule / size},
         provenance=provenance(
@@ -98,7 +108,7 @@ def estimate_fisher(
             batch_size=batch_size,
             dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
             device=next(iter(parameters.values())).device.type,
-            **(facts or {}),
+            **({"seed": seed} if labels == "model" else {}) | dict(facts or {}),
         ),
     )
 

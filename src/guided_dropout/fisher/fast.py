@@ -23,7 +23,7 @@ from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.rules import Call, Rule, as_rows
 from guided_dropout.fisher.squares import Use, add_squares
 from guided_dropout.fisher.totals import Totals
-from guided_dropout.objectives import IGNORE, Batch, Objective, Sample
+from guided_dropout.objectives import Batch, Objective, Sample
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Capture:
 
     def __init__(self, owner: BatchedSquares, batch: Batch):
         self.owner, self.batch, self.plan = owner, batch, owner.plan
-        self.targets = batch.targets != IGNORE
+        self.targets = batch.mask
         self.uses: defaultdict[str, list[Use]] = defaultdict(list)
         self.expected: Counter[str] = Counter()
         self.mode = ParameterOperations({id(p): n for n, p in owner.parameters.items()}, self.visit)
@@ -138,16 +138,15 @@ class Capture:
         """Forward and backward; returns the losses [B]."""
         logits = self.forward()
         if self.plan.head is None:
-            logits = logits[self.targets]
-        weights = self.batch.weights[self.targets]
-        ce = cross_entropy(logits, self.batch.targets[self.targets])
+            logits = self.batch.at_targets(logits)
+        losses = self.owner.objective.target_losses(logits, self.batch, cross_entropy)
         del logits  # its memory becomes the gradient's
-        if ce.requires_grad:
-            (ce * weights.to(ce.dtype)).sum().backward()
+        if losses.requires_grad:
+            losses.sum().backward()
         for name, uses in self.uses.items():
             if name not in self.mode.uncovered:
                 self._square(name, uses)
-        return self.target_layout().sum_rows(ce.detach() * weights)
+        return self.target_layout().sum_rows(losses.detach())
 
     def forward(self) -> Tensor:
         """The logits [B, T, V], or [M, V] where the head sees target positions only."""

@@ -11,7 +11,7 @@ from torch import nn
 from guided_dropout.fisher.fast import BatchedSquares, Capture, Plan
 from guided_dropout.fisher.operations import Key, ParameterOperations
 from guided_dropout.fisher.rules import EMBEDDING, Call, Rule
-from guided_dropout.objectives import IGNORE, Objective, Sample
+from guided_dropout.objectives import Objective, Sample
 
 # Where a shortcut does not suit a model, one of these comes up in its forward.
 _UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
@@ -76,13 +76,12 @@ def _keeps_logits(
     model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], plan: Plan, sample: Sample
 ) -> bool:
     batch = objective.collate(model, [sample] * 2)
-    targets = batch.targets != IGNORE
     with torch.no_grad():
-        plain = model(**batch.inputs).logits[targets]
+        plain = batch.at_targets(model(**batch.inputs).logits)
     try:
         capture = Capture(BatchedSquares(model, objective, parameters, plan), batch)
         logits = capture.forward().detach()
     except _UNSUITED:
         return False
-    logits = logits if plan.head is not None else logits[targets]
+    logits = logits if plan.head is not None else batch.at_targets(logits)
     return logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)

@@ -39,11 +39,12 @@ class FisherProfile:
         tensor_means: for each name, the mean of its :math:`F` over its elements, summed in float64.
         num_samples: N, the samples that had at least one target.
         num_skipped: samples without a target, which do not count.
-        objective: ``"mlm"``, ``"causal"`` or ``"seq2seq"``.
+        objective: ``"mlm"``, ``"causal"``, ``"seq2seq"``, ``"classification"`` or ``"regression"``.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
         model: what `identity.model_identity` says of the model.
         coverage: ``{"fallback": [names], "parameters_by_rule": share}``: which parameters needed the slow loop.
         provenance: versions, machine, date, seed, text.
+        labels: ``"data"`` for the empirical Fisher, ``"model"`` where they were drawn from the model's prediction.
     """
 
     diagonal: Mapping[str, torch.Tensor]
@@ -55,6 +56,7 @@ class FisherProfile:
     model: Mapping[str, Any]
     coverage: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    labels: str = "data"
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder` (``fisher.safetensors``, ``profile.json``, ``README.md``), all or nothing; return its path.
@@ -101,6 +103,7 @@ class FisherProfile:
             "schema": SCHEMA,
             "objective": self.objective,
             "reduction": self.reduction,
+            "labels": self.labels,
             "num_samples": self.num_samples,
             "num_skipped": self.num_skipped,
             "model": dict(self.model),
@@ -118,9 +121,10 @@ class FisherProfile:
         rows = "\n".join(f"| `{n}` | {self.tensor_means[n]:.3e} | {total[n] / whole:.1%} |" for n in top)
         name = self.model.get("name_or_path") or self.model.get("architecture")
         fallback = self.coverage.get("fallback", [])
+        kind = {"data": "empirical", "model": "sampled"}[self.labels]
         return (
             f"# Fisher profile of {name}\n\n"
-            f"Diagonal of the empirical Fisher information of `{self.model.get('architecture')}` "
+            f"Diagonal of the {kind} Fisher information of `{self.model.get('architecture')}` "
             f"({self.model.get('num_parameters', 0):,} parameters): the mean over {self.num_samples:,} samples of each "
             f"squared derivative of a sample's loss ({self.objective}, {self.reduction} over its targets). "
             f"{self.num_skipped:,} samples without a target were skipped. Parameters that needed the per-sample loop: "

@@ -1,0 +1,139 @@
+"""Which loss a model computes, found by running it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guided_dropout.errors import DataError, ModelError
+from guided_dropout.objectives import LABELS, PER_SAMPLE, REDUCTIONS, Objective
+from guided_dropout.samples import IGNORE, Sample, as_tensor
+
+# What a model that does not suit may raise in its forward.
+_UNSUITED = (RuntimeError, ValueError, TypeError, IndexError)
+
+
+def detect_objective(
+    model: nn.Module, sample: Sample, reduction: str = "mean", *, labels: str = "data", seed: int = 0
+) -> Objective:
+    """Find by running which loss `model` computes itself.
+
+    A language model: with or without the shift of next-token models, or sequence to sequence. A model without a
+    language-model head that gives one row of logits per sample: a class's cross-entropy or a squared error.
+
+    Args:
+        model: on any device.
+        sample: one of its samples; ``labels`` may be left out for a language model.
+        reduction: see `Objective`.
+        labels: see `Objective`.
+        seed: see `Objective`.
+
+    Raises:
+        DataError: an unknown reduction or kind of labels, or labels of another form than the model's.
+        ModelError: the model is neither, or computes another loss.
+    """
+    if reduction not in REDUCTIONS:
+        raise DataError(f"reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
+    if labels not in LABELS:
+        raise DataError(f"labels from {labels!r}; expected one of {', '.join(LABELS)}")
+    name = _of_classifier(model, sample) or _of_language_model(model, sample)
+    one_label = "labels" in sample and as_tensor("labels", sample["labels"]).dim() == 0
+    if name not in PER_SAMPLE and one_label:
+        raise DataError(f"a sample has one label; expected one for each token, as {type(model).__name__} takes them")
+    return Objective(name, reduction, labels, seed)
+
+
+def require_lm_head(model: nn.Module) -> None:
+    """Raise ModelError unless `model` gives logits over its vocabulary and takes labels."""
+    if not _has_lm_head(model):
+        raise ModelError(
+            f"{type(model).__name__} has no language-model head; expected a masked or causal language model, or a "
+            "sequence classifier: load the checkpoint with AutoModelForMaskedLM, AutoModelForCausalLM or "
+            "AutoModelForSequenceClassification"
+        )
+
+
+def _takes_labels(model: nn.Module) -> bool:
+    return "labels" in inspect.signature(model.forward).parameters
+
+
+def _has_lm_head(model: nn.Module) -> bool:
+    return _takes_labels(model) and getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def _of_language_model(model: nn.Module, sample: Sample) -> str:
+    require_lm_head(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "seq2seq"
+    ids = as_tensor("input_ids", sample["input_ids"])[:16]
+    if len(ids) < 3:  # one or two tokens cannot tell the two apart
+        ids = ids.repeat(3)[:3]
+    ids = ids.to(next(model.parameters()).device)
+    with torch.no_grad():
+        out = model(input_ids=ids[None], labels=ids[None])
+    found = {
+        name: F.cross_entropy(out.logits[0].double(), Objective(name).targets(ids), ignore_index=IGNORE)
+        for name in ("mlm", "causal")
+    }
+    name = min(found, key=lambda n: abs((found[n] - out.loss).item()))
+    if not _same(found[name], out.loss):
+        raise ModelError(
+            f"{type(model).__name__} computes a loss ({out.loss:.4f}) that is neither masked-LM ({found['mlm']:.4f}) "
+            f"nor next-token cross-entropy ({found['causal']:.4f}); expected a language model"
+        )
+    return name
+
+
+def _of_classifier(model: nn.Module, sample: Sample) -> str | None:
+    """``"classification"`` or ``"regression"``, or None for a model that gives no row of logits per sample."""
+    if _has_lm_head(model) or not _takes_labels(model) or "labels" not in sample:
+        return None
+    value = as_tensor("labels", sample["labels"])
+    try:
+        inputs = Objective("classification").collate(model, [{**sample, "labels": 0}] * 2).inputs
+        with torch.no_grad():
+            logits = getattr(model(**inputs), "logits", None)
+        if logits is None or logits.dim() != 2 or len(logits) != 2:
+            return None
+        if value.dim():
+            raise DataError(
+                f"a sample has {len(value)} labels; expected a single number, as {type(model).__name__} takes it"
+            )
+        classes = logits.shape[1]
+        score = value.to(logits) if classes == 1 else value.clamp(min=0).to(logits.device)  # −100 would give no loss
+        own = _own_loss(model, inputs, score.expand(2))
+    except _UNSUITED as e:
+        if isinstance(e, DataError):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot run two samples with one label each ({' '.join(str(e).split())}); expected "
+            "a sequence classifier or a regression of one score, with config.pad_token_id set"
+        ) from e
+    logits = logits.double()
+    expected = (
+        F.mse_loss(logits[:, 0], score.double().expand(2)) if classes == 1 else F.cross_entropy(logits, score.expand(2))
+    )
+    if not _same(expected, own):
+        raise ModelError(
+            f"{type(model).__name__} computes a loss ({own:.4f}) that is not the "
+            f"{'squared error' if classes == 1 else 'cross-entropy'} ({expected:.4f}) of one label; expected a "
+            "classifier of one class, or a regression of one score"
+        )
+    return "regression" if classes == 1 else "classification"
+
+
+def _own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    problem = model.config.problem_type  # which transformers sets on the way
+    try:
+        with torch.no_grad():
+            return model(**inputs, labels=labels).loss
+    finally:
+        model.config.problem_type = problem
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return abs(a.item() - b.item()) <= 1e-3 * max(1.0, abs(b.item()))

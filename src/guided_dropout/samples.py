@@ -1,0 +1,113 @@
+"""What a sample is: a mapping of 1-D sequences, looked at before any work is done on it.
+
+A sample holds ``input_ids`` and ``labels``, and where the model takes them ``attention_mask``, ``token_type_ids`` and
+``decoder_*``. Its labels are one token for each place (−100 is no target), or for a sequence classifier one number: an
+integer class, or a score for a regression. ``index`` is its number in the stream: what is drawn at random for a sample
+depends on that, not on the batch that it stands in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_dropout.errors import DataError
+
+IGNORE = -100
+INDEX = "index"
+
+Sample = Mapping[str, Any]
+
+
+def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield samples as tensors after a look at their form; the first bad one is named by its index.
+
+    Args:
+        model: whose vocabulary and classes they must fit.
+        samples: their ``index`` is kept, and counted where there is none.
+        first: the index of the first one.
+
+    Yields:
+        Samples of int64 tensors [T] and ``index``; one number as labels is a 0-dimensional tensor, int64 or float64.
+
+    Raises:
+        DataError: a sample that is no mapping, is empty, whose sequences differ in length, that holds other keys than
+            the first, a token beyond the vocabulary or a label beyond the classes.
+    """
+    vocabulary = _vocabulary(model)
+    encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    keys: set[str] = set()
+    for i, s in enumerate(samples, start=first):
+        if not isinstance(s, Mapping) or "input_ids" not in s or "labels" not in s:
+            found = sorted(s) if isinstance(s, Mapping) else type(s).__name__
+            raise DataError(f"sample {i} holds {found}; expected a mapping with input_ids and labels")
+        own = set(s) - {"attention_mask", INDEX}  # the mask is all ones where it is not given
+        if own != (keys := keys or own):
+            odd = sorted(own ^ keys)[0]
+            where = f"sample {i}" if odd in own else f"sample {first}"
+            raise DataError(
+                f"only {where} of samples {first} and {i} holds {odd}; expected the same keys in all samples"
+            )
+        tensors = {name: as_tensor(name, value) for name, value in s.items() if name != INDEX}
+        labels, length = tensors["labels"], len(tensors["input_ids"])
+        if length == 0 or labels.numel() == 0:
+            raise DataError(f"sample {i} is empty; expected at least one token and one label: leave it out")
+        per_token = {"attention_mask", "token_type_ids", "position_ids"} & set(s)
+        if labels.dim() and not encodes_and_decodes:
+            per_token.add("labels")
+        for name in sorted(per_token):
+            if len(tensors[name]) != length:
+                raise DataError(f"sample {i} has {len(tensors[name])} {name} for {length} input_ids; expected as many")
+        for name in ("input_ids", "labels") if labels.dim() else ("input_ids",):
+            _check_tokens(model, i, name, tensors[name], vocabulary)
+        if not labels.dim():
+            _check_label(model, i, labels.item())
+        yield {**tensors, INDEX: int(s.get(INDEX, i))}
+
+
+def as_tensor(name: str, value: Any) -> Tensor:
+    """A sequence as int64 tensor [T]; ``labels`` may be one number, int64 or float64, as tensor [].
+
+    Raises:
+        DataError: neither.
+    """
+    try:
+        out = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise DataError(f"{name} is no sequence of integers: {e}") from e
+    if name == "labels" and out.dim() == 0:
+        return out.double() if out.is_floating_point() else out.long()
+    if out.dim() != 1 or (out.is_floating_point() and out.numel()):
+        raise DataError(f"{name} has shape {tuple(out.shape)} and type {out.dtype}; expected one dimension of integers")
+    return out.long()
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+    return embeddings.weight.shape[0]
+
+
+def _check_tokens(model: nn.Module, i: int, name: str, tokens: Tensor, vocabulary: int) -> None:
+    bad = (tokens < 0) | (tokens >= vocabulary)
+    if name == "labels":
+        bad &= tokens != IGNORE
+    if bad.any():
+        raise DataError(
+            f"sample {i} has {int(tokens[bad][0])} in its {name}; expected 0 to {vocabulary - 1}, the vocabulary of "
+            f"{type(model).__name__}, or {IGNORE} for no target: use the model's own tokenizer"
+        )
+
+
+def _check_label(model: nn.Module, i: int, label: float) -> None:
+    classes = getattr(getattr(model, "config", None), "num_labels", None) or 1
+    if not math.isfinite(label):
+        raise DataError(f"sample {i} has the label {label}; expected a finite number: leave it out")
+    if classes > 1 and (isinstance(label, float) or (label != IGNORE and not 0 <= label < classes)):
+        raise DataError(
+            f"sample {i} has the label {label}; expected an integer from 0 to {classes - 1}, the classes of "
+            f"{type(model).__name__}, or {IGNORE} for no target"
+        )

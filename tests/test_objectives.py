@@ -1,0 +1,237 @@
+"""Losses, drawn labels and classifiers, against plain autograd in float64."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from families import classifier_of, language_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from guided_dropout import estimate_fisher
+from guided_dropout.detection import detect_objective
+from guided_dropout.errors import DataError, ModelError
+from guided_dropout.objectives import Batch, Objective
+from guided_dropout.samples import check_samples
+
+CLASSIFIERS = ("bert", "roberta", "albert", "distilbert", "modernbert", "gpt2", "llama", "opt", "t5", "bart")
+
+
+def labelled(lengths, labels, *, seed=0, eos=2):
+    """Token rows that end in `eos`, which BART's and T5's classifiers look for."""
+    g = torch.Generator().manual_seed(seed)
+    return [
+        {"input_ids": torch.cat([torch.randint(5, 64, (n - 1,), generator=g), torch.tensor([eos])]), "labels": y}
+        for n, y in zip(lengths, labels, strict=True)
+    ]
+
+
+def tokens(lengths, *, seed=0, share=0.5, low=5):
+    g = torch.Generator().manual_seed(seed)
+    samples = []
+    for n in lengths:
+        ids = torch.randint(low, 64, (n,), generator=g)
+        labels = torch.where(torch.rand(n, generator=g) < share, ids, -100)
+        labels[-1] = ids[-1]
+        samples.append({"input_ids": ids, "labels": labels})
+    return samples
+
+
+def own_loss_oracle(model, samples, dtype):
+    """Mean of the squared gradients of the model's own loss, one sample at a time."""
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for s in samples:
+        model.zero_grad()
+        model(input_ids=s["input_ids"][None], labels=torch.tensor([s["labels"]], dtype=dtype)).loss.backward()
+        for n, p in model.named_parameters():
+            if p.grad is not None:
+                total[n] += p.grad**2
+    model.zero_grad()
+    model.config.problem_type = None
+    return {n: (t / len(samples)).mean().item() for n, t in total.items()}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_classifier_is_exact_with_its_own_loss_as_oracle(family):
+    model = classifier_of(family, num_labels=3).double()
+    samples = labelled([9, 5, 11, 7, 9], [0, 2, 1, 1, 0])
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert profile.objective == "classification"
+    assert [n for n in profile.coverage["fallback"] if "relative_attention" not in n] == []
+    assert profile.tensor_means == pytest.approx(own_loss_oracle(model, samples, torch.long), rel=1e-9, abs=1e-16)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_a_regression_is_exact_with_its_own_loss_as_oracle(family):
+    model = classifier_of(family, num_labels=1).double()
+    samples = labelled([9, 5, 11, 7, 9], [0.25, 3, -100.0, -1.5, 0])  # −100 is a score like any other
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert (profile.objective, profile.num_samples, profile.num_skipped) == ("regression", 5, 0)
+    assert model.config.problem_type is None
+    assert profile.tensor_means == pytest.approx(own_loss_oracle(model, samples, torch.double), rel=1e-9, abs=1e-16)
+
+
+def test_a_sample_whose_class_is_unknown_is_skipped():
+    model = classifier_of("bert", num_labels=3)
+    samples = labelled([9, 5, 11], [-100, 2, 1])
+    profile = estimate_fisher(model, samples, batch_size=2)
+    assert (profile.num_samples, profile.num_skipped) == (2, 1)
+    assert profile.tensor_means == pytest.approx(estimate_fisher(model, samples[1:]).tensor_means, rel=1e-5, abs=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("model", "samples", "message"),
+    [
+        (classifier_of("bert", num_labels=3), labelled([5], [3]), "the label 3; expected an integer from 0 to 2"),
+        (classifier_of("bert", num_labels=3), labelled([5], [0.5]), "the label 0.5; expected an integer from 0 to 2"),
+        (classifier_of("bert", num_labels=1), labelled([5], [float("nan")]), "the label nan; expected a finite number"),
+        (classifier_of("bert"), tokens([5]), "has 5 labels; expected a single number, as BertForSeq"),
+        (language_model("bert"), labelled([5], [1]), "one label; expected one for each token, as BertForMaskedLM"),
+        (classifier_of("bert"), labelled([5, 5], [0, "no"]), "labels is no sequence of integers"),
+    ],
+)
+def test_labels_of_another_kind_are_named(model, samples, message):
+    with pytest.raises(DataError, match=message):
+        estimate_fisher(model, samples)
+
+
+def test_classifiers_that_cannot_be_measured_are_refused():
+    samples = labelled([5, 6], [0, 1])
+    with pytest.raises(ModelError, match=r"no padding token is defined.*with config.pad_token_id set"):
+        estimate_fisher(classifier_of("gpt2", pad_token_id=None), samples)
+    with pytest.raises(ModelError, match="one label each"):
+        estimate_fisher(classifier_of("bert", problem_type="multi_label_classification"), samples)
+    with pytest.raises(ModelError, match="computes the classification loss itself, not mlm"):
+        estimate_fisher(classifier_of("bert"), samples, objective="mlm")
+    with pytest.raises(DataError, match="labels from 'both'; expected one of data, model"):
+        estimate_fisher(classifier_of("bert"), samples, labels="both")
+
+
+# --- labels drawn from the model's own prediction
+
+
+def enumerated(model, objective, sample):
+    r"""The true Fisher of one sample: \sum_t \sum_c p_t(c) (d w_t log p_t(c))^2, in float64.
+
+    The targets are drawn independently of each other and a score has mean zero, so nothing is left of mixed products.
+    """
+    parameters = dict(model.named_parameters())
+    batch = objective.collate(model, [sample])
+    logits = batch.at_targets(model(**batch.inputs).logits)
+    weights = batch.weights[batch.mask].double()
+    total = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for t, c in itertools.product(*map(range, logits.shape)):
+        score = logits[t].log_softmax(-1)[c]
+        grads = torch.autograd.grad(score, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for name, g in zip(parameters, grads, strict=True):
+            if g is not None:
+                total[name] += score.exp().detach() * (weights[t] * g) ** 2
+    return {n: v.mean().item() for n, v in total.items()}
+
+
+def sharpened(model, factor):
+    """Far from uniform predictions, so that the empirical Fisher and the true one differ."""
+    for p in model.parameters():
+        p.data.mul_(factor)
+    return model.double()
+
+
+@pytest.mark.parametrize(
+    ("model", "sample"),
+    [
+        (sharpened(classifier_of("bert", num_labels=3), 3), labelled([6], [0])[0]),
+        (sharpened(language_model("gpt2", vocab_size=7), 4), {"input_ids": [3, 5, 4, 6], "labels": [3, 5, 4, 6]}),
+        (sharpened(language_model("bert", vocab_size=7), 2), {"input_ids": [3, 5, 4], "labels": [-100, 6, 2]}),
+    ],
+    ids=["classifier", "causal", "mlm"],
+)
+def test_the_mean_over_many_draws_is_the_true_fisher(model, sample):
+    draws = 3000
+    means = estimate_fisher(model, [sample] * draws, batch_size=250, labels="model", seed=1)
+    exact = enumerated(model, detect_objective(model, sample), sample)
+    empirical = estimate_fisher(model, [sample]).tensor_means
+    for name, want in exact.items():
+        assert means.tensor_means[name] == pytest.approx(want, rel=0.1, abs=1e-9), name
+    assert sum(abs(empirical[n] - want) > 0.2 * want for n, want in exact.items()) > len(exact) / 2
+
+
+def test_the_true_fisher_of_a_regression_is_that_of_a_normal_of_variance_one_half():
+    """-log N(y; f, 1/2) = (f - y)^2 + constant, whose Fisher is 2 (df)^2."""
+    model = classifier_of("bert", num_labels=1).double()
+    (sample,) = labelled([6], [40.0])
+    drawn = estimate_fisher(model, [sample] * 4000, batch_size=500, labels="model")
+    score = model(input_ids=sample["input_ids"][None]).logits[0, 0]
+    grads = torch.autograd.grad(score, list(model.parameters()), allow_unused=True)
+    for (name, p), g in zip(model.named_parameters(), grads, strict=True):
+        want = 0.0 if g is None else 2 * (g**2).mean().item()
+        assert drawn.tensor_means[name] == pytest.approx(want, rel=0.1, abs=1e-12 * p.numel())
+
+
+@pytest.mark.parametrize(
+    ("model", "samples"),
+    [
+        (language_model("bert"), tokens([4, 13, 6, 9, 9, 12, 3])),
+        (language_model("gpt2"), tokens([4, 13, 6, 9, 9, 12, 3])),
+        (language_model("t5"), tokens([4, 13, 6, 9, 9, 12, 3])),
+        (classifier_of("llama", num_labels=5), labelled([4, 13, 6, 9, 9, 12, 3], [0, 1, 2, 3, 4, 0, 1])),
+        (classifier_of("bert", num_labels=1), labelled([4, 13, 6, 9, 9, 12, 3], [0.5, 1, 2, 3, 4, 0, 1])),
+    ],
+    ids=["mlm", "causal", "seq2seq", "classification", "regression"],
+)
+def test_draws_do_not_depend_on_batching_order_or_method(model, samples):
+    model = model.double()
+    slow = estimate_fisher(model, samples, method="reference", labels="model", seed=5)
+    assert (slow.labels, slow.provenance["seed"]) == ("model", 5)
+    numbered = [{**s, "index": i} for i, s in enumerate(samples)]
+    for batch_size, order in ((3, range(7)), (7, [3, 0, 6, 5, 1, 4, 2])):
+        fast = estimate_fisher(model, [numbered[i] for i in order], batch_size=batch_size, labels="model", seed=5)
+        assert fast.tensor_means == pytest.approx(slow.tensor_means, rel=1e-9, abs=1e-16)
+    other = estimate_fisher(model, samples, labels="model", seed=6)
+    assert other.tensor_means != pytest.approx(slow.tensor_means, rel=1e-2, abs=1e-16)
+
+
+@settings(max_examples=50, deadline=None)
+@given(classes=st.integers(1, 9), seed=st.integers(0, 99), scale=st.floats(0, 30))
+def test_draws_follow_the_softmax(classes, seed, scale):
+    logits = torch.randn(classes, generator=torch.Generator().manual_seed(seed)) * scale
+    n = 4000
+    batch = Batch({}, torch.zeros(n, 1), torch.ones(n, 1), tuple(range(n)))
+    drawn = Objective("classification", labels="model", seed=seed).draw(logits.expand(n, -1), batch)
+    p = logits.double().softmax(-1)
+    found = torch.bincount(drawn, minlength=classes) / n
+    assert found.shape == p.shape
+    assert ((found - p).abs() <= 5 * (p * (1 - p) / n).sqrt() + 4 / n).all()  # 4 of n: a rare class
+
+
+def test_many_targets_are_drawn_as_few_are(monkeypatch):
+    logits = torch.randn(11, 7)
+    batch = Batch({}, torch.zeros(1, 11), torch.ones(1, 11), (4,))
+    whole = Objective("causal", labels="model").draw(logits, batch)
+    monkeypatch.setattr("guided_dropout.objectives._DRAW_AT_ONCE", 15)
+    assert torch.equal(Objective("causal", labels="model").draw(logits, batch), whole)
+
+
+# --- the form of samples
+
+
+def test_samples_come_back_as_tensors_and_numbered():
+    model = language_model("bert")
+    rows = [{"input_ids": [5, 6], "labels": np.array([-100, 6], dtype=np.int32)}, {"input_ids": [7], "labels": [7]}]
+    first, second = check_samples(model, rows, first=10)
+    assert first["input_ids"].dtype == first["labels"].dtype == torch.int64
+    assert (first["index"], second["index"]) == (10, 11)
+    assert [s["index"] for s in check_samples(model, [{**rows[0], "index": 3}, rows[1]])] == [3, 1]
+
+
+def test_losses_are_those_of_the_targets_alone():
+    objective = Objective("causal")
+    model = language_model("gpt2")
+    batch = objective.collate(model, tokens([3, 6, 4], share=1.0))
+    logits = model(**batch.inputs).logits.double()
+    each = [
+        nn.functional.cross_entropy(row[: n - 1], s["labels"][1:])
+        for row, n, s in zip(logits, (3, 6, 4), tokens([3, 6, 4], share=1.0), strict=True)
+    ]
+    torch.testing.assert_close(objective.losses(logits, batch), torch.stack(each), rtol=1e-6, atol=0)
