@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from tiny import WORDS, save_tiny_bert, tiny_bert_config
-from transformers import BertModel
+import torch
+from families import language_model
+from tiny import WORDS, save, save_tiny_bert, tiny_bert_config
+from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
 
 from guided_dropout import cli
 from guided_dropout.fisher import FisherProfile
@@ -110,6 +112,61 @@ def test_the_same_arguments_give_the_same_profile(chain, command):
     assert a == pytest.approx(b, rel=1e-4, abs=1e-12)
 
 
+def test_all_of_a_folder_and_labels_drawn_from_the_model(chain, command):
+    (chain / "texts").mkdir(exist_ok=True)
+    for name in ("a.txt", "b.txt"):
+        (chain / "texts" / name).write_text((chain / "text.txt").read_text())
+    (chain / "texts" / "notes.md").write_text("no text")
+    line = "fisher model --text texts --samples all --fisher sampled --seed 4 --max-length 12 --out all"
+    code, out, err = command(*line.split())
+    assert code == 0, err
+    assert "texts: 1 files that are no text left out (notes.md)" in out
+    profile = FisherProfile.from_pretrained(chain / "all")
+    assert profile.num_samples + profile.num_skipped == 96  # 2 files of 480 words, 10 in a block
+    assert (profile.labels, profile.provenance["seed"]) == ("model", 4)
+    assert "sampled Fisher" in (chain / "all" / "README.md").read_text()
+    code, out, err = command(
+        *line.replace("all", "96").replace("sampled", "empirical").split(), "--max-characters", 300
+    )
+    assert code == 0, err
+    assert "samples drawn from its first 300 characters" in out
+    assert "fewer than 96: using them all" in out
+    assert FisherProfile.from_pretrained(chain / "96").provenance["max_characters"] == 300
+
+
+def test_a_t5_is_measured_by_span_corruption(chain, command):
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{word}", -2.0) for word in WORDS)]
+    sentinels = [(f"<extra_id_{i}>", 0.0) for i in reversed(range(5))]
+    save(language_model("t5"), chain / "t5", tokenizer=False)
+    T5Tokenizer(vocab=vocabulary + sentinels, extra_ids=5).save_pretrained(chain / "t5")
+    line = "fisher t5 --text text.txt --samples 20 --max-length 12 --out t5-profile"
+    code, out, err = command(*line.split())
+    assert code == 0, err
+    assert "20 samples (seq2seq), 0 without a target skipped" in out
+    code, _, err = command(*line.replace("12", "400").split())
+    assert code == 2
+    assert "sentinels; the tokenizer (T5Tokenizer) has 5: use a smaller --max-length" in err
+
+
+def test_a_classifier_is_measured_on_its_task(chain, command):
+    labels = {"id2label": {0: "acceptable", 1: "unacceptable"}, "label2id": {"acceptable": 0, "unacceptable": 1}}
+    for name, options in (("classifier", {}), ("renamed", labels)):
+        torch.manual_seed(0)
+        save(BertForSequenceClassification(tiny_bert_config(**options)), chain / name)
+        line = f"fisher {name} --task cola --data glue --samples 30 --max-length 12 --out {name}-p"
+        code, out, err = command(*line.split())
+        assert code == 0, err
+        assert "30 samples (classification), 0 without a target skipped" in out
+    by_index, by_name = (FisherProfile.from_pretrained(chain / f"{name}-p") for name in ("classifier", "renamed"))
+    assert by_index.provenance["task"] == "cola"
+    assert by_index.tensor_means != pytest.approx(by_name.tensor_means, rel=1e-3)  # the labels are the other way round
+    code, _, err = command(
+        "fisher", "classifier", "--task", "stsb", "--data", "glue", "--max-length", 12, "--out", "new"
+    )
+    assert code == 2
+    assert "BertForSequenceClassification has 2 classes; stsb has 1: expected a model fine-tuned on the task" in err
+
+
 FISHER = "fisher model --text text.txt --max-length 12 --out new"
 FINETUNE = "finetune model --task cola --data glue --out new --arm guided --schedule schedule.json"
 
@@ -121,6 +178,11 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (FISHER.replace("text.txt", "blank.txt"), "blank.txt has no text; expected"),
         (FISHER.replace("12", "128"), "BertForMaskedLM has positions for 24 tokens: use --max-length 24 or less"),
         (f"{FISHER} --samples 0", "number of samples 0; expected at least 1"),
+        (f"{FISHER} --samples some", "number of samples some; expected at least 1, or all"),
+        (f"{FISHER} --fisher true", "unknown --fisher 'true'; expected one of: empirical, sampled"),
+        (f"{FISHER} --max-characters 0", "at most 0 characters; expected at least 1"),
+        (f"{FISHER} --task cola", "--task cola, --data None; expected --text, or --task with its --data"),
+        (FISHER.replace("--text text.txt", "--task cola --data glue"), "BertForMaskedLM has no classes"),
         (f"{FISHER} --batch-size 0", "batch size 0; expected at least 1"),
         (f"{FISHER} --objective causal", "choose another objective or model"),
         (f"{FISHER} --objective hope", "unknown objective 'hope'; expected one of auto"),

@@ -1,10 +1,10 @@
-import gzip
-import lzma
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -43,72 +43,77 @@ def test_blocks_cover_the_text_once_with_special_tokens_around():
     assert {(s["input_ids"][0], s["input_ids"][-1], len(s["input_ids"])) for s in masked} == {(2, 3, 10)}
 
 
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 1000), index=st.integers(0, 1000), length=st.integers(1, 200))
-def test_masking_depends_on_seed_and_index_alone(seed, index, length):
-    tok = tokenizer()
-    ids = [2, *([5 + k % 40 for k in range(length)]), 3]
-    np.random.seed(length)
-    once = corpus.mask_tokens(ids, tok, seed, index)
-    np.random.seed(length + 1)
-    assert corpus.mask_tokens(list(ids), tok, seed, index) == once
-    target = [y != -100 for y in once["labels"]]
-    assert not target[0]
-    assert not target[-1]
-    assert all(x == i for x, i, t in zip(once["input_ids"], ids, target, strict=True) if not t)
-    assert all(y == i for y, i, t in zip(once["labels"], ids, target, strict=True) if t)
-
-
 def test_masks_differ_between_samples_and_do_not_depend_on_how_many_there_are():
     few = corpus.lm_samples(TEXT, tokenizer(), objective="mlm", num_samples=4, max_length=40, seed=3)
     many = corpus.lm_samples(TEXT, tokenizer(), objective="mlm", num_samples=12, max_length=40, seed=3)
-    assert many[:4] == few
-    assert corpus.mask_tokens(range(5, 45), tokenizer(), 0, 0) != corpus.mask_tokens(range(5, 45), tokenizer(), 0, 1)
+    assert list(many[:4]) == list(few)
+    again = corpus.lm_samples([TEXT[0]] * 30, tokenizer(), objective="mlm", num_samples=12, max_length=25)
+    assert len({tuple(s["labels"]) for s in again}) > 6
 
 
-def test_masking_rates_are_berts():
-    tok, ids = tokenizer(), np.tile(np.arange(5, 45), 50)
-    sampled = [corpus.mask_tokens(ids, tok, 0, k) for k in range(20)]
-    x = np.array([s["input_ids"] for s in sampled])
-    target = np.array([s["labels"] for s in sampled]) != -100
-    assert target.mean() == pytest.approx(0.15, abs=0.01)
-    assert (x[target] == 4).mean() == pytest.approx(0.8, abs=0.02)
-    kept = x[target] == np.broadcast_to(ids, x.shape)[target]
-    assert kept.mean() == pytest.approx(0.1 + 0.1 / 40, abs=0.015)
-    assert not np.isin(x[target], [0, 1, 2, 3]).any()
+def test_samples_are_the_same_again_and_a_slice_goes_on_with_their_numbers():
+    for number in (15, None):
+        samples = corpus.lm_samples(TEXT, tokenizer(), objective="mlm", num_samples=number, max_length=30, seed=3)
+        whole = list(samples)
+        assert [s["index"] for s in whole] == list(range(len(whole)))
+        assert list(samples) == whole
+        assert list(samples[4:]) == whole[4:]
+        assert list(samples[4:][3:]) == whole[7:]
+    with pytest.raises(DataError, match=r"expected samples\[n:\]"):
+        samples[:3]
 
 
-@pytest.mark.parametrize(("suffix", "opener"), [(".txt", open), (".gz", gzip.open), (".xz", lzma.open)])
-def test_reads_plain_and_compressed_text(tmp_path, suffix, opener):
-    path = tmp_path / f"t{suffix}"
-    with opener(path, "wt", encoding="utf-8") as f:
-        f.write("\n Élan vital \n\nzwei\n")
-    assert corpus.read_text(path) == ["Élan vital", "zwei"]
+def test_all_samples_come_in_the_order_of_the_text_and_are_read_as_they_are_asked_for():
+    ids = [i for row in tokenizer(masked=False)(TEXT)["input_ids"] for i in row]
+    read = []
+    endless = (read.append(0) or TEXT[k % 30] for k in itertools.count())
+    samples = iter(
+        corpus.lm_samples(endless, tokenizer(masked=False), objective="causal", num_samples=None, max_length=10)
+    )
+    assert [next(samples)["input_ids"] for _ in range(5)] == [ids[k : k + 10] for k in range(0, 50, 10)]
+    assert len(read) < 10_000
 
 
-def test_bad_text_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read the text .*nowhere.txt: No such file"):
-        corpus.read_text(tmp_path / "nowhere.txt")
-    blank = tmp_path / "blank.txt"
-    blank.write_text(" \n\n")
-    with pytest.raises(DataError, match=r"blank\.txt has no text"):
-        corpus.read_text(blank)
-    latin = tmp_path / "latin.txt"
-    latin.write_bytes("Élan".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8"):
-        corpus.read_text(latin)
-    cut = tmp_path / "cut.xz"
-    cut.write_bytes(lzma.compress(b"words " * 1000)[:-20])
-    with pytest.raises(DataError, match=r"cannot read the text .*cut.xz"):
-        corpus.read_text(cut)
+@settings(max_examples=30, deadline=None)
+@given(portion=st.integers(1, 4000), length=st.integers(4, 60), masked=st.booleans(), number=st.integers(1, 99))
+def test_the_portions_in_which_a_text_is_tokenised_change_nothing(portion, length, masked, number):
+    options = {"objective": "mlm" if masked else "causal", "num_samples": number, "max_length": length}
+    whole = list(corpus.lm_samples(TEXT, tokenizer(masked=masked), **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus, "_PORTION", portion)
+        assert list(corpus.lm_samples(iter(TEXT), tokenizer(masked=masked), **options)) == whole
+
+
+def test_each_block_is_drawn_equally_often_and_none_twice():
+    drawn, places = np.zeros(69), np.zeros(69)
+    text = [" ".join(WORDS[(i % 40 + j * (1 + i // 40)) % 40] for j in range(10)) for i in range(69)]
+    blocks = [tuple(row) for row in tokenizer(masked=False)(text)["input_ids"]]
+    assert len(set(blocks)) == 69
+    for seed in range(600):
+        samples = corpus.lm_samples(
+            text, tokenizer(masked=False), objective="causal", num_samples=23, max_length=10, seed=seed
+        )
+        rows = [blocks.index(tuple(s["input_ids"])) for s in samples]
+        assert len(set(rows)) == 23
+        drawn[rows] += 1
+        places[rows] += range(23)
+    assert stats.chisquare(drawn).pvalue > 1e-4
+    assert np.mean(places[:35] / drawn[:35]) == pytest.approx(11, abs=0.5)  # drawn early as often as late
+
+
+def test_a_text_shorter_than_a_block_is_one_sample():
+    for number in (3, None):
+        (sample,) = corpus.lm_samples(["w1 w2"], tokenizer(), objective="mlm", num_samples=number, max_length=10)
+        assert len(sample["input_ids"]) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"num_samples": 0}, "number of samples 0; expected at least 1"),
+        ({"seed": -1}, "seed -1; expected 0 or more"),
         ({"max_length": 3}, "max length 3; expected at least 4"),
-        ({"objective": "classification"}, "expected mlm or causal"),
+        ({"objective": "classification"}, "expected mlm, causal or seq2seq"),
     ],
 )
 def test_bad_numbers_are_named(options, message):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.console import console, errors, progress_bar, site_table
-from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.errors import DataError, GuidedDropoutError, unknown
+
+if TYPE_CHECKING:
+    from guided_dropout.texts import Text
 
 app = typer.Typer(
     name="guided-dropout",
@@ -45,50 +48,75 @@ def quickstart(
 @app.command()
 def fisher(
     model: Model,
-    text: Annotated[
-        str, typer.Option(help="Text to measure on: a UTF-8 file (.gz and .xz too), or 'demo' (embedded).")
-    ],
     out: Annotated[Path, typer.Option(help="Folder for the profile.")],
-    objective: Annotated[str, typer.Option(help="auto, mlm (masked LM) or causal (next token).")] = "auto",
-    samples: Annotated[int, typer.Option(help="How many samples.")] = 1000,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure on: a UTF-8 file or folder (.txt, .jsonl, .gz, .xz), 'demo' (embedded), or "
+            "hub:NAME[:CONFIG[:SPLIT[:COLUMN]]], a data set."
+        ),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
+    data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
+    objective: Annotated[
+        str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
+    ] = "auto",
+    labels: Annotated[
+        str,
+        typer.Option("--fisher", help="empirical (the data's labels) or sampled (drawn from the model's prediction)."),
+    ] = "empirical",
+    samples: Annotated[str, typer.Option(help="How many samples to draw, or 'all', in their order.")] = "1000",
+    max_characters: Annotated[
+        int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
+    ] = None,
     max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
     reduction: Annotated[str, typer.Option(help="A sample's loss: mean or sum over its targets.")] = "mean",
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
-    from guided_dropout import corpus
+    from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
-    from guided_dropout.detection import detect_objective
     from guided_dropout.fisher import estimate_fisher, profile
-    from guided_dropout.models import check_length, load_lm, load_tokenizer
+    from guided_dropout.models import load_lm, load_model, load_tokenizer
 
     check_output_folder(out, marker=profile.JSON_NAME)
-    lines = _read_text(text)
-    lm, tokenizer = load_lm(model, objective), load_tokenizer(model)
-    check_length(lm, max_length)
-    kind = detect_objective(lm, {"input_ids": list(range(1, 9))}).name
-    drawn = corpus.lm_samples(
-        lines, tokenizer, objective=kind, num_samples=samples, max_length=max_length, seed=seed
-    )  # fmt: skip
-    if len(drawn) < samples:
-        console.print(
-            f"{text} has {len(drawn):,} samples of {max_length} tokens, fewer than {samples:,}: using them all"
-        )
-    with progress_bar("samples", len(drawn)) as update:
+    source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
+    number = inputs.number_of_samples(samples)
+    if (text is None) == (task is None) or (data is not None and task is None):
+        raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
+    if text is not None:
+        limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
+        lines = _open_text(text, limit)
+        loaded, tokenizer = load_lm(model, objective), load_tokenizer(model)
+        with progress_bar("blocks of text", None) as update:
+            given = inputs.text_inputs(
+                loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed,
+                progress=lambda done: update(done, None),
+            )  # fmt: skip
+    else:
+        loaded, tokenizer = load_model(model), load_tokenizer(model)
+        given = inputs.task_inputs(
+            loaded, tokenizer, str(task), data, num_samples=number, max_length=max_length, seed=seed
+        )  # fmt: skip
+    for note in given.notes:
+        console.print(note)
+    with progress_bar("samples", given.total) as update:
         measured = estimate_fisher(
-            lm,
-            drawn,
+            loaded,
+            given.samples,
             batch_size=batch_size,
             objective=objective,
             reduction=reduction,
+            labels=source_of_labels,
+            seed=seed,
             progress=lambda done: update(done, None),
-            facts={"source": model, "text": text, "seed": seed, "max_length": max_length},
+            facts={"source": model, **given.facts},
         )
     folder = measured.save_pretrained(out)
     fallback = measured.coverage["fallback"]
     console.print(
-        f"{measured.num_samples:,} samples ({kind}), {measured.num_skipped} without a target skipped; "
+        f"{measured.num_samples:,} samples ({measured.objective}), {measured.num_skipped} without a target skipped; "
         f"{measured.coverage['parameters_by_rule']:.1%} of the parameters by rule"
         + (f", one sample at a time: {', '.join(fallback)}" if fallback else "")
     )
@@ -166,14 +194,20 @@ def finetune(
     console.print(out / "result.json")
 
 
-def _read_text(text: str) -> Sequence[str]:
-    from guided_dropout import corpus
+def _open_text(text: str, max_characters: int | None) -> Text:
+    from guided_dropout.texts import Text, stream_text
 
     if text != "demo":
-        return corpus.read_text(text)
+        return stream_text(text, max_characters=max_characters)
     from guided_dropout.demo.text import demo_paragraphs
 
-    return demo_paragraphs()
+    return Text(text, lambda: iter(demo_paragraphs()), max_characters)
+
+
+def _choose(option: str, given: str, meaning: Mapping[str, str]) -> str:
+    if given not in meaning:
+        raise DataError(unknown(option, given, meaning))
+    return meaning[given]
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ def detect_objective(
 
 def require_lm_head(model: nn.Module) -> None:
     """Raise ModelError unless `model` gives logits over its vocabulary and takes labels."""
-    if not _has_lm_head(model):
+    if not has_lm_head(model):
         raise ModelError(
             f"{type(model).__name__} has no language-model head; expected a masked or causal language model, or a "
             "sequence classifier: load the checkpoint with AutoModelForMaskedLM, AutoModelForCausalLM or "
@@ -61,7 +61,8 @@ def _takes_labels(model: nn.Module) -> bool:
     return "labels" in inspect.signature(model.forward).parameters
 
 
-def _has_lm_head(model: nn.Module) -> bool:
+def has_lm_head(model: nn.Module) -> bool:
+    """Whether `model` gives logits over its vocabulary and takes labels."""
     return _takes_labels(model) and getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
@@ -90,7 +91,7 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
 
 def _of_classifier(model: nn.Module, sample: Sample) -> str | None:
     """``"classification"`` or ``"regression"``, or None for a model that gives no row of logits per sample."""
-    if _has_lm_head(model) or not _takes_labels(model) or "labels" not in sample:
+    if has_lm_head(model) or not _takes_labels(model) or "labels" not in sample:
         return None
     value = as_tensor("labels", sample["labels"])
     try:

@@ -1,0 +1,145 @@
+"""What a Fisher is measured on, as the command line names it: a text or a labelled task → samples and facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from guided_dropout.corpus import lm_samples
+from guided_dropout.detection import detect_objective, has_lm_head
+from guided_dropout.errors import DataError, ModelError
+from guided_dropout.models import check_length
+from guided_dropout.samples import Sample
+from guided_dropout.tasks import get_task, load_task
+from guided_dropout.texts import Text
+
+ALL = "all"
+# What is read of a text at most to draw samples from, unless told otherwise: some 40 seconds on two cores.
+MAX_CHARACTERS = 200_000_000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Samples, the same each time they are gone over.
+
+    Attributes:
+        samples: any number of them.
+        facts: what a profile should say of them.
+        notes: what a person should know, a sentence each.
+    """
+
+    samples: Iterable[Sample]
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int | None:
+        """How many samples there are, where that is known."""
+        return len(self.samples) if isinstance(self.samples, Sized) else None
+
+
+def number_of_samples(text: str) -> int | None:
+    """A number, or None for ``all``.
+
+    Raises:
+        DataError: neither, or less than 1.
+    """
+    if text == ALL:
+        return None
+    if not text.isascii() or not text.lstrip("-").isdigit() or int(text) < 1:
+        raise DataError(f"number of samples {text}; expected at least 1, or {ALL}")
+    return int(text)
+
+
+def text_inputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: Text,
+    *,
+    num_samples: int | None,
+    max_length: int,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Inputs:
+    """Samples of a text for a language model's own objective; see `corpus.lm_samples`."""
+    check_length(model, max_length)
+    kind = detect_objective(model, {"input_ids": list(range(1, 9))}).name
+    samples = lm_samples(
+        text,
+        tokenizer,
+        objective=kind,
+        num_samples=num_samples,
+        max_length=max_length,
+        seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    facts: dict[str, Any] = {"text": text.name, "seed": seed, "max_length": max_length}
+    notes = []
+    if text.ignored:
+        shown = ", ".join(text.ignored[:3]) + (", …" if len(text.ignored) > 3 else "")
+        notes.append(f"{text.name}: {len(text.ignored):,} files that are no text left out ({shown})")
+    if text.max_characters is not None and (text.cut or num_samples is None):
+        facts["max_characters"] = text.max_characters
+    if text.cut:
+        notes.append(
+            f"{text.name}: samples drawn from its first {text.max_characters:,} characters; --max-characters reads more"
+        )
+    if num_samples is not None and isinstance(samples, Sized) and len(samples) < num_samples:
+        notes.append(
+            f"{text.name} has {len(samples):,} samples of {max_length} tokens, fewer than {num_samples:,}: "
+            "using them all"
+        )
+    return Inputs(samples, facts, tuple(notes))
+
+
+def task_inputs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    data: str | None,
+    *,
+    num_samples: int | None,
+    max_length: int,
+    seed: int,
+) -> Inputs:
+    """A labelled task's training examples for a classifier: drawn without replacement, or all in their order.
+
+    Where the model names its classes as the task does, labels are matched by name; otherwise by index.
+
+    Raises:
+        DataError: no such task or data, or the model has another number of classes.
+        ModelError: the model is a language model.
+    """
+    from guided_dropout.training import encode
+
+    check_length(model, max_length)
+    chosen = get_task(task)
+    if has_lm_head(model):
+        raise ModelError(
+            f"{type(model).__name__} has no classes; expected a classifier fine-tuned on {task}, or a --text for a "
+            "language model"
+        )
+    if model.config.num_labels != chosen.num_labels:
+        raise DataError(
+            f"{type(model).__name__} has {model.config.num_labels} classes; {task} has {chosen.num_labels}: expected a "
+            "model fine-tuned on the task"
+        )
+    examples = load_task(chosen, data)
+    if num_samples is not None:
+        drawn = np.random.default_rng([seed, 0]).permutation(len(examples)).tolist()
+        examples = examples.take(drawn[:num_samples])
+    own = [str(name).lower() for name in (model.config.id2label or {}).values()]
+    order = [own.index(name) for name in chosen.labels] if chosen.labels and set(own) == set(chosen.labels) else None
+    encoded = encode(examples, chosen, tokenizer, max_length)
+    samples = []
+    for i in range(len(encoded)):
+        row = dict(encoded[i])
+        label = row.pop("label")
+        samples.append({**row, "labels": order[label] if order else label, "index": i})
+    few = num_samples is not None and len(samples) < num_samples
+    notes = (f"{task} has {len(samples):,} examples, fewer than {num_samples:,}: using them all",) if few else ()
+    return Inputs(samples, {"task": task, "data": examples.source, "seed": seed, "max_length": max_length}, notes)

@@ -1,0 +1,164 @@
+"""Where text comes from: a file, a folder or a hub data set, read anew each time and never held whole."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from guided_dropout.errors import DataError
+
+HUB = "hub:"
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
+_SUFFIXES = {".txt", ".jsonl", *_OPENERS}
+# A line longer than this counts as several: memory does not depend on where a text has its line ends.
+_LONGEST_LINE = 1 << 18
+
+
+@dataclass
+class Text:
+    """Paragraphs, stripped and none blank; each iteration reads them again from the start.
+
+    Attributes:
+        name: what a person calls it.
+        lines: opens the source.
+        max_characters: stop after the paragraph that reaches so many; None for all.
+        ignored: names of a folder's files that are no text.
+        cut: whether the latest iteration ended because of `max_characters`.
+
+    Raises:
+        DataError: on iteration; the source cannot be read, or has nothing but blank lines.
+    """
+
+    name: str
+    lines: Callable[[], Iterator[str]]
+    max_characters: int | None = None
+    ignored: tuple[str, ...] = ()
+    cut: bool = field(default=False, init=False)
+
+    def __iter__(self) -> Iterator[str]:
+        self.cut = False
+        characters = 0
+        for line in self.lines():
+            paragraph = line.strip()
+            if not paragraph:
+                continue
+            if self.max_characters is not None and characters >= self.max_characters:
+                self.cut = True
+                return
+            characters += len(paragraph)
+            yield paragraph
+        if not characters:
+            raise DataError(f"{self.name} has no text; expected at least one line that is not blank")
+
+
+def stream_text(source: str | Path, *, max_characters: int | None = None) -> Text:
+    """Open a source of text; its first paragraph is read at once, so that a mistake comes up early.
+
+    Args:
+        source: a UTF-8 file (a paragraph a line; ``.jsonl`` with a ``text`` in each line; either may be ``.gz`` or
+            ``.xz``), a folder (all its ``.txt``, ``.jsonl``, ``.gz`` and ``.xz`` files, however deep, sorted by path),
+            or ``hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]``: a data set of the hub, or in a folder laid out like one, streamed
+            by `datasets` (split ``train``, column ``text`` where not given).
+        max_characters: see `Text`.
+
+    Raises:
+        DataError: no such source, not readable, not UTF-8, nothing in it, or a limit below 1.
+    """
+    if max_characters is not None and max_characters < 1:
+        raise DataError(f"at most {max_characters} characters; expected at least 1")
+    path = Path(source)
+    if str(source).startswith(HUB):
+        text = Text(str(source), _hub_lines(str(source)), max_characters)
+    elif path.is_dir():
+        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
+        readable = sorted(name for name in files if files[name].suffix in _SUFFIXES and ".tar." not in name)
+        if not readable:
+            raise DataError(f"no text in the folder {source}; expected .txt, .jsonl, .gz or .xz files: add some")
+        text = Text(
+            str(source),
+            lambda: (line for name in readable for line in _file_lines(files[name])),
+            max_characters,
+            tuple(sorted(set(files) - set(readable))),
+        )
+    else:
+        text = Text(str(source), lambda: _file_lines(path), max_characters)
+    next(iter(text))
+    return text
+
+
+def _file_lines(path: Path) -> Iterator[str]:
+    opener = _OPENERS.get(path.suffix, open)
+    inner = path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
+    done = 0
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as f:
+            lines = _json_texts(f, path) if inner == ".jsonl" else iter(lambda: f.readline(_LONGEST_LINE), "")
+            for line in lines:
+                done += 1
+                yield line
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise DataError(f"cannot read the text {path}: {reason}; expected a text file (.txt, .jsonl, .gz, .xz)") from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 (after line {done}); expected UTF-8 text: convert it first") from e
+
+
+def _json_texts(lines: Iterator[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line) if line.strip() else {"text": ""}
+        except json.JSONDecodeError as e:
+            raise DataError(f"{path}:{number} is not valid JSON ({e.msg}); expected an object with a text") from e
+        yield from _lines_of(row, "text", f"{path}:{number}")
+
+
+def _hub_lines(source: str) -> Callable[[], Iterator[str]]:
+    name, *rest = source.removeprefix(HUB).split(":")
+    if not name or len(rest) > 3:
+        raise DataError(f"text {source!r}; expected {HUB}NAME, or {HUB}NAME:CONFIG:SPLIT:COLUMN, of a data set")
+    config, split, column = (*rest, "", "", "")[:3]
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ModuleNotFoundError as e:
+        raise DataError(
+            f"reading {source} needs the `datasets` package: pip install 'guided-dropout[hub]', or give a text file"
+        ) from e
+
+    @contextlib.contextmanager
+    def named_errors() -> Iterator[None]:
+        try:
+            yield
+        except DataError:
+            raise
+        except (OSError, ValueError, KeyError, DatasetsError) as e:
+            reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
+            raise DataError(
+                f"cannot read {source} ({reason}); expected a data set: check its name, configuration and split, and "
+                "the connection"
+            ) from e
+
+    with named_errors():
+        table = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+
+    def lines() -> Iterator[str]:
+        with named_errors():
+            for number, row in enumerate(table):
+                yield from _lines_of(row, column or "text", f"{source}, row {number}")
+
+    return lines
+
+
+def _lines_of(row: Any, column: str, where: str) -> Iterator[str]:
+    value = row.get(column) if isinstance(row, dict) else None
+    if not isinstance(value, str):
+        found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f"{where} holds {found or 'nothing'}; expected a text named {column!r}")
+    yield from value.split("\n")

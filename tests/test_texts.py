@@ -1,0 +1,148 @@
+"""Text from files, folders and data sets, read as it is asked for."""
+
+import bz2
+import gzip
+import json
+import lzma
+import sys
+import tracemalloc
+
+import pytest
+
+from guided_dropout.errors import DataError
+from guided_dropout.texts import Text, stream_text
+
+
+@pytest.mark.parametrize(("suffix", "opener"), [(".txt", open), (".gz", gzip.open), (".xz", lzma.open)])
+def test_reads_plain_and_compressed_text(tmp_path, suffix, opener):
+    path = tmp_path / f"t{suffix}"
+    with opener(path, "wt", encoding="utf-8") as f:
+        f.write("\n Élan vital \n\nzwei\n")
+    assert list(stream_text(path)) == ["Élan vital", "zwei"]
+
+
+def test_bad_text_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read the text .*nowhere.txt: No such file"):
+        stream_text(tmp_path / "nowhere.txt")
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n\n")
+    with pytest.raises(DataError, match=r"blank\.txt has no text"):
+        stream_text(blank)
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Élan".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt is not UTF-8"):
+        stream_text(latin)
+    cut = tmp_path / "cut.xz"
+    cut.write_bytes(lzma.compress(b"words " * 1000)[:-20])
+    with pytest.raises(DataError, match=r"cannot read the text .*cut.xz"):
+        list(stream_text(cut))
+    torn = tmp_path / "torn.gz"
+    whole = gzip.compress(b"words " * 1000 + b"\n" * 50_000)
+    torn.write_bytes(whole[:40] + b"\xff" * 20 + whole[60:])
+    with pytest.raises(DataError, match=r"cannot read the text .*torn.gz"):
+        list(stream_text(torn))
+    late = tmp_path / "late.txt"
+    late.write_bytes(b"fine\n" * 5000 + b"\xff\n")
+    with pytest.raises(DataError, match=r"late\.txt is not UTF-8 \(after line \d{4}\)"):
+        list(stream_text(late))
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths_and_again(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "1.txt.gz").write_bytes(gzip.compress(b"three\n"))
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\n\\ntwo", "id": 1}\n\n')
+    (tmp_path / "c.jsonl.xz").write_bytes(lzma.compress(json.dumps({"text": "Élan"}).encode()))
+    (tmp_path / "d.txt").write_text("")
+    (tmp_path / "notes.md").write_text("no text")
+    (tmp_path / "e.tar.gz").write_bytes(b"no text")
+    text = stream_text(tmp_path)
+    assert list(text) == list(text) == ["one", "two", "three", "Élan"]
+    assert text.ignored == ("e.tar.gz", "notes.md")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "x.bz2").write_bytes(bz2.compress(b"words"))
+    with pytest.raises(DataError, match=r"no text in the folder .*; expected .txt, .jsonl, .gz or .xz"):
+        stream_text(empty)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"bad.jsonl:2 is not valid JSON"),
+        ('{"body": "words"}', r"bad.jsonl:2 holds body; expected a text named 'text'"),
+        ('["words"]', r"bad.jsonl:2 holds list; expected a text named 'text'"),
+    ],
+)
+def test_a_bad_line_of_json_is_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "fine"}\n' + line)
+    with pytest.raises(DataError, match=message):
+        list(stream_text(path))
+
+
+def test_a_limit_ends_a_text_and_shows():
+    text = Text("t", lambda: iter(["one", "", "two", "three"]), max_characters=4)
+    assert (list(text), text.cut) == (["one", "two"], True)
+    text = Text("t", lambda: iter(["one", "two", " "]), max_characters=6)
+    assert (list(text), text.cut) == (["one", "two"], False)
+    with pytest.raises(DataError, match="at most 0 characters; expected at least 1"):
+        stream_text("nowhere.txt", max_characters=0)
+
+
+def test_memory_does_not_grow_with_the_text_nor_with_its_lines(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_bytes((b"word " * 20 + b"\n") * 50_000 + b"word " * 2_000_000)
+    tracemalloc.start()
+    try:
+        characters = sum(map(len, stream_text(path)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert characters > 14_000_000
+    assert peak < 3_000_000
+
+
+# --- data sets
+
+
+@pytest.fixture
+def data_set(tmp_path, monkeypatch):
+    import pandas as pd
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    for config in ("news", "books"):
+        (folder / config).mkdir(parents=True)
+        for split in ("train", "test"):
+            rows = {"text": [f"{config} {split} {i}\nsecond" for i in range(3)], "other": ["a", "b", "c"]}
+            pd.DataFrame(rows).to_parquet(folder / config / f"{split}-00000-of-00001.parquet")
+    yaml = "".join(
+        f"- config_name: {c}\n{'  default: true' * (c == 'news')}\n  data_files:\n"
+        + "".join(f"  - split: {s}\n    path: {c}/{s}-*\n" for s in ("train", "test"))
+        for c in ("news", "books")
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{yaml}---\n")
+    return folder
+
+
+def test_a_data_set_is_streamed_by_configuration_split_and_column(data_set):
+    text = stream_text(f"hub:{data_set}")
+    assert list(text)[:3] == ["news train 0", "second", "news train 1"]
+    assert list(text) == list(text)
+    assert next(iter(stream_text(f"hub:{data_set}:books:test"))) == "books test 0"
+    assert list(stream_text(f"hub:{data_set}::test:other")) == ["a", "b", "c"]
+
+
+def test_faults_of_a_data_set_are_named(data_set, monkeypatch):
+    with pytest.raises(DataError, match="row 0 holds text, other; expected a text named 'body'"):
+        stream_text(f"hub:{data_set}:::body")
+    with pytest.raises(DataError, match=r"cannot read hub:.*set:films .*check its name, configuration and split"):
+        stream_text(f"hub:{data_set}:films")
+    with pytest.raises(DataError, match=r"cannot read hub:.*:news:dev"):
+        stream_text(f"hub:{data_set}:news:dev")
+    for bad in ("hub:", "hub:a:b:c:d:e"):
+        with pytest.raises(DataError, match="expected hub:NAME, or hub:NAME:CONFIG:SPLIT:COLUMN"):
+            stream_text(bad)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'guided-dropout\[hub\]'"):
+        stream_text(f"hub:{data_set}")
