@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from guided_dropout import FisherProfile, estimate_fisher
+from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares
 from guided_dropout.fisher.totals import Totals
-from guided_dropout.objectives import detect_objective
 
 VOCAB = 61
 
