@@ -109,6 +109,15 @@ def test_classifiers_that_cannot_be_measured_are_refused():
         estimate_fisher(classifier_of("bert"), samples, labels="both")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_objectives_are_found_in_each_precision(dtype):
+    for family, name in (("bert", "mlm"), ("gpt2", "causal"), ("llama", "causal"), ("t5", "seq2seq")):
+        assert detect_objective(language_model(family).to(dtype), tokens([9])[0]).name == name
+    for num_labels, label, name in ((3, 2, "classification"), (1, 0.7, "regression")):
+        model = classifier_of("bert", num_labels=num_labels).to(dtype)
+        assert detect_objective(model, labelled([9], [label])[0]).name == name
+
+
 # --- labels drawn from the model's own prediction
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guided_dropout.errors import DataError, ModelError
+from guided_dropout.errors import DataError, GuidedDropoutError, ModelError
 from guided_dropout.objectives import LABELS, PER_SAMPLE, REDUCTIONS, Objective
 from guided_dropout.samples import IGNORE, Sample, as_tensor
 
@@ -77,10 +79,12 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
     with torch.no_grad():
         out = model(input_ids=ids[None], labels=ids[None])
     found = {
-        name: F.cross_entropy(out.logits[0].double(), Objective(name).targets(ids), ignore_index=IGNORE)
+        name: _nearest(
+            partial(F.cross_entropy, ignore_index=IGNORE), out.logits[0], Objective(name).targets(ids), out.loss
+        )
         for name in ("mlm", "causal")
     }
-    name = min(found, key=lambda n: abs((found[n] - out.loss).item()))
+    name = min(found, key=lambda n: abs(found[n] - out.loss.item()))
     if not _same(found[name], out.loss):
         raise ModelError(
             f"{type(model).__name__} computes a loss ({out.loss:.4f}) that is neither masked-LM ({found['mlm']:.4f}) "
@@ -108,23 +112,22 @@ def _of_classifier(model: nn.Module, sample: Sample) -> str | None:
         score = value.to(logits) if classes == 1 else value.clamp(min=0).to(logits.device)  # −100 would give no loss
         own = _own_loss(model, inputs, score.expand(2))
     except _UNSUITED as e:
-        if isinstance(e, DataError):
+        if isinstance(e, GuidedDropoutError):
             raise
         raise ModelError(
             f"{type(model).__name__} cannot run two samples with one label each ({' '.join(str(e).split())}); expected "
             "a sequence classifier or a regression of one score, with config.pad_token_id set"
         ) from e
-    logits = logits.double()
-    expected = (
-        F.mse_loss(logits[:, 0], score.double().expand(2)) if classes == 1 else F.cross_entropy(logits, score.expand(2))
-    )
+    one_score = classes == 1
+    loss = F.mse_loss if one_score else F.cross_entropy
+    expected = _nearest(loss, logits[:, 0] if one_score else logits, score.expand(2), own)
     if not _same(expected, own):
         raise ModelError(
             f"{type(model).__name__} computes a loss ({own:.4f}) that is not the "
-            f"{'squared error' if classes == 1 else 'cross-entropy'} ({expected:.4f}) of one label; expected a "
+            f"{'squared error' if one_score else 'cross-entropy'} ({expected:.4f}) of one label; expected a "
             "classifier of one class, or a regression of one score"
         )
-    return "regression" if classes == 1 else "classification"
+    return "regression" if one_score else "classification"
 
 
 def _own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -136,5 +139,15 @@ def _own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         model.config.problem_type = problem
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return abs(a.item() - b.item()) <= 1e-3 * max(1.0, abs(b.item()))
+def _nearest(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: Tensor, own: Tensor) -> float:
+    """The loss in the logits' precision or in float32, whichever is nearer the model's own: some models widen first."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    values = [
+        loss(z, targets.to(z.dtype) if targets.is_floating_point() else targets).item()
+        for z in (logits, logits.to(wide))
+    ]
+    return min(values, key=lambda value: abs(value - own.item()))
+
+
+def _same(found: float, own: Tensor) -> bool:
+    return abs(found - own.item()) <= 1e-3 * max(1.0, abs(own.item()))
