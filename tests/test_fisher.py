@@ -371,6 +371,22 @@ def test_an_overflow_late_in_a_long_run_takes_nothing_else_with_it():
     )
 
 
+def test_an_overflow_after_resuming_takes_nothing_of_the_state_with_it(tmp_path):
+    """The first part of the run did not know that samples would be left out."""
+    model, samples = spoilt("squares"), samples_with_bad([9, 9, 8, 8, 7, 6], bad=[5])
+    kept = {"batch_size": 2, "checkpoint": tmp_path / "c"}
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimate_fisher(model, samples, progress=stop, **kept)
+    profile = estimate_fisher(model, samples, resume=True, nonfinite="skip", **kept)
+    assert profile.coverage["nonfinite"] == [5]
+    expected = estimate_fisher(model, samples[:5]).diagonal
+    assert_close(profile.diagonal, {n: t.double() for n, t in expected.items()}, rtol=1e-6)
+
+
 def test_no_finite_sample_at_all_is_an_error():
     with pytest.raises(ModelError, match="NaN or infinite logits for each of the first 2 samples"):
         estimate_fisher(spoilt("loss"), samples_with_bad([5, 6], bad=[0, 1]), nonfinite="skip")
