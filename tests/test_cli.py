@@ -1,12 +1,14 @@
 """The command line as a stranger meets it: the whole chain, and one line and exit code 2 for each mistake."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
-from tiny import WORDS, save_tiny_bert, tiny_bert_config
+from safetensors.torch import load_file, save_file
+from tiny import VOCABULARY, WORDS, save_tiny_bert, tiny_bert_config
 from transformers import BertModel
 
 from guided_dropout import cli
@@ -122,6 +124,7 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (FISHER.replace("12", "128"), "BertForMaskedLM has positions for 24 tokens: use --max-length 24 or less"),
         (f"{FISHER} --samples 0", "number of samples 0; expected at least 1"),
         (f"{FISHER} --batch-size 0", "batch size 0; expected at least 1"),
+        (f"{FISHER} --tokens-per-batch 0", "tokens per batch 0; expected at least 1"),
         (f"{FISHER} --objective causal", "choose another objective or model"),
         (f"{FISHER} --objective hope", "unknown objective 'hope'; expected one of auto"),
         (FISHER.replace("model", "./nobody"), "no folder './nobody'; expected"),
@@ -176,7 +179,11 @@ from guided_dropout import cli, fisher
 number, estimate = int(sys.argv.pop()), fisher.estimate_fisher
 
 def interrupted(*args, progress, **options):
-    return estimate(*args, progress=lambda done: os.kill(os.getpid(), number), **options)
+    def interrupt(done):
+        os.kill(os.getpid(), number)
+        progress(done)
+
+    return estimate(*args, progress=interrupt, **options)
 
 fisher.estimate_fisher = interrupted
 cli.main()
@@ -184,13 +191,62 @@ cli.main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(chain, number):
+def test_an_interrupted_run_says_how_to_go_on_and_does(chain, command, number):
+    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out interrupted"
     before = sorted(chain.rglob("*"))
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *FISHER.split(), str(int(number))],
+        [sys.executable, "-c", INTERRUPTED, *line.split(), str(int(number))],
         cwd=chain, capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: interrupted")
-    assert done.stderr.count("\n") == 1
+    state = "interrupted.checkpoint"
+    assert done.stderr == (
+        f"error: interrupted; the state is in {state}: run the same command with --resume to go on from there\n"
+    )
+    assert set(chain.rglob("*")) - set(before) == {chain / state, chain / state / "process-1-of-1.safetensors"}
+    code, _, err = command(*line.split())
+    assert code == 2
+    assert "interrupted.checkpoint holds the state of an unfinished run (4 samples)" in err
+    assert command(*line.split(), "--resume")[0] == 0
+    profiles = [FisherProfile.from_pretrained(chain / name) for name in ("interrupted", "profile")]
+    assert profiles[0].tensor_means == pytest.approx(profiles[1].tensor_means, rel=1e-6, abs=1e-12)
+    assert not (chain / state).exists()
+    shutil.rmtree(chain / "interrupted")
+
+
+def test_an_interrupt_before_the_first_batch_leaves_nothing(chain):
+    script = INTERRUPTED.replace(
+        "return estimate", "os.kill(os.getpid(), number); time.sleep(0); os.kill(os.getpid(), number)"
+    )
+    before = sorted(chain.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", f"import time\n{script}", *FISHER.split(), str(int(signal.SIGINT))],
+        cwd=chain, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "error: interrupted; nothing was written by the unfinished step: run the command again\n"
     assert sorted(chain.rglob("*")) == before
+
+
+def test_samples_that_are_not_finite_are_named_and_left_out_if_asked(chain, command, tmp_path):
+    model = save_tiny_bert(tmp_path / "nan")
+    weights = load_file(model / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][VOCABULARY.index("bird")] = float("nan")
+    weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"].nan_to_num()
+    weights["cls.predictions.decoder.bias"] = weights["cls.predictions.bias"].clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    lines = [f"the cat sees a {'bird' if i == 4 else 'dog'} and a big house or tree\n" for i in range(12)]
+    (tmp_path / "text.txt").write_text("".join(lines))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    line = ["fisher", model, "--text", tmp_path / "text.txt", "--max-length", 14, "--out", tmp_path / "out"]
+    code, _, err = command(*line)
+    assert code == 2
+    assert "error: the loss of sample" in err
+    assert "--skip-nonfinite" in err
+    code, out, err = command(*line, "--skip-nonfinite", "--tokens-per-batch", 60)
+    assert code == 0, err
+    profile = FisherProfile.from_pretrained(tmp_path / "out")
+    (index,) = profile.coverage["nonfinite"]
+    assert f"1 not finite left out (number {index} of the stream, from 0)" in out
+    assert profile.provenance["tokens_per_batch"] == 60

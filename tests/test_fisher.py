@@ -289,14 +289,107 @@ def test_a_model_without_a_head_and_a_wrong_objective_are_refused():
         estimate_fisher(bert(4, 1, 2, seed=0), samples, objective="causal")
 
 
-def test_a_loss_that_is_not_finite_names_the_sample():
+BAD = VOCAB - 1
+
+
+class _Amplified(torch.autograd.Function):
+    """The same forward; the gradient of the positions in `mask` beyond what float32 squares can hold."""
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        ctx.mask = mask
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.where(ctx.mask[..., None], g * 1e30, g), None
+
+
+def spoilt(how):
+    """A model for which a sample that holds the token BAD has a NaN loss, or a finite one and squares that overflow."""
     model = llama(4, 1, 2, seed=0)
-    samples = draw_samples([5, 6, 7, 20, 5], vocab=VOCAB - 1)
-    samples[3]["input_ids"][4] = VOCAB - 1
-    with torch.no_grad():
-        model.model.embed_tokens.weight[VOCAB - 1] = float("nan")
-    with pytest.raises(ModelError, match=r"loss of sample 3 .* is nan"):
-        estimate_fisher(model, samples, batch_size=2)
+    if how == "loss":
+        with torch.no_grad():
+            model.model.embed_tokens.weight[BAD] = float("nan")
+            model.lm_head.weight[BAD] = 0
+    else:
+        model.model.embed_tokens.register_forward_hook(lambda m, args, out: _Amplified.apply(out, args[0] == BAD))
+    return model
+
+
+def samples_with_bad(lengths, bad):
+    samples = draw_samples(lengths, vocab=VOCAB - 1)
+    for i in bad:
+        samples[i]["input_ids"][0] = BAD
+    return samples
+
+
+@pytest.mark.parametrize("method", ["batched", "reference"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("loss", r"the loss of sample 3 \(from 0\) is nan; .*--skip-nonfinite"),
+        ("squares", r"the squared gradients of sample 3 \(from 0\) overflow; .*--skip-nonfinite"),
+    ],
+)
+def test_a_sample_that_is_not_finite_is_named(how, message, method):
+    samples = samples_with_bad([5, 6, 7, 20, 5], bad=[3])
+    with pytest.raises(ModelError, match=message):
+        estimate_fisher(spoilt(how), samples, batch_size=2, method=method)
+
+
+@pytest.mark.parametrize("how", ["loss", "squares"])
+def test_several_in_a_batch_are_all_named(how):
+    with pytest.raises(ModelError, match="samples 1, 2 and 4 "):
+        estimate_fisher(spoilt(how), samples_with_bad([5, 6, 7, 20, 5], bad=[1, 2, 4]))
+
+
+@pytest.mark.parametrize("method", ["batched", "reference"])
+@pytest.mark.parametrize("how", ["loss", "squares"])
+@pytest.mark.parametrize("bad", [[2], [0, 1, 6], [3, 4, 5]])
+def test_what_is_not_finite_can_be_left_out_and_is_counted(how, bad, method):
+    model, samples = spoilt(how), samples_with_bad([5, 6, 7, 20, 5, 9, 9], bad=bad)
+    profile = estimate_fisher(model, samples, batch_size=3, nonfinite="skip", method=method)
+    assert profile.coverage["nonfinite"] == bad
+    good = [s for i, s in enumerate(samples) if i not in bad]
+    expected = estimate_fisher(model, good)
+    assert profile.num_samples == expected.num_samples == len(good)
+    assert_close(profile.diagonal, {n: t.double() for n, t in expected.diagonal.items()}, rtol=1e-6)
+    assert method == "reference" or profile.coverage["fallback"] == expected.coverage["fallback"] == []
+    assert "nonfinite" not in expected.coverage
+
+
+def test_an_overflow_late_in_a_long_run_takes_nothing_else_with_it():
+    """Later than the float32 sums are flushed."""
+    model = spoilt("squares")
+    samples = draw_samples([4] * 40, vocab=VOCAB - 1)
+    overflows = {"input_ids": torch.tensor([BAD, 5]), "labels": torch.tensor([5, 6])}
+    profile = estimate_fisher(model, [*samples * 30, overflows], batch_size=100, nonfinite="skip")
+    assert (profile.num_samples, profile.coverage["nonfinite"]) == (1200, [1200])
+    assert_close(
+        profile.diagonal, {n: t.double() for n, t in estimate_fisher(model, samples).diagonal.items()}, rtol=1e-6
+    )
+
+
+def test_an_overflow_after_resuming_takes_nothing_of_the_state_with_it(tmp_path):
+    """The first part of the run did not know that samples would be left out."""
+    model, samples = spoilt("squares"), samples_with_bad([9, 9, 8, 8, 7, 6], bad=[5])
+    kept = {"batch_size": 2, "checkpoint": tmp_path / "c"}
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        estimate_fisher(model, samples, progress=stop, **kept)
+    profile = estimate_fisher(model, samples, resume=True, nonfinite="skip", **kept)
+    assert profile.coverage["nonfinite"] == [5]
+    expected = estimate_fisher(model, samples[:5]).diagonal
+    assert_close(profile.diagonal, {n: t.double() for n, t in expected.items()}, rtol=1e-6)
+
+
+def test_no_finite_sample_at_all_is_an_error():
+    with pytest.raises(ModelError, match="NaN or infinite logits for each of the first 2 samples"):
+        estimate_fisher(spoilt("loss"), samples_with_bad([5, 6], bad=[0, 1]), nonfinite="skip")
 
 
 def test_profile_is_saved_whole_and_read_back(tmp_path):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.console import console, errors, progress_bar, site_table
 from guided_dropout.errors import GuidedDropoutError
+
+if TYPE_CHECKING:
+    from guided_dropout.fisher import FisherProfile
 
 app = typer.Typer(
     name="guided-dropout",
@@ -27,6 +31,7 @@ app.add_typer(schedule_app, name="schedule")
 
 MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
@@ -53,46 +58,124 @@ def fisher(
     samples: Annotated[int, typer.Option(help="How many samples.")] = 1000,
     max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Instead of --batch-size: tokens per forward pass at most, padding counted.")
+    ] = None,
     reduction: Annotated[str, typer.Option(help="A sample's loss: mean or sum over its targets.")] = "mean",
+    skip_nonfinite: Annotated[
+        bool, typer.Option("--skip-nonfinite", help="Leave out and count samples whose loss is NaN or infinite.")
+    ] = False,
+    resume: Annotated[
+        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
+    ] = None,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")] = 300.0,
+    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread a model over several devices, for instance auto.")
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
     from guided_dropout import corpus
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.fisher import estimate_fisher, profile
-    from guided_dropout.models import check_length, load_lm, load_tokenizer
+    from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
+    from guided_dropout.fisher.processes import current_processes, leave_processes
+    from guided_dropout.models import check_length, check_placement, load_lm, load_tokenizer, to_device
     from guided_dropout.objectives import detect_objective
 
-    check_output_folder(out, marker=profile.JSON_NAME)
-    lines = _read_text(text)
-    lm, tokenizer = load_lm(model, objective), load_tokenizer(model)
-    check_length(lm, max_length)
-    kind = detect_objective(lm, {"input_ids": list(range(1, 9))}).name
-    drawn = corpus.lm_samples(
-        lines, tokenizer, objective=kind, num_samples=samples, max_length=max_length, seed=seed
-    )  # fmt: skip
-    if len(drawn) < samples:
+    state = out.with_name(f"{out.name}.checkpoint")
+    world = current_processes()
+    with world.together():
+        check_placement(device, device_map, world.count)
+        if world.is_main:
+            check_output_folder(out, marker=profile.JSON_NAME)
+        if resume is None:
+            check_unused(state)
+        lines = _read_text(text)
+        lm, tokenizer = load_lm(model, objective, device_map=device_map), load_tokenizer(model)
+        if device_map is None:
+            lm = to_device(lm, device or world.device)
+        check_length(lm, max_length)
+        kind = detect_objective(lm, {"input_ids": list(range(1, 9))}).name
+        drawn = corpus.lm_samples(
+            lines, tokenizer, objective=kind, num_samples=samples, max_length=max_length, seed=seed
+        )  # fmt: skip
+    if len(drawn) < samples and world.is_main:
         console.print(
             f"{text} has {len(drawn):,} samples of {max_length} tokens, fewer than {samples:,}: using them all"
         )
-    with progress_bar("samples", len(drawn)) as update:
-        measured = estimate_fisher(
-            lm,
-            drawn,
-            batch_size=batch_size,
-            objective=objective,
-            reduction=reduction,
-            progress=lambda done: update(done, None),
-            facts={"source": model, "text": text, "seed": seed, "max_length": max_length},
-        )
-    folder = measured.save_pretrained(out)
-    fallback = measured.coverage["fallback"]
+    share = "samples" if world.count == 1 else f"samples of process 1 of {world.count}"
+    counted = _Counted(drawn)
+    with (
+        _interrupts_wait() as stop_if_asked,
+        progress_bar(share, -(-len(drawn) // world.count), shown=world.is_main) as update,
+    ):
+
+        def progress(done: int) -> None:
+            update(done, tokens=counted.tokens_each)
+            stop_if_asked()
+
+        try:
+            measured = estimate_fisher(
+                lm,
+                counted,
+                batch_size=batch_size,
+                tokens_per_batch=tokens_per_batch,
+                objective=objective,
+                reduction=reduction,
+                nonfinite="skip" if skip_nonfinite else "error",
+                checkpoint=state,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                distributed=world.count > 1,
+                progress=progress,
+                facts={"source": model, "text": text, "samples": samples, "seed": seed, "max_length": max_length},
+            )
+        except _Interrupted:
+            if not world.is_main:
+                sys.exit(2)
+            if holds_state(state):
+                raise _Interrupted(
+                    f"the state is in {state}: run the same command with --resume to go on from there"
+                ) from None
+            raise
+    with world.together():
+        if world.is_main:
+            folder = measured.save_pretrained(out)
+            remove_checkpoint(state)
+            _print_fisher(measured, folder)
+    leave_processes()
+
+
+def _print_fisher(measured: FisherProfile, folder: Path) -> None:
+    coverage = measured.coverage
+    left_out = coverage.get("nonfinite", [])
+    some = ", ".join(map(str, left_out[:10])) + (", …" if len(left_out) > 10 else "")
     console.print(
-        f"{measured.num_samples:,} samples ({kind}), {measured.num_skipped} without a target skipped; "
-        f"{measured.coverage['parameters_by_rule']:.1%} of the parameters by rule"
-        + (f", one sample at a time: {', '.join(fallback)}" if fallback else "")
+        f"{measured.num_samples:,} samples ({measured.objective}), {measured.num_skipped} without a target skipped"
+        + (f", {len(left_out)} not finite left out (number {some} of the stream, from 0)" if left_out else "")
+        + f"; {coverage['parameters_by_rule']:.1%} of the parameters by rule"
+        + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
     )
     console.print(folder)
+
+
+class _Counted:
+    """Samples, counted with their tokens as they are read."""
+
+    def __init__(self, samples: Iterable[Mapping[str, Any]]):
+        self._samples, self._read, self._tokens = samples, 0, 0
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for sample in self._samples:
+            self._read += 1
+            self._tokens += len(sample["input_ids"])
+            yield sample
+
+    @property
+    def tokens_each(self) -> float:
+        return self._tokens / max(1, self._read)
 
 
 @app.command()
@@ -178,15 +261,17 @@ def _read_text(text: str) -> Sequence[str]:
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         signal.signal(number, _interrupt)
     try:
         app(standalone_mode=True)
     except GuidedDropoutError as e:
-        errors.print(f"error: {' '.join(str(e).split())}", markup=False, highlight=False)
+        if not e.told_elsewhere:
+            errors.print(f"error: {' '.join(str(e).split())}", markup=False, highlight=False)
         sys.exit(2)
-    except _Interrupted:
-        errors.print("error: interrupted; nothing was written by the unfinished step: run the command again")
+    except _Interrupted as e:
+        what = str(e) or "nothing was written by the unfinished step: run the command again"
+        errors.print(f"error: interrupted; {what}", markup=False, highlight=False)
         sys.exit(2)
 
 
@@ -196,3 +281,26 @@ class _Interrupted(BaseException):
 
 def _interrupt(*_: Any) -> None:
     raise _Interrupted
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[Callable[[], None]]:
+    """Within, a signal waits for a call of what is yielded, which raises it; a second one does not wait."""
+    asked = False
+
+    def ask(*_: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise _Interrupted
+        asked = True
+
+    def stop_if_asked() -> None:
+        if asked:
+            raise _Interrupted
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
+    try:
+        yield stop_if_asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -28,21 +28,33 @@ _BAR_CELLS = 24
 
 
 class _Speed(ProgressColumn):
-    """Steps per second."""
+    """Steps per second, and tokens where those are counted."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "", style="dim")
+        if not task.speed:
+            return Text("")
+        tokens = task.fields.get("tokens")
+        speed = f"{task.speed:.1f}/s" + (f", {task.speed * tokens:,.0f} tokens/s" if tokens else "")
+        return Text(speed, style="dim")
+
+
+class Update(Protocol):
+    """Tells a bar how far things are."""
+
+    def __call__(self, done: int, total: int | None = None, *, tokens: float | None = None) -> None:
+        """Steps done and their total, None where it stays as it was; tokens per step, where those are counted."""
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int | None) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar that shows speed and time left; yields ``update(done, total)``, a `total` of None leaves it."""
+def progress_bar(what: str, total: int | None, *, shown: bool = True) -> Iterator[Update]:
+    """A bar that shows speed and time left, if the total is known; yields its update."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    shown = shown and errors.is_terminal
+    with Progress(*columns, console=errors, transient=True, disable=not shown, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total)
 
-        def update(done: int, total: int | None = None) -> None:
-            bar.update(task, completed=done, total=total)
+        def update(done: int, total: int | None = None, *, tokens: float | None = None) -> None:
+            bar.update(task, completed=done, total=total, tokens=tokens)
 
         yield update
 

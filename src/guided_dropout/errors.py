@@ -16,7 +16,13 @@ from collections.abc import Iterable
 
 
 class GuidedDropoutError(ValueError):
-    """Root of all errors that a user can mend."""
+    """Root of all errors that a user can mend.
+
+    Attributes:
+        told_elsewhere: another process of the same run prints it.
+    """
+
+    told_elsewhere = False
 
 
 class DataError(GuidedDropoutError):

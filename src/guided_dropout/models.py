@@ -115,13 +115,16 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_lm(name: str | Path, objective: str = "auto", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_lm(
+    name: str | Path, objective: str = "auto", dtype: torch.dtype = torch.float32, device_map: str | None = None
+) -> PreTrainedModel:
     """Load a pretrained language model with its own head, in evaluation mode on the CPU.
 
     Args:
         name: ``"demo"``, a folder or a hub name.
         objective: ``"mlm"``, ``"causal"``, ``"seq2seq"``, or ``"auto"``: what the checkpoint says it is.
         dtype: the weights' type, whatever it is on disk.
+        device_map: spread the model over the devices as transformers does with this map, for instance ``"auto"``.
 
     Raises:
         ModelError: no such model, no such objective, or weights that do not hold the language-model head, which would
@@ -129,7 +132,8 @@ def load_lm(name: str | Path, objective: str = "auto", dtype: torch.dtype = torc
     """
     config = _load(AutoConfig.from_pretrained, name)
     objective = _objective(config, objective, str(name))
-    model, info = _load(_LM_CLASSES[objective].from_pretrained, name, dtype=dtype, output_loading_info=True)
+    placed = {} if device_map is None else {"device_map": device_map}
+    model, info = _load(_LM_CLASSES[objective].from_pretrained, name, dtype=dtype, output_loading_info=True, **placed)
     missing = sorted(info["missing_keys"])
     if missing:
         part = "language-model head" if in_head(model, missing[0]) else "weights"
@@ -187,6 +191,40 @@ def load_classifier(
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     return model
+
+
+def check_placement(device: str | None, device_map: str | None, processes: int) -> None:
+    """Refuse what contradicts itself: a model is on one device, or spread over those of its only process.
+
+    Raises:
+        ModelError: it does.
+    """
+    if device_map is not None and device is not None:
+        raise ModelError(f"--device {device} and --device-map {device_map}; expected one of them")
+    if device_map is not None and processes > 1:
+        raise ModelError(
+            f"--device-map {device_map} in {processes} processes; expected one process, which uses all devices: start "
+            "it without a launcher, or leave --device-map out to give each process a whole model"
+        )
+
+
+def to_device(model: PreTrainedModel, device: str | torch.device | None = None) -> PreTrainedModel:
+    """Move `model` to `device`, by default the accelerator if there is one.
+
+    Raises:
+        ModelError: no such device.
+    """
+    if device is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        device = "cpu" if found is None or found.type == "mps" else found  # MPS has no float64, which sums need
+    try:
+        return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0].rstrip(".")
+        raise ModelError(
+            f"cannot put the model on device {device} ({reason}); expected a device that is there and holds it, for "
+            "instance cpu or cuda:0: choose another --device, or a smaller model"
+        ) from e
 
 
 def check_length(model: PreTrainedModel, max_length: int) -> None:

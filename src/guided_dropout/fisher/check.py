@@ -36,7 +36,7 @@ def checked_plan(
     except RuntimeError:  # the logits are needed by their own backward, and must not be overwritten
         plan = replace(plan, head=None, layouts={k: v for k, v in plan.layouts.items() if v != "head"})
         fast = _squares(model, objective, parameters, plan, few)
-    alone = [_Gradients(), _Gradients()]
+    alone = [_Gradients() for _ in few]
     norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
     for gradients, sample in zip(alone, few, strict=True):
 

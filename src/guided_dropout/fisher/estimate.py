@@ -5,21 +5,26 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from guided_dropout.errors import DataError, ModelError
-from guided_dropout.fisher.check import checked_plan
-from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
+from guided_dropout.fisher.accumulate import Accumulator
+from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, differences, fingerprint, remove_checkpoint
+from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.fisher.reference import sum_of_squares
+from guided_dropout.fisher.run import Run
+from guided_dropout.fisher.stream import Stream, batches
 from guided_dropout.identity import model_identity
-from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples, detect_objective, has_target
+from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples, detect_objective
 from guided_dropout.provenance import provenance
 
-METHODS = ("batched", "reference")
+CHECKPOINT_EVERY = 300.0
+# Of so many samples one must have a finite loss: the objective is found on it.
+_FIRST = 16
 
 
 def estimate_fisher(
@@ -27,157 +32,222 @@ def estimate_fisher(
     samples: Iterable[Sample],
     *,
     batch_size: int = 8,
+    tokens_per_batch: int | None = None,
     objective: str = "auto",
     reduction: str = "mean",
     method: str = "batched",
-    progress: Callable[[int], None] | None = None,
+    nonfinite: str = "error",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: float = CHECKPOINT_EVERY,
+    resume: bool | None = None,
+    distributed: bool = False,
+    progress: Callable[[int], Any] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> FisherProfile:
     r"""Estimate :math:`F_j = \frac1N \sum_i (\partial \ell_i / \partial \theta_j)^2` for each parameter of `model`.
 
     Eq. 3 of Sharma et al. (2024). The result is exact up to rounding: it does not depend on the batch size, on
-    the order of the samples or on padding. The model is run in evaluation mode and comes back as it was.
+    the order of the samples, on padding, on the number of processes or on having been interrupted and resumed. The
+    model is run in evaluation mode, on whatever devices it is, and comes back as it was. Memory does not grow with the
+    number of samples: a bounded number is read ahead and grouped by length.
 
     Args:
         model: a transformers language model with its head.
         samples: any iterable of mappings with 1-D ``input_ids`` and ``labels`` (−100 is no target; a next-token
             model shifts them itself), optionally ``attention_mask``, ``token_type_ids``, ``decoder_*``; any lengths.
-        batch_size: samples per forward; only speed and memory depend on it.
+            It is gone through once; to resume, it must give the same samples again.
+        batch_size: samples per forward, 512 at most; only speed and memory depend on it.
+        tokens_per_batch: in place of `batch_size`, the most tokens per forward, padding counted: samples × (longest
+            input + longest decoder input). A sample that is longer runs alone.
         objective: ``"auto"`` finds by running whether the model is a masked LM or predicts the next token; naming
             one makes sure that it is that.
         reduction: a sample's loss is the ``"mean"`` or the ``"sum"`` of the cross-entropy over its targets.
         method: ``"batched"``, or ``"reference"`` for the slow loop that the former is tested against.
-        progress: called with the number of samples done so far.
-        facts: added to the profile's provenance, for instance the text and the seed.
+        nonfinite: a sample whose loss is NaN or infinite, or whose squared gradients overflow, is an ``"error"`` that
+            names it; or ``"skip"``: such samples are left out, and their indices stand in the profile's
+            ``coverage["nonfinite"]``.
+        checkpoint: folder for the state of an unfinished run, written every `checkpoint_every` seconds and where
+            `progress` raises. It stays until it is removed (`fisher.checkpoint.remove_checkpoint`), so that nothing is
+            lost before the profile is saved.
+        checkpoint_every: seconds; 0 is after each batch.
+        resume: True goes on from `checkpoint`, or begins where there is none; False begins afresh and forgets it; None
+            begins, and is an error where there is one.
+        distributed: share the samples out, by index, among the processes that ``torchrun`` or ``accelerate launch
+            --multi_gpu`` started. Each must call this with the same model and samples, and each gets the profile.
+        progress: called with the number of samples done so far, of this process.
+        facts: added to the profile's provenance, for instance the text and the seed; a checkpoint with others is
+            refused.
 
     Returns:
         A `FisherProfile` over all floating-point parameters of ``model.named_parameters()``.
 
     Raises:
         DataError: no samples, a malformed sample, or none with a target.
-        ModelError: the model is no language model, or a sample's loss is not finite.
+        ModelError: the model is no language model or parts of it are offloaded, or a sample's loss is not finite.
+        ArtefactError: a checkpoint that is of another run or damaged, or that was not expected.
+        ProcessError: another of the processes failed.
     """
-    if batch_size < 1:
-        raise DataError(f"batch size {batch_size}; expected at least 1")
-    if method not in METHODS:
-        raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
-    if objective not in ("auto", *OBJECTIVES):
-        raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
-    stream = check_samples(model, samples)
-    first = next(stream, None)
-    if first is None:
-        raise DataError("there are no samples; expected at least one")
+    world = current_processes() if distributed else Processes()
     parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     with _evaluation(model):
-        goal = detect_objective(model, first, reduction)
-        if objective not in ("auto", goal.name):
-            raise ModelError(
-                f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
-                f"{objective}: use --objective {goal.name} or load another head"
-            )
-        counted = _Targets(goal, itertools.chain([first], stream))
-        totals, fallback, num = _sum(model, goal, parameters, counted, batch_size, method, progress)
-    if num == 0:
-        raise DataError(
-            f"none of the {counted.skipped} samples has a target; expected labels other than -100: use longer samples"
-        )
-    diagonal = {n: (t / num).to(torch.float32).cpu() for n, t in totals.items()}
-    size = sum(p.numel() for p in parameters.values())
-    by_rule = sum(p.numel() for n, p in parameters.items() if n not in fallback)
-    return FisherProfile(
-        diagonal=diagonal,
-        tensor_means={n: (t.double().mean() / num).item() for n, t in totals.items()},
-        num_samples=num,
-        num_skipped=counted.skipped,
-        objective=goal.name,
-        reduction=reduction,
-        model=model_identity(model),
-        coverage={"fallback": sorted(fallback), "parameters_by_rule": by_rule / size},
-        provenance=provenance(
-            method=method,
-            batch_size=batch_size,
-            dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
-            device=next(iter(parameters.values())).device.type,
-            **(facts or {}),
-        ),
+        with world.together():
+            _check_arguments(batch_size, tokens_per_batch, objective)
+            _check_resident(model)
+            if checkpoint is not None and resume is None:
+                check_unused(checkpoint)
+            goal, checked = _begin(model, samples, objective, reduction)
+            stream = Stream(goal, checked, process=world.index, processes=world.count)
+            sums = Accumulator(model, goal, parameters, method=method, nonfinite=nonfinite)
+            # What decides the sums or the order in which they are made. Not `nonfinite`: a state holds no such sample,
+            # and a run that met one may go on without it.
+            identity = {
+                "model": model_identity(model),
+                "weights": fingerprint(parameters),
+                "objective": goal.name,
+                "reduction": reduction,
+                "method": method,
+                "batch_size": batch_size if tokens_per_batch is None else None,
+                "tokens_per_batch": tokens_per_batch,
+                "processes": world.count,
+                **(facts or {}),
+            }
+            place = None
+            if checkpoint is not None:
+                if resume is False and world.is_main:
+                    remove_checkpoint(checkpoint)
+                place = Checkpoint(
+                    checkpoint, identity, every=checkpoint_every, process=world.index, processes=world.count
+                )
+            drawn = batches(stream, batch_size=batch_size, tokens_per_batch=tokens_per_batch)
+            run = Run(sums, drawn, place, progress)
+            if place is not None and resume and (state := place.read()):
+                run.resume(state)
+        _check_same(world, identity)
+        world.in_step(run.steps())
+    return _profile(
+        model,
+        goal,
+        sums,
+        stream.skipped,
+        world,
+        method=method,
+        batch_size=batch_size if tokens_per_batch is None else None,
+        tokens_per_batch=tokens_per_batch,
+        **(facts or {}),
     )
 
 
-class _Targets:
-    """The samples that have a target; counts the others."""
-
-    def __init__(self, objective: Objective, samples: Iterable[Sample]):
-        self.objective, self.samples, self.skipped = objective, samples, 0
-
-    def __iter__(self) -> Iterator[Sample]:
-        for s in self.samples:
-            if has_target(self.objective, s):
-                yield s
-            else:
-                self.skipped += 1
+def _check_arguments(batch_size: int, tokens_per_batch: int | None, objective: str) -> None:
+    if batch_size < 1:
+        raise DataError(f"batch size {batch_size}; expected at least 1")
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise DataError(f"tokens per batch {tokens_per_batch}; expected at least 1")
+    if objective not in ("auto", *OBJECTIVES):
+        raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
 
 
-def _sum(
-    model: nn.Module,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    samples: Iterable[Sample],
-    batch_size: int,
-    method: str,
-    progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Tensor], set[str], int]:
-    """(name → sum of squares, parameters that took the loop, number of samples)."""
-    if method == "reference":
-        return _sum_by_reference(model, objective, parameters, samples, progress)
-    squares, num = None, 0
-    for batch in _batches(samples, batch_size):
-        if squares is None:
-            plan = checked_plan(model, objective, parameters, batch)
-            squares = BatchedSquares(model, objective, parameters, plan)
-        _check_finite(squares.add(batch).losses, first=num)
-        num += len(batch)
-        if progress:
-            progress(num)
-    totals = {n: squares.totals.total(n) for n in parameters} if squares else {}
-    return (totals, squares.fallback, num) if squares else ({}, set(), 0)
-
-
-def _sum_by_reference(
-    model: nn.Module,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    samples: Iterable[Sample],
-    progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Tensor], set[str], int]:
-    num = 0
-
-    def counted() -> Iterator[Sample]:
-        nonlocal num
-        for sample in samples:
-            yield sample
-            num += 1
-            if progress:
-                progress(num)
-
-    with requiring_grad(parameters.values()):
-        totals = sum_of_squares(model, parameters, counted(), objective)
-    return totals, set(parameters), num
-
-
-def _check_finite(losses: Tensor, *, first: int) -> None:
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad):
-        b = int(bad[0])
+def _check_resident(model: nn.Module) -> None:
+    """An offloaded weight is another tensor in each forward: its gradient could not be told apart, only lost."""
+    away = [n for n, p in model.named_parameters() if p.is_meta]
+    if away:
         raise ModelError(
-            f"the loss of sample {first + b} (from 0, of those with a target) is {losses[b].item()}; "
-            "expected a finite number: leave the sample out or load the model in float32"
+            f"{len(away)} of the {len(list(model.parameters()))} parameters of {type(model).__name__} are offloaded to "
+            f"the CPU or disk, {away[0]} among them; expected all of them on devices that compute: use more or larger "
+            "devices, a smaller --dtype, or --device cpu without --device-map"
         )
 
 
-def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
-    it = iter(samples)
-    while batch := list(itertools.islice(it, size)):
-        yield batch
+def _begin(
+    model: nn.Module, samples: Iterable[Sample], objective: str, reduction: str
+) -> tuple[Objective, Iterator[Sample]]:
+    """The model's objective, found on the first sample, and all samples, checked as they are read."""
+    stream = check_samples(model, samples)
+    seen: list[Sample] = []
+    for sample in itertools.islice(stream, _FIRST):
+        seen.append(sample)
+        if _is_finite(model, sample):
+            break
+    else:
+        if not seen:
+            raise DataError("there are no samples; expected at least one")
+        raise ModelError(
+            f"{type(model).__name__} gives NaN or infinite logits for each of the first {len(seen)} samples; expected "
+            "finite ones: load the model in float32, or check its weights"
+        )
+    goal = detect_objective(model, seen[-1], reduction)
+    if objective not in ("auto", goal.name):
+        raise ModelError(
+            f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
+            f"{objective}: use --objective {goal.name} or load another head"
+        )
+    return goal, itertools.chain(seen, stream)
+
+
+def _is_finite(model: nn.Module, sample: Sample) -> bool:
+    """Whether the model's output for `sample` can tell one loss from another."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return True  # its loss is known without
+    ids = torch.as_tensor(sample["input_ids"])[None].to(next(model.parameters()).device)
+    with torch.no_grad():
+        out = model(input_ids=ids)
+    return not hasattr(out, "logits") or bool(out.logits.isfinite().all())
+
+
+def _check_same(world: Processes, identity: Mapping[str, Any]) -> None:
+    """All processes must work on the same."""
+    main, *others = world.gather(dict(identity))
+    for index, other in enumerate(others, start=1):
+        odd = differences(main, other)
+        if odd:
+            raise ModelError(f"process {index} works on something else than process 0: {odd}; expected the same in all")
+
+
+def _profile(
+    model: nn.Module, goal: Objective, sums: Accumulator, skipped: int, world: Processes, **facts: Any
+) -> FisherProfile:
+    """The mean over the samples of all processes; tensor by tensor, so that only one is in float64 at a time."""
+    nums, skips, left_out, fallbacks = zip(
+        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback)), strict=True
+    )
+    num, nonfinite, fallback = sum(nums), sorted(itertools.chain(*left_out)), set().union(*fallbacks)
+    if num == 0:
+        if nonfinite:
+            raise ModelError(
+                f"none of the {len(nonfinite)} samples with a target has a finite loss and finite squares; expected "
+                "some: load the model in float32 or check its weights"
+            )
+        raise DataError(
+            f"none of the {sum(skips)} samples has a target; expected labels other than -100: use longer samples"
+        )
+    totals = sums.totals()
+    diagonal, means = {}, {}
+    for name in sums.parameters:
+        mean = world.sum(totals.total(name).double()) / num
+        diagonal[name], means[name] = mean.to(torch.float32).cpu(), mean.mean().item()
+    sizes = {n: p.numel() for n, p in sums.parameters.items()}
+    devices = {p.device for p in sums.parameters.values()}
+    coverage = {
+        "fallback": sorted(fallback),
+        "parameters_by_rule": sum(s for n, s in sizes.items() if n not in fallback) / sum(sizes.values()),
+    }
+    if nonfinite:
+        coverage["nonfinite"] = nonfinite
+    return FisherProfile(
+        diagonal=diagonal,
+        tensor_means=means,
+        num_samples=num,
+        num_skipped=sum(skips),
+        objective=goal.name,
+        reduction=goal.reduction,
+        model=model_identity(model),
+        coverage=coverage,
+        provenance=provenance(
+            dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in sums.parameters.values()})),
+            device=devices.pop().type if len(devices) == 1 else ", ".join(sorted(map(str, devices))),
+            processes=world.count,
+            **facts,
+        ),
+    )
 
 
 @contextlib.contextmanager

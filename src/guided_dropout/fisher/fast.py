@@ -50,7 +50,7 @@ class Added:
     """What one batch was.
 
     Attributes:
-        losses: [B], one per sample.
+        losses: [B], one per sample. Where any of them is not finite, nothing was added.
         tensor_sums: name → [B] float64, each sample's sum of squares over the parameter's elements; None unless asked.
     """
 
@@ -90,6 +90,8 @@ class BatchedSquares:
         batch = self.objective.collate(self.model, samples)
         capture = Capture(self, batch)
         losses = capture.run()
+        if not losses.isfinite().all():
+            return Added(losses)
         skipped = capture.mode.uncovered | self.plan.fallback
         self.fallback |= skipped
         if skipped:
@@ -135,19 +137,22 @@ class Capture:
             self.sums.update(zeros)
 
     def run(self) -> Tensor:
-        """Forward and backward; returns the losses [B]."""
+        """Forward and, where all losses are finite, backward; returns the losses [B]."""
         logits = self.forward()
         if self.plan.head is None:
             logits = logits[self.targets]
         weights = self.batch.weights[self.targets]
         ce = cross_entropy(logits, self.batch.targets[self.targets])
         del logits  # its memory becomes the gradient's
+        losses = self.target_layout().sum_rows(ce.detach() * weights)
+        if not losses.isfinite().all():
+            return losses
         if ce.requires_grad:
             (ce * weights.to(ce.dtype)).sum().backward()
         for name, uses in self.uses.items():
             if name not in self.mode.uncovered:
                 self._square(name, uses)
-        return self.target_layout().sum_rows(ce.detach() * weights)
+        return losses
 
     def forward(self) -> Tensor:
         """The logits [B, T, V], or [M, V] where the head sees target positions only."""

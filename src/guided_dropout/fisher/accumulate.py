@@ -1,0 +1,262 @@
+"""Running sums over batches, in which nothing that is not finite ever stays.
+
+A loss is looked at before its gradient is taken. Squares that overflow although the loss is finite show in the sums,
+for good, so those are looked at now and then; the batches since the last look are kept, and run again one by one to
+find the sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from guided_dropout.errors import DataError, ModelError
+from guided_dropout.fisher.check import checked_plan
+from guided_dropout.fisher.fast import Added, BatchedSquares, requiring_grad
+from guided_dropout.fisher.reference import sum_of_squares
+from guided_dropout.fisher.stream import Item
+from guided_dropout.fisher.totals import FLUSH_EVERY, Totals
+from guided_dropout.objectives import Objective, Sample
+
+METHODS = ("batched", "reference")
+NONFINITE = ("error", "skip")
+# How many samples a message names.
+_NAMED = 10
+
+
+class ReferenceSquares:
+    """What `BatchedSquares` does, by the oracle: one sample at a time."""
+
+    def __init__(self, model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter]):
+        self.model, self.objective, self.parameters = model, objective, parameters
+        self.totals = Totals(parameters)
+        self.fallback = set(parameters)
+
+    def add(self, samples: Sequence[Sample]) -> Added:
+        """Add samples, unless any loss is not finite."""
+        losses = losses_of(self.model, self.objective, samples)
+        if losses.isfinite().all():
+            with requiring_grad(self.parameters.values()):
+                sums = sum_of_squares(self.model, self.parameters, samples, self.objective)
+            for name, squares in sums.items():
+                self.totals[name].add_(squares)
+            self.totals.counted(len(samples))
+        return Added(losses)
+
+
+class Accumulator:
+    """Adds up squares sample by sample, and keeps what is not finite out.
+
+    Args:
+        model: in evaluation mode.
+        objective: the loss.
+        parameters: name → parameter.
+        method: one of `METHODS`.
+        nonfinite: ``"error"``: a sample whose loss or squares are not finite is an error that names it; ``"skip"``: it
+            is left out and noted.
+
+    Attributes:
+        num: samples that are in the sums.
+        nonfinite: index of each sample that was left out.
+        fallback: parameters that took the reference loop in any batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        method: str = "batched",
+        nonfinite: str = "error",
+    ):
+        if method not in METHODS:
+            raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
+        if nonfinite not in NONFINITE:
+            raise DataError(f"nonfinite {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
+        self.model, self.objective, self.parameters = model, objective, parameters
+        self.method, self._skip = method, nonfinite == "skip"
+        self.num = 0
+        self.nonfinite: list[int] = []
+        self._fallback: set[str] = set()
+        self._squares: BatchedSquares | ReferenceSquares | None = None
+        self._loaded: Mapping[str, Tensor] | None = None
+        self._unchecked: list[list[Item]] = []
+        self._proved = False  # that the plan was made on samples whose squares are finite
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def fallback(self) -> set[str]:
+        """Parameters that took the reference loop in any batch."""
+        return self._fallback | (self._squares.fallback if self._squares else set())
+
+    def add(self, batch: Sequence[Item]) -> None:
+        """Add a batch.
+
+        Raises:
+            ModelError: a loss is not finite, or squares of this batch or of an earlier one are not.
+        """
+        if sum(map(len, self._unchecked)) + len(batch) >= FLUSH_EVERY:
+            self.check()
+        squares = self._squares
+        if squares is None:
+            batch = self._finite(batch, losses_of(self.model, self.objective, _samples(batch)))
+            if not batch:
+                return
+            squares = self._begin(batch)
+        while batch:
+            losses = squares.add(_samples(batch)).losses
+            finite = self._finite(batch, losses)
+            if len(finite) == len(batch):
+                self._unchecked.append(list(batch))
+                self.num += len(batch)
+                return
+            batch = finite
+
+    def check(self) -> None:
+        """Make sure that all sums are finite, as they are whenever this returns.
+
+        Raises:
+            ModelError: squares of a sample overflow; it is named.
+        """
+        if self._squares is None:
+            return None
+        totals, unchecked = self._squares.totals, self._unchecked
+        if not _all_finite(totals.total(name) for name in totals):
+            bad = self._overflowing()
+            if not bad:
+                first, last = min(i.index for b in unchecked for i in b), max(i.index for b in unchecked for i in b)
+                raise ModelError(
+                    f"the squared gradients of samples {first} to {last} are finite each, but not their sum; expected "
+                    "sums that fit the precision: load the model in float64"
+                )
+            self._leave_out(bad, "the squared gradients of", "overflow")
+            self.num -= sum(map(len, unchecked))
+            self._unchecked = []
+            self._run_again([[item for item in batch if item.index not in bad] for batch in unchecked])
+            return self.check()
+        self._unchecked, self._proved = [], True
+        if self._skip:
+            self._mark(totals)
+        return None
+
+    def _run_again(self, batches: Sequence[Sequence[Item]]) -> None:
+        batches = [batch for batch in batches if batch]
+        if batches and not self._proved and isinstance(self._squares, BatchedSquares):
+            # The plan may have been checked on what overflows, where everything seems to be wrong.
+            first = _samples(batches[0])
+            self._squares.plan = checked_plan(self.model, self.objective, self.parameters, first)
+            self._squares.fallback.clear()
+        for batch in batches:
+            self.add(batch)
+
+    def totals(self) -> Totals:
+        """The sums, zeros where there was no sample. Call `check` first."""
+        if self._squares is not None:
+            return self._squares.totals
+        totals = Totals(self.parameters)
+        if self._loaded is not None:
+            totals.load_state(self._loaded)
+        return totals
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, facts) from which `load` goes on. Call `check` first."""
+        facts = {"num": self.num, "nonfinite": self.nonfinite, "fallback": sorted(self.fallback)}
+        return self.totals().state(), facts
+
+    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take up what `state` gave, before the first batch."""
+        self.num, self.nonfinite, self._fallback = facts["num"], list(facts["nonfinite"]), set(facts["fallback"])
+        self._loaded = tensors
+
+    def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
+        """Begun late: the plan's own check needs as much memory as the sums, and is done with it before they exist."""
+        if self.method == "reference":
+            squares = ReferenceSquares(self.model, self.objective, self.parameters)
+        else:
+            plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
+            squares = BatchedSquares(self.model, self.objective, self.parameters, plan)
+        if self._loaded is not None:
+            squares.totals.load_state(self._loaded)
+            self._loaded = None
+            if self._skip:
+                self._mark(squares.totals)
+        self._squares = squares
+        return squares
+
+    def _finite(self, batch: Sequence[Item], losses: Tensor) -> list[Item]:
+        """Those of `batch` whose loss is finite."""
+        good = losses.isfinite().tolist()
+        bad = [item.index for item, ok in zip(batch, good, strict=True) if not ok]
+        if bad:
+            self._leave_out(
+                bad, "the loss of", f"is {', '.join(sorted({str(v) for v in losses[~losses.isfinite()].tolist()}))}"
+            )
+        return [item for item, ok in zip(batch, good, strict=True) if ok]
+
+    def _leave_out(self, bad: Sequence[int], what: str, how: str) -> None:
+        if not self._skip:
+            raise ModelError(
+                f"{what} {named(bad)} (from 0) {how}; expected finite numbers: load the model in float32 or float64, "
+                "leave the sample out, or let all such be left out and counted with --skip-nonfinite"
+            )
+        self.nonfinite.extend(bad)
+
+    def _overflowing(self) -> list[int]:
+        """The samples since the last look whose squares are not finite; the sums serve as scratch, and are undone."""
+        squares, bad = self._squares, []
+        assert squares is not None
+        for batch in self._unchecked:
+            if not self._adds_finite(squares, batch):
+                bad += [item.index for item in batch if not self._adds_finite(squares, [item])]
+        self._undo(squares.totals)
+        return bad
+
+    def _adds_finite(self, squares: BatchedSquares | ReferenceSquares, batch: Sequence[Item]) -> bool:
+        self._undo(squares.totals)
+        squares.add(_samples(batch))
+        return _all_finite(squares.totals[name] for name in squares.totals)
+
+    def _mark(self, totals: Totals) -> None:
+        """What is in the sums now stays: float32 partial sums are flushed, so that zeroing them undoes what follows."""
+        totals.flush()
+        self._before = {name: totals[name].clone() for name in totals if totals[name].dtype == torch.float64}
+
+    def _undo(self, totals: Totals) -> None:
+        """Back to what `_mark` saw."""
+        for name in totals:
+            before = self._before.get(name)
+            totals[name].zero_() if before is None else totals[name].copy_(before)
+        totals.flush()  # of zeros: it counts from here
+
+
+def named(indices: Sequence[int]) -> str:
+    """``sample 3``, or ``samples 3, 5 and 8``, as in messages; ten at most."""
+    some = [str(i) for i in sorted(indices)[:_NAMED]]
+    if len(indices) == 1:
+        return f"sample {some[0]}"
+    if len(indices) > _NAMED:
+        return f"samples {', '.join(some)} and {len(indices) - _NAMED} more"
+    return f"samples {', '.join(some[:-1])} and {some[-1]}"
+
+
+def losses_of(model: nn.Module, objective: Objective, samples: Sequence[Sample]) -> Tensor:
+    """The losses [B] of samples, each run alone, without gradients."""
+    losses = []
+    with torch.no_grad():
+        for sample in samples:
+            batch = objective.collate(model, [sample])
+            losses.append(objective.losses(model(**batch.inputs).logits, batch))
+    return torch.cat(losses)
+
+
+def _all_finite(sums: Iterable[Tensor]) -> bool:
+    """The largest of sums of squares is NaN or infinite where any is; and needs no memory."""
+    return all(bool(t.max().isfinite()) for t in sums if t.numel())
+
+
+def _samples(batch: Sequence[Item]) -> list[Sample]:
+    return [item.sample for item in batch]

@@ -1,0 +1,163 @@
+"""Several processes that share one estimate out: who does what, one outcome for all, sums over all.
+
+Processes are started by ``accelerate launch --multi_gpu`` or ``torchrun``, with or without GPUs. They meet after every
+few batches, so that an error in one, or a lost one, ends all of them at once and nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from guided_dropout.errors import GuidedDropoutError
+
+# Batches between two meetings: enough for their lengths to even out, few enough for an error to be told soon.
+BATCHES_BETWEEN = 8
+
+
+class ProcessError(GuidedDropoutError):
+    """Another process failed; its message is this one's."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        index: this one's number, from 0, which is the main one.
+        count: how many there are.
+        device: where this one computes, and where sums over all are made; None for a single process.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return self.index == 0
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done within has failed in all processes if it failed in any; all wait for the last.
+
+        Raises:
+            ProcessError: it failed in another process.
+        """
+        error: BaseException | None = None
+        try:
+            yield
+        except BaseException as e:
+            error = e
+        self._meet(error)
+
+    def in_step(self, steps: Iterable[Any]) -> None:
+        """Go through `steps` to the end, and return when all processes have.
+
+        Raises:
+            ProcessError: another process failed.
+        """
+        if self.count == 1:
+            for _ in steps:
+                pass
+            return
+        steps, finished = iter(steps), [False]
+        while not all(finished):
+            error, taken = None, 0
+            try:
+                taken = sum(1 for _ in itertools.islice(steps, BATCHES_BETWEEN))
+            except BaseException as e:
+                error = e
+            finished = self._meet(error, taken < BATCHES_BETWEEN)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's `value`, in order, in each process."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        with _told_if_lost():
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over the processes, in each of them, where it was."""
+        if self.count == 1:
+            return value
+        shared = value.to(self.device, copy=True)
+        with _told_if_lost():
+            dist.all_reduce(shared)
+        return shared.to(value.device)
+
+    def _meet(self, error: BaseException | None, value: Any = None) -> list[Any]:
+        message = None
+        if error is not None:
+            message = (
+                str(error) if isinstance(error, GuidedDropoutError) else f"{type(error).__name__} {error}".rstrip()
+            )
+        try:
+            outcomes = self.gather((message, value))
+        except GuidedDropoutError:
+            if error is None:
+                raise
+            raise error from None  # this one's own is the better news
+        if error is None:
+            failed = [
+                f"process {i} of {self.count}: {told}" for i, (told, _) in enumerate(outcomes) if told is not None
+            ]
+            error = ProcessError(failed[0]) if failed else None
+        if error is not None:
+            if isinstance(error, GuidedDropoutError):
+                error.told_elsewhere = not self.is_main
+            raise error
+        return [value for _, value in outcomes]
+
+
+def current_processes() -> Processes:
+    """The processes that a launcher started, of which this is one; joins them on the first call.
+
+    Raises:
+        ProcessError: the launcher was asked for several, and started one.
+    """
+    environment = os.environ
+    if not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) == 1:
+        # What `accelerate launch --cpu --num_processes 2` leaves, which means it for MPI and starts a single process.
+        if "MASTER_PORT" in environment and "WORLD_SIZE" not in environment and "ACCELERATE_USE_CPU" in environment:
+            raise ProcessError(
+                "accelerate launch --cpu started one process of several; expected all of them: use `torchrun "
+                "--nproc_per_node N -m guided_dropout …` or `accelerate launch --multi_gpu`, both of which also run "
+                "without a GPU"
+            )
+        return Processes()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    device = state.device
+    if device is None:
+        raise AssertionError("a process of several has a device")
+    return Processes(state.process_index, state.num_processes, torch.device("cpu") if device.type == "cpu" else device)
+
+
+def leave_processes() -> None:
+    """Close the connections to the other processes, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _told_if_lost() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:
+        reason = str(e).splitlines()[0]
+        raise ProcessError(
+            f"lost another process ({reason}); expected all to run to the end: look for its own error"
+        ) from e

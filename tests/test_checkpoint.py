@@ -1,0 +1,222 @@
+"""A run that was stopped, whatever stopped it, goes on to the profile of one that was not."""
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import pytest
+import torch
+from families import language_model
+from tiny import WORDS, save_tiny_bert
+
+from guided_dropout import FisherProfile, cli, estimate_fisher
+from guided_dropout.errors import ArtefactError
+from guided_dropout.fisher.checkpoint import holds_state, remove_checkpoint
+
+
+def draw_samples(lengths, *, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [{"input_ids": (ids := torch.randint(5, 64, (n,), generator=g)), "labels": ids} for n in lengths]
+
+
+SAMPLES = draw_samples([9, 4, 7, 12, 5, 5, 8, 3, 11, 6, 6, 10, 4, 9, 7])
+
+
+class StopError(Exception):
+    pass
+
+
+def stopped_after(number):
+    def progress(done):
+        if done >= number:
+            raise StopError
+
+    return progress
+
+
+def assert_same(found, expected):
+    """To 1e-6 of each tensor; one whose true value is zero holds nothing but rounding noise, squared."""
+    assert (found.num_samples, found.num_skipped) == (expected.num_samples, expected.num_skipped)
+    largest = max(t.norm() for t in expected.diagonal.values())
+    for name, want in expected.diagonal.items():
+        assert (found.diagonal[name] - want).norm() <= 1e-6 * want.norm() + 1e-11 * largest, name
+
+
+@pytest.fixture(scope="module")
+def model():
+    return language_model("gpt2")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 2}, {"tokens_per_batch": 25}, {"batch_size": 3, "method": "reference"}, {"nonfinite": "skip"}],
+    ids=str,
+)
+def test_stopped_twice_and_resumed_is_as_if_never_stopped(model, tmp_path, options):
+    blank = {"input_ids": [5, 6], "labels": [-100, -100]}
+    samples = [*SAMPLES, blank, *draw_samples([6] * 9, seed=1)]
+    kept = {"checkpoint": tmp_path / "c", "resume": True, **options}
+    for number in (1, 14):
+        with pytest.raises(StopError):
+            estimate_fisher(model, iter(samples), progress=stopped_after(number), **kept)
+        assert holds_state(tmp_path / "c")
+    seen = []
+    profile = estimate_fisher(model, iter(samples), progress=seen.append, **kept)
+    assert seen[0] >= 14  # the number that was done when it was stopped
+    assert len(seen) > 1
+    assert_same(profile, estimate_fisher(model, samples, **options))
+    remove_checkpoint(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_run_is_resumed_with_its_float64_sums(model, tmp_path):
+    samples = draw_samples([3] * 30) * 50
+    with pytest.raises(StopError):
+        estimate_fisher(model, samples, batch_size=100, checkpoint=tmp_path / "c", progress=stopped_after(1200))
+    profile = estimate_fisher(model, samples, batch_size=100, checkpoint=tmp_path / "c", resume=True)
+    assert_same(profile, estimate_fisher(model, samples, batch_size=100))
+
+
+def test_what_was_left_out_before_is_still_told_after(tmp_path):
+    model = language_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[63] = float("nan")
+        model.lm_head.weight[63] = 0
+    samples = [{k: v.clamp(max=62) for k, v in s.items()} for s in SAMPLES]
+    samples[3]["input_ids"] = torch.tensor([5, 63, 5, 5, 5, 5, 5, 5, 5, 5, 5, 5])
+    samples[3]["labels"] = torch.full((12,), 5)
+    kept = {"checkpoint": tmp_path / "c", "batch_size": 2, "nonfinite": "skip"}
+    with pytest.raises(StopError):
+        estimate_fisher(model, samples, progress=stopped_after(4), **kept)
+    profile = estimate_fisher(model, samples, resume=True, **kept)
+    assert profile.coverage["nonfinite"] == [3]
+    assert profile.num_samples == 14
+
+
+@pytest.fixture
+def stopped(model, tmp_path):
+    """A function that goes on with a run of seed 1, with changes."""
+    given = {"batch_size": 2, "facts": {"seed": 1, "text": "a.txt"}, "checkpoint": tmp_path / "c"}
+    with pytest.raises(StopError):
+        estimate_fisher(model, SAMPLES, progress=stopped_after(6), **given)
+
+    def again(model=model, samples=SAMPLES, **changes):
+        return estimate_fisher(model, samples, **{**given, "resume": True, **changes})
+
+    return again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"facts": {"seed": 2, "text": "a.txt"}}, "of another run: seed was 1, is 2; expected the same"),
+        ({"facts": {"seed": 1, "text": "b.txt"}}, 'text was "a.txt", is "b.txt"'),
+        ({"facts": {"seed": 1}}, 'text was "a.txt", is not given'),
+        ({"batch_size": 4}, "batch_size was 2, is 4"),
+        ({"tokens_per_batch": 50}, "batch_size was 2, is null; tokens_per_batch was null, is 50"),
+        ({"reduction": "sum"}, 'reduction was "mean", is "sum"'),
+        ({"method": "reference"}, 'method was "batched", is "reference"'),
+        ({"samples": SAMPLES[::-1]}, "the first 6 samples .* are not the 6 that the checkpoint was made from"),
+        ({"samples": SAMPLES[:3]}, "the first 3 samples .* are not the 6 that"),
+    ],
+)
+def test_another_run_is_refused_and_both_sides_are_shown(stopped, changes, message):
+    with pytest.raises(ArtefactError, match=message):
+        stopped(**changes)
+    assert_same(stopped(), stopped(resume=False))  # it was not touched
+
+
+def test_other_weights_and_another_model_are_refused(stopped):
+    with pytest.raises(ArtefactError, match=r'weights was "[0-9a-f]{32}", is "[0-9a-f]{32}"'):
+        stopped(model=language_model("gpt2", seed=3))
+    with pytest.raises(ArtefactError, match=r'model.architecture was "GPT2LMHeadModel", is "BertForMaskedLM"'):
+        stopped(model=language_model("bert"))
+
+
+def test_a_state_is_neither_used_nor_lost_unless_that_is_asked_for(model, stopped, tmp_path):
+    with pytest.raises(
+        ArtefactError, match=r"unfinished run \(6 samples\); .*--resume to go on .*--no-resume to start"
+    ):
+        stopped(resume=None)
+    seen = []
+    afresh = stopped(resume=False, progress=seen.append)
+    assert seen[0] == 2
+    assert_same(afresh, estimate_fisher(model, SAMPLES, batch_size=2))
+    assert not holds_state(tmp_path / "c")
+    stopped(resume=True)  # begins where there is nothing to go on from
+
+
+def test_a_damaged_file_is_told(stopped, tmp_path):
+    (file,) = (tmp_path / "c").iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ArtefactError, match=r"is not a whole .*--no-resume"):
+        stopped()
+    assert stopped(resume=False).num_samples == len(SAMPLES)
+
+
+def test_it_is_written_as_often_as_asked(model, tmp_path):
+    files = set()
+
+    def progress(_):
+        files.update(f.stat().st_ino for f in (tmp_path / "c").glob("*"))
+
+    kept = {"batch_size": 5, "checkpoint": tmp_path / "c", "progress": progress}
+    estimate_fisher(model, SAMPLES, checkpoint_every=3600, **kept)
+    assert not files
+    estimate_fisher(model, SAMPLES, checkpoint_every=0, **kept)
+    assert len(files) >= 2
+
+
+LINE = (
+    "fisher model --text text.txt --samples 300 --max-length 12 --batch-size 3 --seed 1 --checkpoint-every 0 "
+    "--resume --device cpu --out"
+)
+
+
+def command(folder, out):
+    """The command line in a process of its own, its output in `out`.log."""
+    os.chdir(folder)
+    sys.argv = ["guided-dropout", *LINE.split(), out]
+    with open(f"{out}.log", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        cli.main()
+
+
+def written(folder):
+    """Tells one state on disk from the next."""
+    return [(f.stat().st_ino, f.stat().st_mtime_ns) for f in folder.glob("process-*")]
+
+
+def test_killed_again_and_again_a_run_still_ends_with_the_same_profile(tmp_path):
+    """SIGKILL at random points, before the first state is written, while one is written, between two."""
+    save_tiny_bert(tmp_path / "model")
+    lines = [" ".join(WORDS[(i * i + 3 * j + i) % 17] for j in range(3 + i % 9)) for i in range(700)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    processes = multiprocessing.get_context("forkserver")  # imports once, not for each process
+    processes.set_forkserver_preload(["guided_dropout.fisher", "guided_dropout.models", "test_checkpoint"])
+    whole = processes.Process(target=command, args=(tmp_path, "whole"))
+    whole.start()
+    rng, kills, state = random.Random(0), 0, tmp_path / "killed.checkpoint"
+    while True:
+        process = processes.Process(target=command, args=(tmp_path, "killed"))
+        process.start()
+        before, end = written(state), time.monotonic() + 60
+        if 0 < kills < 4:
+            while written(state) == before and process.is_alive() and time.monotonic() < end:
+                time.sleep(0.002)
+        if kills < 4:
+            process.join(rng.uniform(0, 0.4))
+        else:
+            process.join(60)
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    whole.join(60)
+    assert (whole.exitcode, process.exitcode) == (0, 0), (tmp_path / "killed.log").read_text()
+    assert kills >= 3
+    assert_same(FisherProfile.from_pretrained(tmp_path / "killed"), FisherProfile.from_pretrained(tmp_path / "whole"))
+    assert not state.exists()

@@ -1,0 +1,168 @@
+"""Several processes give what one gives, and an error in one ends all; models that are not on one device."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from families import language_model
+from processes_script import SAMPLES, draw_samples
+from tiny import WORDS, save_tiny_bert
+
+from guided_dropout import FisherProfile, cli, estimate_fisher
+from guided_dropout.errors import ModelError
+
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+]
+
+
+def launch(launcher, *args, folder):
+    return subprocess.run(
+        [*launcher, *map(str, args)], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )  # fmt: skip
+
+
+def close(means):
+    """To 1e-6; what is zero but for rounding is not compared."""
+    return pytest.approx(means, rel=1e-6, abs=1e-11 * max(means.values()))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(what each of two processes reported, their stderr)."""
+    folder = tmp_path_factory.mktemp("two")
+    done = launch(TORCHRUN, HERE / "processes_script.py", folder, folder=folder)
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"report-{i}.json").read_text()) for i in range(2)], done.stderr
+
+
+def test_two_processes_give_the_profile_of_one(two):
+    model = language_model("gpt2")
+    expected = estimate_fisher(model, SAMPLES, batch_size=2)
+    for index, report in enumerate(two[0]):
+        assert (report["index"], report["count"], report["device"]) == (index, 2, "cpu")
+        assert report["num"] == [len(SAMPLES), 1]
+        assert report["means"] == close(expected.tensor_means)
+        assert report["one"] == close(estimate_fisher(model, SAMPLES[:1]).tensor_means)
+
+
+def test_an_error_in_one_ends_all_with_its_message(two):
+    main, second = two[0]
+    assert second["nan"].startswith("ModelError the loss of sample 1 (from 0) is nan")
+    assert main["nan"].startswith("ProcessError process 1 of 2: the loss of sample 1 (from 0) is nan")
+    assert main["skipped"] == second["skipped"] == [59, [1]]
+    for report in two[0]:
+        assert "process 1 works on something else than process 0: weights was" in report["other"]
+    assert (main["stopped"], second["stopped"]) == (
+        "ProcessError process 1 of 2: RuntimeError stopped",
+        "RuntimeError stopped",
+    )
+
+
+def test_each_process_goes_on_from_its_own_state(two):
+    expected = estimate_fisher(language_model("gpt2"), SAMPLES * 4).tensor_means
+    for report in two[0]:
+        assert report["files"] == ["process-1-of-2.safetensors", "process-2-of-2.safetensors"]
+        assert report["seen"] >= 4
+        assert report["resumed"] == close(expected)
+
+
+def test_only_the_main_process_prints(two):
+    reports, stderr = two
+    assert [report["cli"] for report in reports] == ["SystemExit 2"] * 2
+    assert stderr.count("cannot read the text nowhere.txt") == 1
+
+
+def test_the_command_runs_under_accelerate(tmp_path, monkeypatch, capsys):
+    save_tiny_bert(tmp_path / "model")
+    lines = [" ".join(WORDS[(i * i + 3 * j + i) % 17] for j in range(12)) for i in range(90)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    options = "--text text.txt --samples 60 --max-length 12 --batch-size 4 --device cpu --out"
+    line = ["fisher", "model", *options.split()]
+    done = launch(ACCELERATE, "-m", "guided_dropout", *line, "two", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("samples (mlm)") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["guided-dropout", *line, "one"])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code, capsys.readouterr().err
+    one, both = FisherProfile.from_pretrained(tmp_path / "one"), FisherProfile.from_pretrained(tmp_path / "two")
+    assert (both.num_samples, both.num_skipped) == (one.num_samples, one.num_skipped)
+    assert both.tensor_means == close(one.tensor_means)
+    assert (one.provenance["processes"], both.provenance["processes"]) == (1, 2)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "one", "text.txt", "two"]
+
+
+def test_a_launcher_that_starts_one_process_of_several_is_told(monkeypatch):
+    for name, value in {"MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match=r"started one process of several; .*use `torchrun"):
+        estimate_fisher(language_model("bert"), SAMPLES, distributed=True)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_a_model_that_is_spread_by_hooks_is_exact(family):
+    """The hooks that accelerate puts on a model of several devices, here all the CPU."""
+    samples = draw_samples([9, 5, 7])
+    expected = estimate_fisher(language_model(family).double(), samples, method="reference")
+    model = language_model(family).double()
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    found = estimate_fisher(model, samples, batch_size=2)
+    assert found.tensor_means == pytest.approx(expected.tensor_means, rel=1e-9, abs=1e-16)
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk", "partly"])
+def test_an_offloaded_model_is_refused(how, tmp_path):
+    model = language_model("gpt2")
+    if how == "cpu":
+        cpu_offload(model, torch.device("cpu"))
+    elif how == "disk":
+        disk_offload(model, tmp_path, torch.device("cpu"))
+    else:
+        parts = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.h": "disk", "transformer.ln_f": "cpu"}
+        dispatch_model(model, {**parts, "lm_head": "cpu"}, main_device="cpu", offload_dir=str(tmp_path))
+    with pytest.raises(ModelError, match=r"of the \d+ parameters of GPT2LMHeadModel are offloaded .*expected all"):
+        estimate_fisher(model, SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--device cpu --device-map auto", "--device cpu and --device-map auto; expected one of them"),
+        ("--device nowhere", "cannot put the model on device nowhere"),
+        ("--device-map nowhere", "cannot load demo"),
+    ],
+)
+def test_devices_that_are_not_there_are_told(options, message, tmp_path, monkeypatch, capsys):
+    line = f"fisher demo --text demo --samples 2 --out {tmp_path / 'new'} {options}"
+    monkeypatch.setattr(sys, "argv", ["guided-dropout", *line.split()])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_device_map_auto_is_the_whole_model_where_it_fits(tmp_path, monkeypatch, capsys):
+    save_tiny_bert(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the cat sees the dog and the red bird likes a tree\n" * 9)
+    means = []
+    for options in ("--device-map auto", "--device cpu"):
+        line = f"fisher {tmp_path}/model --text {tmp_path}/text.txt --max-length 12 --samples 5 {options}"
+        monkeypatch.setattr(sys, "argv", ["guided-dropout", *line.split(), "--out", str(tmp_path / options)])
+        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, capsys.readouterr().err
+        means.append(FisherProfile.from_pretrained(tmp_path / options).tensor_means)
+    assert means[0] == close(means[1])
