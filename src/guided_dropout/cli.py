@@ -51,6 +51,9 @@ def fisher(
     max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
     reduction: Annotated[str, typer.Option(help="A sample's loss: mean or sum over its targets.")] = "mean",
+    parameters: Annotated[
+        str, typer.Option(help="Which to measure: all, trainable, or base (none that an adapter has brought).")
+    ] = "all",
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
@@ -79,6 +82,7 @@ def fisher(
             batch_size=batch_size,
             objective=objective,
             reduction=reduction,
+            parameters=parameters,
             progress=lambda done: update(done, None),
             facts={"source": model, "text": text, "seed": seed, "max_length": max_length},
         )

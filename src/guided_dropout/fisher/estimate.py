@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
+from guided_dropout.fisher.coverage import coverage
+from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.reference import sum_of_squares
+from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.identity import model_identity
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples, detect_objective, has_target
 from guided_dropout.provenance import provenance
@@ -30,6 +33,7 @@ def estimate_fisher(
     objective: str = "auto",
     reduction: str = "mean",
     method: str = "batched",
+    parameters: Choice = "all",
     progress: Callable[[int], None] | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> FisherProfile:
@@ -47,15 +51,17 @@ def estimate_fisher(
             one makes sure that it is that.
         reduction: a sample's loss is the ``"mean"`` or the ``"sum"`` of the cross-entropy over its targets.
         method: ``"batched"``, or ``"reference"`` for the slow loop that the former is tested against.
+        parameters: ``"all"``, ``"trainable"`` (those that require a gradient), ``"base"`` (those that no PEFT adapter
+            has brought), or a function (name, parameter) → bool. The others cost nothing.
         progress: called with the number of samples done so far.
         facts: added to the profile's provenance, for instance the text and the seed.
 
     Returns:
-        A `FisherProfile` over all floating-point parameters of ``model.named_parameters()``.
+        A `FisherProfile` over the chosen floating-point parameters of ``model.named_parameters()``.
 
     Raises:
         DataError: no samples, a malformed sample, or none with a target.
-        ModelError: the model is no language model, or a sample's loss is not finite.
+        ModelError: the model is no language model, no parameter was chosen, or a sample's loss is not finite.
     """
     if batch_size < 1:
         raise DataError(f"batch size {batch_size}; expected at least 1")
@@ -63,11 +69,11 @@ def estimate_fisher(
         raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
     if objective not in ("auto", *OBJECTIVES):
         raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
+    chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
     stream = check_samples(model, samples)
     first = next(stream, None)
     if first is None:
         raise DataError("there are no samples; expected at least one")
-    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
     with _evaluation(model):
         goal = detect_objective(model, first, reduction)
         if objective not in ("auto", goal.name):
@@ -76,14 +82,12 @@ def estimate_fisher(
                 f"{objective}: use --objective {goal.name} or load another head"
             )
         counted = _Targets(goal, itertools.chain([first], stream))
-        totals, fallback, num = _sum(model, goal, parameters, counted, batch_size, method, progress)
+        totals, covered, num = _sum(model, goal, chosen, counted, batch_size, method, progress)
     if num == 0:
         raise DataError(
             f"none of the {counted.skipped} samples has a target; expected labels other than -100: use longer samples"
         )
     diagonal = {n: (t / num).to(torch.float32).cpu() for n, t in totals.items()}
-    size = sum(p.numel() for p in parameters.values())
-    by_rule = sum(p.numel() for n, p in parameters.items() if n not in fallback)
     return FisherProfile(
         diagonal=diagonal,
         tensor_means={n: (t.double().mean() / num).item() for n, t in totals.items()},
@@ -91,13 +95,13 @@ def estimate_fisher(
         num_skipped=counted.skipped,
         objective=goal.name,
         reduction=reduction,
-        model=model_identity(model),
-        coverage={"fallback": sorted(fallback), "parameters_by_rule": by_rule / size},
+        model=model_identity(outer),
+        coverage=covered,
         provenance=provenance(
             method=method,
             batch_size=batch_size,
-            dtype=str(next(iter(parameters.values())).dtype).removeprefix("torch."),
-            device=next(iter(parameters.values())).device.type,
+            dtype=str(next(iter(chosen.values())).dtype).removeprefix("torch."),
+            device=next(iter(chosen.values())).device.type,
             **(facts or {}),
         ),
     )
@@ -125,8 +129,8 @@ def _sum(
     batch_size: int,
     method: str,
     progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Tensor], set[str], int]:
-    """(name → sum of squares, parameters that took the loop, number of samples)."""
+) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+    """(name → sum of squares, what the profile says of the coverage, number of samples)."""
     if method == "reference":
         return _sum_by_reference(model, objective, parameters, samples, progress)
     squares, num = None, 0
@@ -138,8 +142,10 @@ def _sum(
         num += len(batch)
         if progress:
             progress(num)
-    totals = {n: squares.totals.total(n) for n in parameters} if squares else {}
-    return (totals, squares.fallback, num) if squares else ({}, set(), 0)
+    if squares is None:
+        return {}, {}, 0
+    totals = {n: squares.totals.total(n) for n in parameters}
+    return totals, coverage(parameters, squares.fallback, squares.touched, totals), num
 
 
 def _sum_by_reference(
@@ -148,7 +154,7 @@ def _sum_by_reference(
     parameters: Mapping[str, nn.Parameter],
     samples: Iterable[Sample],
     progress: Callable[[int], None] | None,
-) -> tuple[dict[str, Tensor], set[str], int]:
+) -> tuple[dict[str, Tensor], dict[str, Any], int]:
     num = 0
 
     def counted() -> Iterator[Sample]:
@@ -161,7 +167,7 @@ def _sum_by_reference(
 
     with requiring_grad(parameters.values()):
         totals = sum_of_squares(model, parameters, counted(), objective)
-    return totals, set(parameters), num
+    return totals, coverage(parameters, dict.fromkeys(parameters, "asked for")), num
 
 
 def _check_finite(losses: Tensor, *, first: int) -> None:
@@ -192,7 +198,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        with torch.enable_grad():
+        with torch.enable_grad(), experts_apart(model):
             yield
     finally:
         for m, training in modes:
