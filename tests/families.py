@@ -135,26 +135,80 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "forced_eos_token_id": 2,
     },
 }
-_MASKED = {"bert", "roberta", "electra", "albert", "deberta-v2", "modernbert", "distilbert"}
-_SEQ2SEQ = {"t5", "bart"}
+_DECODER = {**_LLAMA, "attention_dropout": 0.2}
+_BART = {**_OPTIONS["bart"], "pad_token_id": 0}
+# Of those whose dropout sites are not proven yet.
+_FISHER_ONLY_OPTIONS: dict[str, dict[str, Any]] = {
+    "phi3": {**_LLAMA, "resid_pdrop": 0.1, "embd_pdrop": 0.1},
+    "gemma": {**_LLAMA, "head_dim": 8},
+    "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "mistral": {**_LLAMA, "sliding_window": 8},
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_LLAMA,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    },
+    "falcon": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": 24,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.2,
+    },
+    "bloom": {
+        "hidden_size": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.2,
+    },
+    "mpt": {
+        "d_model": 16,
+        "n_layers": 2,
+        "n_heads": 2,
+        "expansion_ratio": 2,
+        "max_seq_len": 32,
+        "emb_pdrop": 0.1,
+        "resid_pdrop": 0.1,
+    },
+    "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4},
+    "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.1},
+    "longformer": {**_ENCODER, "attention_window": 16},
+    "mt5": {**_OPTIONS["t5"], "num_decoder_layers": 2},
+    "pegasus": _BART,
+}
+_MASKED = {"bert", "roberta", "electra", "albert", "deberta-v2", "modernbert", "distilbert", "longformer"}
+# XLNet predicts each token from the others, as a masked language model does, though it is loaded as a causal one.
+_UNSHIFTED = {*_MASKED, "xlnet"}
+_SEQ2SEQ = {"t5", "bart", "mt5", "pegasus"}
 
 
 def objective_of(family: str) -> str:
     """``"mlm"``, ``"causal"`` or ``"seq2seq"``."""
-    return "mlm" if family in _MASKED else "seq2seq" if family in _SEQ2SEQ else "causal"
+    return "mlm" if family in _UNSHIFTED else "seq2seq" if family in _SEQ2SEQ else "causal"
 
 
 def config_of(family: str, **overrides: Any) -> PreTrainedConfig:
     """The tiny configuration of a family, with `overrides`."""
-    return AutoConfig.for_model(family, **{**_TOKENS, **_OPTIONS[family], **overrides})
+    return AutoConfig.for_model(family, **{**_TOKENS, **{**_OPTIONS, **_FISHER_ONLY_OPTIONS}[family], **overrides})
 
 
 def language_model(
     family: str, *, attn_implementation: str | None = None, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
     """The language model of a family in evaluation mode, weights drawn by `seed`."""
-    auto = {"mlm": AutoModelForMaskedLM, "causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM}
-    return _build(auto[objective_of(family)], config_of(family, **overrides), attn_implementation, seed)
+    auto = (
+        AutoModelForMaskedLM
+        if family in _MASKED
+        else AutoModelForSeq2SeqLM
+        if family in _SEQ2SEQ
+        else AutoModelForCausalLM
+    )
+    return _build(auto, config_of(family, **overrides), attn_implementation, seed)
 
 
 def classifier_of(
@@ -172,6 +226,9 @@ def _build(auto: Any, config: PreTrainedConfig, attn_implementation: str | None,
 
 
 FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {family: partial(language_model, family) for family in _OPTIONS}
+FISHER_ONLY: dict[str, Callable[..., PreTrainedModel]] = {
+    family: partial(language_model, family) for family in _FISHER_ONLY_OPTIONS
+}
 
 
 def profile_of(model: nn.Module, **means: float) -> FisherProfile:

@@ -11,9 +11,10 @@ from measure import free, interleaved, ratios
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 from guided_dropout import estimate_fisher
-from guided_dropout.fisher.fast import BatchedSquares, Plan, head_at
+from guided_dropout.fisher.check import checked_plan
+from guided_dropout.fisher.fast import BatchedSquares
 from guided_dropout.fisher.kernels import backend
-from guided_dropout.fisher.plan import checked_plan
+from guided_dropout.fisher.places import Plan, head_at
 from guided_dropout.objectives import IGNORE, Objective
 
 BERT = {"vocab_size": 30522}  # BERT-base: 12 layers of 768, the family's defaults
@@ -135,7 +136,7 @@ def _batch(
         "times": times,
         "fisher_over": ratios(times, "fisher"),
         "totals_bytes": sum(squares.totals[n].nbytes for n in squares.totals),  # held besides the peak
-        "fallback": sorted(squares.fallback | plan.fallback),
+        "fallback": sorted(squares.fallback),
     }
 
 

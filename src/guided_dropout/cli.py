@@ -91,6 +91,9 @@ def fisher(
     device_map: Annotated[
         str | None, typer.Option(help="Spread a model over several devices, for instance auto.")
     ] = None,
+    parameters: Annotated[
+        str, typer.Option(help="Which to measure: all, trainable, or base (none that an adapter has brought).")
+    ] = "all",
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
@@ -151,6 +154,7 @@ def fisher(
                 objective=objective,
                 reduction=reduction,
                 labels=source_of_labels,
+                parameters=parameters,
                 seed=seed,
                 nonfinite="skip" if skip_nonfinite else "error",
                 checkpoint=state,

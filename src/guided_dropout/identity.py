@@ -12,9 +12,14 @@ from torch import nn
 
 
 def backbone_prefix(model: nn.Module) -> str:
-    """``"bert."`` for a model with a head around ``model.bert``; ``""`` where the model is its own backbone."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return f"{prefix}." if prefix and isinstance(getattr(model, prefix, None), nn.Module) else ""
+    """``"bert."`` for a model with a head around ``model.bert``; ``""`` where the model is its own backbone.
+
+    Of a model that PEFT has wrapped, the wrapper's own prefix comes before it: ``"base_model.model.bert."``.
+    """
+    inner = _unwrapped(model)
+    prefix = getattr(inner, "base_model_prefix", "")
+    outer = next(f"{name}." if name else "" for name, m in model.named_modules() if m is inner)
+    return outer + (f"{prefix}." if prefix and isinstance(getattr(inner, prefix, None), nn.Module) else "")
 
 
 def backbone_name(model: nn.Module, name: str) -> str:
@@ -31,9 +36,15 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     """What is written into artefacts about the model: class, type, where it came from, backbone prefix, size."""
     config = getattr(model, "config", None)
     return {
-        "architecture": type(model).__name__,
+        "architecture": type(_unwrapped(model)).__name__,
         "model_type": getattr(config, "model_type", None),
         "name_or_path": getattr(config, "name_or_path", None) or None,
         "backbone_prefix": backbone_prefix(model),
         "num_parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; any other model as it is."""
+    inner: Any = getattr(model, "get_base_model", None)
+    return inner() if inner is not None and hasattr(model, "peft_config") else model

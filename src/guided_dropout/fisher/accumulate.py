@@ -33,7 +33,7 @@ class ReferenceSquares:
     def __init__(self, model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter]):
         self.model, self.objective, self.parameters = model, objective, parameters
         self.totals = Totals(parameters)
-        self.fallback = set(parameters)
+        self.fallback = dict.fromkeys(parameters, "asked for")
 
     def add(self, samples: Sequence[Sample]) -> Added:
         """Add samples, unless any loss is not finite."""
@@ -57,11 +57,14 @@ class Accumulator:
         method: one of `METHODS`.
         nonfinite: ``"error"``: a sample whose loss or squares are not finite is an error that names it; ``"skip"``: it
             is left out and noted.
+        scores_only: keep one number per parameter.
+        per_sample: let `add` give each sample's sums.
 
     Attributes:
         num: samples that are in the sums.
         nonfinite: index of each sample that was left out.
-        fallback: parameters that took the reference loop in any batch.
+        fallback: parameters that took the reference loop in any batch → why.
+        noise: parameters whose true gradient is zero, as far as the first samples show.
     """
 
     def __init__(
@@ -72,6 +75,8 @@ class Accumulator:
         *,
         method: str = "batched",
         nonfinite: str = "error",
+        scores_only: bool = False,
+        per_sample: bool = False,
     ):
         if method not in METHODS:
             raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
@@ -79,9 +84,11 @@ class Accumulator:
             raise DataError(f"nonfinite {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
         self.model, self.objective, self.parameters = model, objective, parameters
         self.method, self._skip = method, nonfinite == "skip"
+        self.scores_only, self.per_sample = scores_only, per_sample
         self.num = 0
         self.nonfinite: list[int] = []
-        self._fallback: set[str] = set()
+        self._fallback: dict[str, str] = {}
+        self.noise: set[str] = set()
         self._squares: BatchedSquares | ReferenceSquares | None = None
         self._loaded: Mapping[str, Tensor] | None = None
         self._unchecked: list[list[Item]] = []
@@ -89,12 +96,12 @@ class Accumulator:
         self._before: dict[str, Tensor] = {}
 
     @property
-    def fallback(self) -> set[str]:
-        """Parameters that took the reference loop in any batch."""
-        return self._fallback | (self._squares.fallback if self._squares else set())
+    def fallback(self) -> dict[str, str]:
+        """Parameters that took the reference loop in any batch → why."""
+        return self._fallback | (self._squares.fallback if self._squares else {})
 
-    def add(self, batch: Sequence[Item]) -> None:
-        """Add a batch.
+    def add(self, batch: Sequence[Item]) -> dict[str, Tensor]:
+        """Add a batch; return each parameter's sum of squares by sample, [B] float64, if `per_sample`.
 
         Raises:
             ModelError: a loss is not finite, or squares of this batch or of an earlier one are not.
@@ -105,16 +112,17 @@ class Accumulator:
         if squares is None:
             batch = self._finite(batch, losses_of(self.model, self.objective, _samples(batch)))
             if not batch:
-                return
+                return {}
             squares = self._begin(batch)
         while batch:
-            losses = squares.add(_samples(batch)).losses
-            finite = self._finite(batch, losses)
+            added = squares.add(_samples(batch))
+            finite = self._finite(batch, added.losses)
             if len(finite) == len(batch):
                 self._unchecked.append(list(batch))
                 self.num += len(batch)
-                return
+                return added.tensor_sums or {}
             batch = finite
+        return {}
 
     def check(self) -> None:
         """Make sure that all sums are finite, as they are whenever this returns.
@@ -149,7 +157,8 @@ class Accumulator:
             # The plan may have been checked on what overflows, where everything seems to be wrong.
             first = _samples(batches[0])
             self._squares.plan = checked_plan(self.model, self.objective, self.parameters, first)
-            self._squares.fallback.clear()
+            self._squares.fallback = dict(self._squares.plan.fallback)
+            self.noise = set(self._squares.plan.noise)
         for batch in batches:
             self.add(batch)
 
@@ -157,19 +166,20 @@ class Accumulator:
         """The sums, zeros where there was no sample. Call `check` first."""
         if self._squares is not None:
             return self._squares.totals
-        totals = Totals(self.parameters)
+        totals = Totals(self.parameters, scores_only=self.scores_only)
         if self._loaded is not None:
             totals.load_state(self._loaded)
         return totals
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, facts) from which `load` goes on. Call `check` first."""
-        facts = {"num": self.num, "nonfinite": self.nonfinite, "fallback": sorted(self.fallback)}
+        facts = {"num": self.num, "nonfinite": self.nonfinite, "fallback": self.fallback, "noise": sorted(self.noise)}
         return self.totals().state(), facts
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take up what `state` gave, before the first batch."""
-        self.num, self.nonfinite, self._fallback = facts["num"], list(facts["nonfinite"]), set(facts["fallback"])
+        self.num, self.nonfinite = facts["num"], list(facts["nonfinite"])
+        self._fallback, self.noise = dict(facts["fallback"]), set(facts["noise"])
         self._loaded = tensors
 
     def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
@@ -178,7 +188,11 @@ class Accumulator:
             squares = ReferenceSquares(self.model, self.objective, self.parameters)
         else:
             plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
-            squares = BatchedSquares(self.model, self.objective, self.parameters, plan)
+            self.noise |= plan.noise
+            squares = BatchedSquares(
+                self.model, self.objective, self.parameters, plan,
+                scores_only=self.scores_only, per_sample=self.per_sample,
+            )  # fmt: skip
         if self._loaded is not None:
             squares.totals.load_state(self._loaded)
             self._loaded = None

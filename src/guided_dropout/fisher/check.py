@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from guided_dropout.fisher.fast import BatchedSquares, Plan, requiring_grad
-from guided_dropout.fisher.plan import make_plan
+from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
+from guided_dropout.fisher.places import Plan
+from guided_dropout.fisher.plan import UNSUITED, make_plan, turned
 from guided_dropout.objectives import PER_SAMPLE, Objective, Sample, has_target
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
@@ -30,35 +31,45 @@ def checked_plan(
     has no gradient but rounding noise (attention's key biases, which softmax does not see), and is named in the plan.
     """
     objective = replace(objective, labels="data")  # a label drawn on the edge may differ, and is not what is checked
-    few = [shortened(objective, s) for s in (samples[0], samples[1 % len(samples)])]
+    few = [shortened(objective, s) for s in samples[:2]]
+    # Two that differ; without padding, which some models treat apart, and with it.
+    even = [few[0], turned(few[0])]
+    uneven = [few[-1], shortened(objective, turned(few[-1]))]
     plan = make_plan(model, objective, parameters, few[0])
-    try:
-        fast = _squares(model, objective, parameters, plan, few)
-    except RuntimeError:  # the logits are needed by their own backward, and must not be overwritten
-        plan = replace(plan, head=None, layouts={k: v for k, v in plan.layouts.items() if v != "head"})
-        fast = _squares(model, objective, parameters, plan, few)
-    alone = [_Gradients() for _ in few]
+    problem = ""
+    for tried in (plan, replace(plan, head=None)):  # logits that their own backward needs must not be overwritten
+        plan, fast = tried, BatchedSquares(model, objective, parameters, tried)
+        try:
+            for batch in (even, uneven):
+                fast.add(batch)
+            break
+        except UNSUITED as e:
+            problem = f"the batched pass failed: {e}"
+    else:
+        return replace(plan, fallback=dict.fromkeys(parameters, problem))
+    alone = [_Gradients() for _ in even]
     norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
-    for gradients, sample in zip(alone, few, strict=True):
+    for gradients, sample in zip((*alone, None, None), (*even, *uneven), strict=True):
 
-        def compare(name: str, gradient: Tensor, gradients: _Gradients = gradients) -> None:
+        def compare(name: str, gradient: Tensor, gradients: _Gradients | None = gradients) -> None:
             total = fast.totals[name]
             square = gradient.to(total.dtype).square()
             total.sub_(square)
             norms[name] += square.norm().item()
-            gradients.take(name, gradient)
+            if gradients is not None:
+                gradients.take(name, gradient)
 
         with _arriving(parameters, compare):
             batch = objective.collate(model, [sample])
             objective.losses(model(**batch.inputs).logits, batch).sum().backward()
     # Beside a longer sample these are padded, and their rounding takes another course.
-    noise = _noise(model, objective, parameters, [*few, max(samples[:2], key=lambda s: len(s["input_ids"]))], alone)
+    noise = _noise(model, objective, parameters, [*even, samples[0]], alone)
     tolerance = max(_TOLERANCE.get(p.dtype, _TOLERANCE_HALF) for p in parameters.values())
     floor = 1e-9 * max(norms.values())
-    wrong = {
+    wrong = [
         n for n in parameters if n not in noise and not fast.totals[n].norm().item() <= tolerance * norms[n] + floor
-    }
-    return replace(plan, fallback=frozenset(wrong), noise=frozenset(noise))
+    ]
+    return replace(plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
 
 
 def shortened(objective: Objective, sample: Sample) -> Sample:
@@ -83,18 +94,6 @@ class _Gradients:
     def take(self, name: str, gradient: Tensor) -> None:
         if gradient.numel() <= _SMALL:
             self.small[name] = gradient.detach().double()
-
-
-def _squares(
-    model: nn.Module,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    plan: Plan,
-    samples: Sequence[Sample],
-) -> BatchedSquares:
-    squares = BatchedSquares(model, objective, parameters, plan)
-    squares.add(samples)
-    return squares
 
 
 def _noise(

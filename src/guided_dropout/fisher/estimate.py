@@ -15,9 +15,12 @@ from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, differences, fingerprint, remove_checkpoint
+from guided_dropout.fisher.coverage import coverage, untouched
+from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.run import Run
+from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.stream import Stream, batches
 from guided_dropout.identity import model_identity
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
@@ -39,6 +42,8 @@ def estimate_fisher(
     labels: str = "data",
     seed: int = 0,
     method: str = "batched",
+    scores_only: bool = False,
+    parameters: Choice = "all",
     nonfinite: str = "error",
     checkpoint: str | Path | None = None,
     checkpoint_every: float = CHECKPOINT_EVERY,
@@ -72,6 +77,10 @@ def estimate_fisher(
             model predicts there, a Monte Carlo estimate of the true Fisher.
         seed: of these draws, which depend on it, on the sample's index and on the target's position alone.
         method: ``"batched"``, or ``"reference"`` for the slow loop that the former is tested against.
+        parameters: ``"all"``, ``"trainable"`` (those that require a gradient), ``"base"`` (those that no PEFT adapter
+            has brought), or a function (name, parameter) → bool. The others cost nothing.
+        scores_only: keep only each tensor's mean, which is all that a schedule needs: no memory of the parameters'
+            size, and less arithmetic. The profile has no diagonal then.
         nonfinite: a sample whose loss is NaN or infinite, or whose squared gradients overflow, is an ``"error"`` that
             names it; or ``"skip"``: such samples are left out, and their indices stand in the profile's
             ``coverage["nonfinite"]``.
@@ -88,16 +97,17 @@ def estimate_fisher(
             refused.
 
     Returns:
-        A `FisherProfile` over all floating-point parameters of ``model.named_parameters()``.
+        A `FisherProfile` over the chosen floating-point parameters of ``model.named_parameters()``.
 
     Raises:
         DataError: no samples, a malformed sample, or none with a target.
-        ModelError: the model is no language model or parts of it are offloaded, or a sample's loss is not finite.
+        ModelError: the model is no language model, parts of it are offloaded, no parameter was chosen, or a sample's
+            loss is not finite.
         ArtefactError: a checkpoint that is of another run or damaged, or that was not expected.
         ProcessError: another of the processes failed.
     """
     world = current_processes() if distributed else Processes()
-    parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
     with _evaluation(model):
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
@@ -106,16 +116,18 @@ def estimate_fisher(
                 check_unused(checkpoint)
             goal, checked = _begin(model, samples, objective, reduction, labels=labels, seed=seed)
             stream = Stream(goal, checked, process=world.index, processes=world.count)
-            sums = Accumulator(model, goal, parameters, method=method, nonfinite=nonfinite)
+            sums = Accumulator(model, goal, chosen, method=method, nonfinite=nonfinite, scores_only=scores_only)
             # What decides the sums or the order in which they are made. Not `nonfinite`: a state holds no such sample,
             # and a run that met one may go on without it.
             identity = {
-                "model": model_identity(model),
-                "weights": fingerprint(parameters),
+                "model": model_identity(outer),
+                "parameters": len(chosen),
+                "weights": fingerprint(chosen),
                 "objective": goal.name,
                 "reduction": reduction,
                 "labels": labels,
                 "method": method,
+                "scores_only": scores_only,
                 "batch_size": batch_size if tokens_per_batch is None else None,
                 "tokens_per_batch": tokens_per_batch,
                 "processes": world.count,
@@ -135,7 +147,7 @@ def estimate_fisher(
         _check_same(world, identity)
         world.in_step(run.steps())
     return _profile(
-        model,
+        outer,
         goal,
         sums,
         stream.skipped,
@@ -216,10 +228,11 @@ def _profile(
     model: nn.Module, goal: Objective, sums: Accumulator, skipped: int, world: Processes, **facts: Any
 ) -> FisherProfile:
     """The mean over the samples of all processes; tensor by tensor, so that only one is in float64 at a time."""
-    nums, skips, left_out, fallbacks = zip(
-        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback)), strict=True
+    nums, skips, left_out, fallbacks, noises = zip(
+        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback, sums.noise)), strict=True
     )
-    num, nonfinite, fallback = sum(nums), sorted(itertools.chain(*left_out)), set().union(*fallbacks)
+    num, nonfinite = sum(nums), sorted(itertools.chain(*left_out))
+    fallback = {name: reason for found in fallbacks for name, reason in found.items()}
     if num == 0:
         if nonfinite:
             raise ModelError(
@@ -230,18 +243,17 @@ def _profile(
             f"none of the {sum(skips)} samples has a target; expected labels other than -100: use longer samples"
         )
     totals = sums.totals()
-    diagonal, means = {}, {}
-    for name in sums.parameters:
+    diagonal, means, zeros = {}, {}, []
+    for name, p in sums.parameters.items():
         mean = world.sum(totals.total(name).double()) / num
-        diagonal[name], means[name] = mean.to(torch.float32).cpu(), mean.mean().item()
-    sizes = {n: p.numel() for n, p in sums.parameters.items()}
+        zeros += untouched(name, mean)
+        means[name] = mean.sum().item() / p.numel()
+        if not totals.scores_only:
+            diagonal[name] = mean.to(torch.float32).cpu()
     devices = {p.device for p in sums.parameters.values()}
-    coverage = {
-        "fallback": sorted(fallback),
-        "parameters_by_rule": sum(s for n, s in sizes.items() if n not in fallback) / sum(sizes.values()),
-    }
+    covered = coverage(sums.parameters, fallback, zeros)
     if nonfinite:
-        coverage["nonfinite"] = nonfinite
+        covered["nonfinite"] = nonfinite
     return FisherProfile(
         diagonal=diagonal,
         tensor_means=means,
@@ -251,7 +263,9 @@ def _profile(
         reduction=goal.reduction,
         labels=goal.labels,
         model=model_identity(model),
-        coverage=coverage,
+        coverage=covered,
+        noise=sorted(set().union(*noises)),
+        shapes={n: list(p.shape) for n, p in sums.parameters.items()},
         provenance=provenance(
             dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in sums.parameters.values()})),
             device=devices.pop().type if len(devices) == 1 else ", ".join(sorted(map(str, devices))),
@@ -273,7 +287,7 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        with torch.enable_grad():
+        with torch.enable_grad(), experts_apart(model):
             yield
     finally:
         for m, training in modes:

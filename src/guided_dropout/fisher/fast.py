@@ -1,15 +1,17 @@
 """Squares of the per-sample gradients of a whole batch, from one forward and one backward.
 
 Where a rule covers an operation on a parameter, its input and its output's gradient are captured; the weights require
-no gradient, so autograd never forms a weight gradient of the batch. Parameters that meet an operation without a rule
-are left to the reference loop, for that batch.
+no gradient, so autograd never forms a weight gradient of the batch. An operation without a rule is differentiated
+alone, sample by sample (`dense`). Parameters that meet an operation whose samples cannot be told apart are left to the
+reference loop, for that batch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,32 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.crossentropy import cross_entropy
+from guided_dropout.fisher.dense import OneByOne, add_dense_squares, swapped
+from guided_dropout.fisher.gathered import GatheredRows
 from guided_dropout.fisher.layout import Layout
-from guided_dropout.fisher.operations import Key, ParameterOperations
+from guided_dropout.fisher.operations import Operation, Origin, ParameterOperations, View
+from guided_dropout.fisher.places import Place, Plan, head_at
 from guided_dropout.fisher.reference import sum_of_squares
-from guided_dropout.fisher.rules import Call, Rule, as_rows
-from guided_dropout.fisher.squares import Use, add_squares
+from guided_dropout.fisher.rowwise import RowByRow
+from guided_dropout.fisher.rules import Call, as_rows
+from guided_dropout.fisher.squares import Outer, Rows, Sums, Use, add_squares
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.objectives import Batch, Objective, Sample
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What running the model has shown about it.
-
-    Attributes:
-        layouts: key → ``"batch"`` (the first dimension is the sample), ``"flat"`` (rows, sample after sample),
-            ``"shared"`` (an embedding looked up once for the whole batch; it is looked up per sample instead) or
-            ``"head"`` (target positions only).
-        head: the module that maps hidden states to the vocabulary, if it can be run at target positions only.
-        fallback: parameters that always take the reference loop.
-        noise: parameters whose true gradient is zero; what is measured of them is rounding.
-    """
-
-    layouts: Mapping[Key, str]
-    head: nn.Module | None
-    fallback: frozenset[str] = frozenset()
-    noise: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,7 +37,7 @@ class Added:
     """What one batch was.
 
     Attributes:
-        losses: [B], one per sample. Where any of them is not finite, nothing was added.
+        losses: [B], one per sample.
         tensor_sums: name → [B] float64, each sample's sum of squares over the parameter's elements; None unless asked.
     """
 
@@ -67,7 +54,7 @@ class BatchedSquares:
 
     Attributes:
         totals: the running sums.
-        fallback: parameters that took the reference loop in any batch.
+        fallback: parameters that took the reference loop in any batch → why.
     """
 
     def __init__(
@@ -83,17 +70,15 @@ class BatchedSquares:
         self.model, self.objective, self.parameters, self.plan = model, objective, parameters, plan
         self.totals = Totals(parameters, scores_only=scores_only)
         self.per_sample = per_sample
-        self.fallback: set[str] = set()
+        self.fallback: dict[str, str] = dict(plan.fallback)
 
     def add(self, samples: Sequence[Sample]) -> Added:
         """Add a batch of samples."""
         batch = self.objective.collate(self.model, samples)
         capture = Capture(self, batch)
         losses = capture.run()
-        if not losses.isfinite().all():
-            return Added(losses)
-        skipped = capture.mode.uncovered | self.plan.fallback
-        self.fallback |= skipped
+        skipped = {**capture.uncovered, **self.plan.fallback}
+        self.fallback.update(skipped)
         if skipped:
             self._add_by_reference(skipped, samples, capture.sums)
         if self.totals.scores_only:
@@ -102,9 +87,7 @@ class BatchedSquares:
         self.totals.counted(len(samples))
         return Added(losses, capture.sums if self.per_sample else None)
 
-    def _add_by_reference(
-        self, names: set[str] | frozenset[str], samples: Sequence[Sample], sums: dict[str, Tensor]
-    ) -> None:
+    def _add_by_reference(self, names: Mapping[str, str], samples: Sequence[Sample], sums: dict[str, Tensor]) -> None:
         some = {n: self.parameters[n] for n in self.parameters if n in names}
         with requiring_grad(some.values()):
             for b, sample in enumerate(samples):
@@ -120,16 +103,21 @@ class Capture:
 
     Attributes:
         sums: name → [B] float64, each sample's sum of squares over the parameter's elements, where that is wanted.
+        uncovered: parameters that this batch leaves to the reference loop → why.
     """
 
     def __init__(self, owner: BatchedSquares, batch: Batch):
         self.owner, self.batch, self.plan = owner, batch, owner.plan
         self.targets = batch.mask
-        self.uses: defaultdict[str, list[Use]] = defaultdict(list)
-        self.expected: Counter[str] = Counter()
-        self.mode = ParameterOperations({id(p): n for n, p in owner.parameters.items()}, self.visit)
+        self.uncovered: dict[str, str] = {}
+        self.mode = ParameterOperations(owner.parameters, self)
         self.head_rows: Layout | None = None
         self.sums: dict[str, Tensor] = {}
+        self._gathered = GatheredRows(len(batch))
+        self._expected: defaultdict[str, Counter[View]] = defaultdict(Counter)
+        self._behind: set[str] = set()  # parameters with derived tensors in use
+        self._parts: defaultdict[str, list[tuple[View, Use | OneByOne]]] = defaultdict(list)
+        self._derived: list[tuple[Origin, Use | OneByOne]] = []
         if owner.per_sample or owner.totals.scores_only:
             zeros = {
                 n: torch.zeros(len(batch), dtype=torch.float64, device=p.device) for n, p in owner.parameters.items()
@@ -148,9 +136,7 @@ class Capture:
             return sums
         if losses.requires_grad:
             losses.sum().backward()
-        for name, uses in self.uses.items():
-            if name not in self.mode.uncovered:
-                self._square(name, uses)
+        self._square_kept()
         return sums
 
     def forward(self) -> Tensor:
@@ -165,134 +151,181 @@ class Capture:
     def _entered_head(self, inside: bool) -> None:
         self.head_rows = self.target_layout() if inside else None
 
-    def visit(self, rule: Rule, call: Call, keys: dict[str, Key]) -> Tensor | None:
+    def is_constant(self, operation: Operation) -> bool:
+        """Whether the plan says so, or there are only parameters in it."""
+        alone = all(operation.origin_of(t) for t in operation.tensors())
+        return alone or self._place(operation).kind == "constant"
+
+    def _place(self, operation: Operation) -> Place:
+        return self.plan.place(operation.key).within(operation, len(self.batch))
+
+    def other(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        """Follow rows picked from the batch."""
+        self._gathered.follow(function, args, kwargs, out)
+
+    def visit(self, operation: Operation) -> Any:
         """Run one operation and capture what its parameters need."""
-        names = {name for name, _ in keys.values()}
-        layout_kind = self.plan.layouts.get(next(iter(keys.values())))
-        call, layout = self._arrange(call, layout_kind)
-        if layout is None:
-            self.mode.uncovered |= names
-            return rule.run(call)
-        self.expected.update(names)
+        if not torch.is_grad_enabled():  # autograd would see nothing of it either
+            return operation.run()
+        place = self._place(operation)
+        owners = self._gathered.owners(operation.tensors())
+        if all(name in self.plan.fallback for name in operation.key[0]):
+            out = operation.run()
+        elif arranged := self._arranged(operation, place, owners):
+            out = self._by_rule(operation, *arranged)
+        elif place.kind == "alone" and owners is None:
+            out = self._alone(operation, place)
+        else:
+            reason = place.reason or f"rows of {operation.name} unknown"
+            self.uncovered.update(dict.fromkeys(operation.key[0], reason))
+            out = operation.run()
+        if owners is not None:
+            self._gathered.follow(operation.function, operation.args, operation.kwargs, out)
+        return out
+
+    def _arranged(self, operation: Operation, place: Place, owners: Tensor | None) -> tuple[Call, Layout] | None:
+        """The call and the owners of its rows; None where no rule covers it or this batch does not have its form."""
+        call, rule, samples = operation.call, operation.rule, len(self.batch)
+        if call is None or rule is None:
+            return None
+        x, is_lookup = call.x, not call.x.is_floating_point()
+        if owners is not None:
+            if is_lookup or x.shape[:1] != owners.shape:
+                return None
+            layout = Layout.of_owners(owners, samples)
+            return call, layout.finer(x.shape[1:-1].numel()) if rule.by_rows else layout
+        if place.kind == "head":
+            return (call, self.head_rows) if self.head_rows is not None else None
+        if place.kind == "shared":
+            x = x.expand(samples, *x.shape[-1:] if x.dim() == 1 else x.shape[1:])
+            return replace(call, x=x), Layout.even(x.numel(), samples)
+        if place.kind != "rows" or x.dim() <= place.dim or x.shape[place.dim] % samples:
+            return None
+        if not rule.by_rows:
+            return replace(call, batch_dim=place.dim), Layout.even(x.shape[place.dim], samples)
+        leading = x.shape if is_lookup else x.shape[:-1]
+        if place.dim == 0:
+            return call, Layout.even(leading.numel(), samples)
+        step = leading[place.dim] // samples
+        grid = torch.arange(leading[place.dim], device=x.device).div(step, rounding_mode="floor")
+        grid = grid.view(-1, *[1] * (len(leading) - place.dim - 1)).expand(leading)
+        return call, Layout.of_owners(grid.reshape(-1), samples)
+
+    def _by_rule(self, operation: Operation, call: Call, layout: Layout) -> Tensor:
+        rule = operation.rule
+        assert rule is not None
+        roles = {role: o for role, t in call.parameters.items() if (o := operation.origin_of(t))}
+        self._expect(roles.values())
         if rule.input_gradient is not None and call.x.requires_grad:
-            return _Alone.apply(call.x, _Kept(call, rule, layout, keys, self))
-        out = rule.run(call)
-        if not out.requires_grad:  # the graph begins here; a clone, since a leaf must not be changed in place
-            out = out.detach().requires_grad_().clone()
-        kept = [replace(call, x=call.x.detach())]
+            return RowByRow(call, rule, layout, lambda uses: self.take(uses, roles)).run()
+        out = _begun(rule.run(call))
+        kept = [replace(call, x=call.x.detach(), options={k: v for k, v in call.options.items() if k not in _SPENT})]
 
         def hook(gradient: Tensor) -> None:
             saved = kept.pop()  # free the input as soon as it has served
-            self.take(rule.uses(saved, as_rows(gradient), layout), keys)
+            gradient = rule.like_x(saved, gradient)
+            if rule.by_rows:
+                self.take(rule.uses(saved, as_rows(gradient), layout), roles)
+            else:
+                first = replace(saved, x=saved.x.movedim(saved.batch_dim, 0))
+                self.take(rule.uses(first, gradient.movedim(saved.batch_dim, 0), layout), roles)
 
         out.register_hook(hook)
         return out
 
-    def _arrange(self, call: Call, kind: str | None) -> tuple[Call, Layout | None]:
-        """Rows and their owners for an operation of this kind, or None where this batch does not have its form."""
-        x, samples = call.x, len(self.batch)
-        is_lookup = not x.is_floating_point()
-        rows = x.numel() if is_lookup else x.numel() // max(1, x.shape[-1])
-        if kind == "head":
-            return call, self.head_rows
-        if kind == "shared":
-            x = x.expand(samples, *x.shape[-1:] if x.dim() == 1 else x.shape[1:])
-            return replace(call, x=x), Layout.even(x.numel(), samples)
-        if (kind == "batch" and x.shape[0] == samples) or (kind == "flat" and rows % samples == 0):
-            return call, Layout.even(rows, samples)
-        return call, None
+    def _alone(self, operation: Operation, place: Place) -> Tensor:
+        """An operation without a rule: differentiated by itself, sample by sample."""
+        origins = list(operation.origins.values())
+        self._expect(origins)
+        out = _begun(operation.run())
+        dims = {id(t): d for t, d in zip(operation.tensors(), place.dims, strict=True) if d is not None}
 
-    def take(self, uses: Mapping[str, Use], keys: Mapping[str, Key]) -> None:
+        def hook(gradient: Tensor) -> None:
+            for origin in origins:
+                use = OneByOne(
+                    operation.function, operation.args, operation.kwargs, origin.tensor, dims, gradient, place.dim,
+                    len(self.batch),
+                )  # fmt: skip
+                self.take({"": use}, {"": origin})
+
+        out.register_hook(hook)
+        return out
+
+    def _expect(self, origins: Iterable[Origin]) -> None:
+        for o in origins:
+            if o.view is None:
+                self._behind.update(o.names)
+            else:
+                self._expected[o.names[0]][o.view.upright()] += 1
+
+    def take(self, uses: Mapping[str, Use | OneByOne], roles: Mapping[str, Origin]) -> None:
         """Square an operation's uses, or keep those of parameters that are used again."""
         for role, use in uses.items():
-            name = keys[role][0] if role in keys else None
-            if name is None or name in self.mode.uncovered or name in self.plan.fallback:
+            origin = roles.get(role)
+            if origin is None:
                 continue
-            if self.expected[name] == 1:
-                self._square(name, [use])
-            else:
-                self.uses[name].append(use)
+            if origin.view is None:
+                self._derived.append((origin, use))
+                continue
+            (name,), view = origin.names, origin.view
+            if name in self.uncovered or name in self.plan.fallback:
+                continue
+            once = self._expected[name][view.upright()] == 1 and name not in self._behind
+            if not (once and self._apart(name) and self._square(name, [(view, use)])):
+                self._parts[name].append((view, use))
 
-    def _square(self, name: str, uses: Sequence[Use]) -> None:
+    def _apart(self, name: str) -> bool:
+        """Whether the parts of a parameter that are in use have no element in common."""
+        views = sorted(self._expected[name], key=lambda v: v.offset)
+        return all(a.end() <= b.offset for a, b in itertools.pairwise(views))
+
+    def _square_kept(self) -> None:
+        parts = {n: p for n, p in self._parts.items() if n not in self.uncovered}
+        dense: dict[str, list[tuple[View, Use | OneByOne]]] = {
+            n: parts.get(n, []) for n in self._behind if n not in self.uncovered and n not in self.plan.fallback
+        }
+        for name in parts.keys() - dense.keys():
+            groups: defaultdict[View, list[tuple[View, Use | OneByOne]]] = defaultdict(list)
+            for view, use in parts[name]:
+                groups[view.upright()].append((view, use))
+            if not self._apart(name):
+                dense[name] = parts[name]
+                continue
+            left = [part for group in groups.values() if not self._square(name, group) for part in group]
+            if left:
+                dense[name] = left
+        if dense:
+            add_dense_squares(self.owner.totals, self.sums, dense, self._derived, self.mode.leaves, len(self.batch))
+
+    def _square(self, name: str, parts: Sequence[tuple[View, Use | OneByOne]]) -> bool:
+        """Square uses of the same elements of a parameter, if they have a compact form."""
+        view = parts[0][0].upright()
+        uses = [swapped(u) if v != view and isinstance(u, Outer) else u for v, u in parts]
+        if any(isinstance(u, OneByOne) or (v != view and not isinstance(u, Outer)) for v, u in parts):
+            return False
+        compact = [u for u in uses if not isinstance(u, OneByOne)]
+        vectors = sum(isinstance(u, Sums) for u in compact)
         totals = self.owner.totals
-        add_squares(None if totals.scores_only else totals[name], uses, self.sums.get(name))
+        total = None if totals.scores_only else view.within(totals[name])
+        if vectors not in (0, len(compact)):
+            return False
+        matrix = next((u for u in compact if isinstance(u, Outer)), None)
+        if matrix is not None and len(view.size) != 2:
+            if any(isinstance(u, Rows) for u in compact) or not view.is_contiguous():
+                return False
+            total = None if total is None else total.view(matrix.left.shape[1], matrix.right.shape[1])
+        add_squares(total, compact, self.sums.get(name))
+        return True
 
 
-@dataclass
-class _Kept:
-    """What the backward of an operation that treats each row alike needs."""
-
-    call: Call
-    rule: Rule
-    layout: Layout
-    keys: Mapping[str, Key]
-    capture: Capture
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        call, rule, layout = self.call, self.rule, self.layout
-        assert rule.input_gradient is not None
-        rows = as_rows(gradient)
-        kept = None if layout.rows is not None else rows_with_gradient(rows)
-        if kept is None:
-            self.capture.take(rule.uses(call, rows, layout), self.keys)
-            return rule.input_gradient(call, rows).view(call.x.shape)
-        self.capture.take(rule.uses(call, rows, layout.only(kept)), self.keys)
-        whole = rows.new_zeros(len(rows), call.x.shape[-1])
-        return whole.index_copy_(0, kept, rule.input_gradient(call, rows[kept])).view(call.x.shape)
+# Of a call's options: what its backward needs no more.
+_SPENT = ("x", "run")
 
 
-class _Alone(torch.autograd.Function):
-    """An operation whose rows are differentiated by us; it never forms a weight's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: _Kept) -> Tensor:
-        ctx.kept = kept
-        kept.call = replace(kept.call, x=x.detach())
-        return kept.rule.run(kept.call)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        kept, ctx.kept = ctx.kept, None  # free the input as soon as it has served
-        return kept.backward(*gradients), None
-
-
-def rows_with_gradient(rows: Tensor) -> Tensor | None:
-    """Numbers of the rows of [R, n] that are not all zero; None where these are most, or where to ask would cost more.
-
-    Padding has none, nor what only idle positions of the last layer depend on. Exact: a row is left out only if each of
-    its elements is zero.
-    """
-    if rows.device.type != "cpu":
-        return None
-    doubtful = (rows[:, 0] == 0).nonzero()[:, 0]
-    if len(doubtful) * 8 < len(rows):
-        return None
-    idle = doubtful[~rows[doubtful].any(1)]
-    return torch.ones(len(rows), dtype=torch.bool).index_fill_(0, idle, False).nonzero()[:, 0]
-
-
-@contextlib.contextmanager
-def head_at(
-    head: nn.Module | None, targets: Tensor, entered: Callable[[bool], None] = lambda inside: None
-) -> Iterator[None]:
-    """Within, `head` sees only the rows where `targets` [B, T] is true, and gives logits [M, V] for them."""
-    if head is None:
-        yield
-        return
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        entered(True)
-        return (args[0][targets], *args[1:])
-
-    def after(*_: Any) -> None:
-        entered(False)
-
-    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for h in handles:
-            h.remove()
+def _begun(out: Tensor) -> Tensor:
+    """`out`, or where it does not require a gradient the beginning of the graph."""
+    # A clone, since a leaf must not be changed in place.
+    return out if out.requires_grad else out.detach().requires_grad_().clone()
 
 
 @contextlib.contextmanager

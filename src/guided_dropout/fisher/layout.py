@@ -45,6 +45,14 @@ class Layout:
         rows = torch.cat([u.row_numbers(device) + s for u, s in zip(layouts, starts, strict=True)])
         return cls.of_owners(owners, layouts[0].num_samples, rows)
 
+    def finer(self, parts: int) -> Layout:
+        """The layout of rows each of which has been cut into so many, one after the other."""
+        if self.rows is None:
+            step = None if self.step is None else self.step * parts
+            return Layout(tuple(n * parts for n in self.offsets), step=step)
+        rows = (self.rows[:, None] * parts + torch.arange(parts, device=self.rows.device)).flatten()
+        return Layout(tuple(n * parts for n in self.offsets), rows)
+
     @property
     def num_samples(self) -> int:
         """B."""

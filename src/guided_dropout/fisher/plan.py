@@ -1,75 +1,239 @@
-"""Finding by running a model which of its operations are per sample, and proving it on the first samples."""
+"""Finding by running a model where its operations have the samples."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from guided_dropout.fisher.fast import BatchedSquares, Capture, Plan
-from guided_dropout.fisher.operations import Key, ParameterOperations
-from guided_dropout.fisher.rules import EMBEDDING, Call, Rule
-from guided_dropout.objectives import Objective, Sample
+from guided_dropout.fisher.dense import part_of
+from guided_dropout.fisher.fast import BatchedSquares, Capture
+from guided_dropout.fisher.operations import Key, Operation, ParameterOperations, replaced, tensors_of
+from guided_dropout.fisher.places import Place, Plan
+from guided_dropout.fisher.rules import EMBEDDING
+from guided_dropout.objectives import Batch, Objective, Sample
 
 # Where a shortcut does not suit a model, one of these comes up in its forward.
-_UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], sample: Sample) -> Plan:
-    """Find by running `model` on two and on three copies of a sample which operations are per sample.
+    """Find by running `model` on two and on three copies of a sample where each operation has the samples.
 
     Shortcuts (the head at target positions only; embeddings that the batch shares looked up per sample) are taken only
     where they leave the logits as they are.
     """
-    shapes: list[dict[Key, tuple[str, torch.Size]]] = []
-    for copies in (2, 3):
-        seen: dict[Key, tuple[str, torch.Size]] = {}
-
-        def visit(rule: Rule, call: Call, keys: dict[str, Key], seen: dict[Key, tuple[str, torch.Size]] = seen) -> None:
-            seen.update(dict.fromkeys(keys.values(), (rule.name, call.x.shape)))
-
-        batch = objective.collate(model, [sample] * copies)
-        mode = ParameterOperations({id(p): n for n, p in parameters.items()}, visit)
-        with torch.no_grad(), mode:
-            model(**batch.inputs)
-        shapes.append(seen)
-    layouts = {k: kind for k in shapes[0] if k in shapes[1] and (kind := _layout_kind(shapes[0][k], shapes[1][k]))}
-    unshared = {k: v for k, v in layouts.items() if v != "shared"}
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    for candidate in (Plan(layouts, head), Plan(unshared, head), Plan(layouts, None)):
-        candidate = _with_head_layout(candidate, model, parameters)
-        if _keeps_logits(model, objective, parameters, candidate, sample):
-            return candidate
-    return Plan(unshared, None)
+    plans = []
+    for share in (True, False):
+        places, in_head = _places(model, objective, parameters, sample, head, share=share)
+        plans.append(Plan(places, head, frozenset(in_head)))
+        if _keeps_logits(model, objective, parameters, plans[-1], sample):
+            return plans[-1]
+    shared, unshared = (replace(plan, head=None) for plan in plans)
+    return shared if _keeps_logits(model, objective, parameters, shared, sample) else unshared
 
 
-def _layout_kind(two: tuple[str, torch.Size], three: tuple[str, torch.Size]) -> str | None:
-    (rule, a), (_, b) = two, three
-    is_lookup = rule == EMBEDDING.name
-    if len(a) != len(b) or len(a) < (1 if is_lookup else 2):
+def _places(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    sample: Sample,
+    head: nn.Module | None,
+    *,
+    share: bool,
+) -> tuple[dict[Key, Place], set[Key]]:
+    """Where the operations have the samples, and which belong to the head."""
+    places: dict[Key, Place] = {}
+    in_head: set[Key] = set()
+    for padded in (False, True):  # which some models treat apart
+        runs: list[_Look] = []
+        for samples in ([sample] * 2, [sample] * 3, [sample, turned(sample), sample]):
+            look = _Look(model, share, runs[0].seen if runs else {}, len(samples))
+            batch = objective.collate(model, samples)
+            if padded:
+                batch = objective.collate(model, [*samples, _longer(sample)])
+                batch = Batch({k: v[:-1] for k, v in batch.inputs.items()}, batch.targets[:-1], batch.weights[:-1])
+            with look.watching(head), ParameterOperations(parameters, look):
+                model(**batch.inputs)
+            runs.append(look)
+        two, three, other = runs
+        for k in two.seen.keys() & three.seen.keys():
+            place = _place(two.seen[k], three.seen[k], other.seen.get(k))
+            known = places.setdefault(k, place)
+            if known != place:  # a mask that is there in padded batches only
+                places[k] = replace(place, unpadded=known)
+        in_head |= other.in_head
+    return places, in_head
+
+
+def turned(sample: Sample) -> dict[str, Tensor]:
+    """Another sample of the same form: its tokens in the opposite order."""
+    tensors = {k: torch.as_tensor(v) for k, v in sample.items()}
+    return {k: v.flip(0) if k in ("input_ids", "labels") else v for k, v in tensors.items()}
+
+
+def _longer(sample: Sample) -> dict[str, Tensor]:
+    """Another sample, one place longer."""
+    tensors = {k: torch.as_tensor(v) for k, v in sample.items()}
+    return {k: torch.cat([v, v[-1:]]) for k, v in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One operation in one run: its kind, the shapes of the rule's operand, of all its tensors and of its output."""
+
+    kind: str
+    name: str
+    has_rule: bool = False
+    repeats: Callable[[int], bool] = lambda dim: True
+    x: tuple[int, ...] = ()
+    tensors: tuple[tuple[int, ...], ...] = ()
+    out: tuple[int, ...] | None = None
+    separable: bool = False
+
+
+class _Look:
+    """Notes each operation on parameters of one run, and what in the run does not depend on the samples."""
+
+    def __init__(self, model: nn.Module, share: bool, two: Mapping[Key, _Seen], num_samples: int):
+        self.seen: dict[Key, _Seen] = {}
+        self.in_head: set[Key] = set()
+        self._share, self._two, self._num_samples = share, two, num_samples
+        self._inside = False
+        self._constants: Any = WeakTensorKeyDictionary()
+        for t in (*model.parameters(), *model.buffers()):
+            self._constants[t] = True
+
+    @contextlib.contextmanager
+    def watching(self, head: nn.Module | None) -> Iterator[None]:
+        """Within, note which operations are the head's."""
+
+        def entered(*_: Any) -> None:
+            self._inside = True
+
+        def left(*_: Any) -> None:
+            self._inside = False
+
+        pairs = [(head.register_forward_pre_hook(entered), head.register_forward_hook(left))] if head else []
+        try:
+            yield
+        finally:
+            for handle in (h for pair in pairs for h in pair):
+                handle.remove()
+
+    def is_constant(self, operation: Operation) -> bool:
+        others = [t for t in operation.tensors() if operation.origin_of(t) is None]
+        if not all(t in self._constants for t in others):
+            return False
+        call = operation.call
+        shared = operation.rule is EMBEDDING and call is not None and call.x.dim() in (1, 2)
+        if self._share and shared and call is not None and (call.x.dim() == 1 or call.x.shape[0] == 1):
+            return False
+        self.seen[operation.key] = _Seen("constant", operation.name)
+        return True
+
+    def visit(self, operation: Operation) -> Any:
+        tensors = tuple(t.shape for t in operation.tensors())  # before the operation, which may be in place
+        others = [t for t in operation.tensors() if operation.origin_of(t) is None]
+        constant = all(t in self._constants for t in others)
+        separable = not constant and self._is_separable(operation)
+        out = operation.run()
+        if not isinstance(out, Tensor):
+            self.seen[operation.key] = _Seen("several", operation.name)
+            return out
+        call = operation.call
+        self.seen[operation.key] = _Seen(
+            "shared" if constant else "samples",
+            operation.name,
+            call is not None,
+            (lambda dim: True) if call is None or operation.rule is None else operation.rule.repeats_along(call),
+            () if call is None else call.x.shape,
+            tensors,
+            out.shape,
+            separable,
+        )
+        if self._inside:
+            self.in_head.add(operation.key)
+        return out
+
+    def other(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+        constant = all(t in self._constants for t in tensors_of((args, kwargs)))
+        name = function.__name__
+        changed = tensors_of(args[:1]) if name == "__setitem__" or name.endswith("_") else []
+        for t in (*tensors_of(out), *changed):
+            if constant:
+                self._constants[t] = True
+            else:
+                self._constants.pop(t, None)
+
+    def _is_separable(self, operation: Operation) -> bool:
+        """Whether the operation on one sample's parts gives that sample's part of the output."""
+        two = self._two.get(operation.key)
+        tensors = operation.tensors()
+        if two is None or two.out is None or len(tensors) != len(two.tensors) or operation.name.strip("_") in _NOISY:
+            return False
+        if operation.name.endswith("_") and not operation.name.endswith("__"):
+            return False  # in place: its input is gone when it is differentiated
+        dims = [_batch_dim(a, t.shape) for a, t in zip(two.tensors, tensors, strict=True)]
+        by_id = {id(t): d for t, d in zip(tensors, dims, strict=True) if d is not None}
+        try:
+            whole = operation.run()
+            dim = _batch_dim(two.out, whole.shape)
+            if dim is None:
+                return False
+            for b in range(self._num_samples):
+                args, kwargs = replaced(
+                    (operation.args, operation.kwargs),
+                    lambda t, b=b: part_of(t, by_id[id(t)], b, self._num_samples) if id(t) in by_id else t,
+                )
+                own = operation.function(*args, **kwargs)
+                want = part_of(whole, dim, b, self._num_samples)
+                if own.shape != want.shape or not torch.allclose(own, want, rtol=1e-3, atol=1e-5):
+                    return False
+        except UNSUITED:
+            return False
+        return True
+
+
+# In place through an operator, or random.
+_NOISY = frozenset(["iadd", "isub", "imul", "itruediv", "setitem", "dropout", "bernoulli", "rand_like"])
+
+
+def _place(two: _Seen, three: _Seen, turned: _Seen | None) -> Place:
+    if two.kind == three.kind == "constant":
+        return Place("constant")
+    if two.kind == three.kind == "shared":
+        return Place("shared")
+    name = three.name
+    if two.kind != three.kind or three.kind != "samples" or two.out is None or three.out is None:
+        return Place("unknown", reason=f"no rule for {name}")
+    if turned is None or turned.tensors != three.tensors:
+        return Place("unknown", reason=f"rows of {name} unknown")  # how many a sample has depends on its tokens
+    dims = tuple(_batch_dim(a, b) for a, b in zip(two.tensors, three.tensors, strict=True))
+    if three.has_rule:
+        dim = _batch_dim(two.x, three.x)
+        if dim is not None and three.repeats(dim):
+            return Place("rows", dim, dims)
+    dim = _batch_dim(two.out, three.out)
+    if dim is None:
+        return Place("unknown", reason=f"shared by the batch in {name}")
+    if turned.separable:
+        return Place("alone", dim, dims)
+    return Place("unknown", reason=f"no rule for {name}")
+
+
+def _batch_dim(two: Sequence[int], three: Sequence[int]) -> int | None:
+    """The dimension that grows with the batch: its size with two and with three samples is 2 k and 3 k."""
+    if len(two) != len(three):
         return None
-    if a[0] == 2 and b[0] == 3:
-        return "batch"
-    if len(a) == 2 and not is_lookup and a[0] % 2 == 0 and a[0] // 2 * 3 == b[0]:
-        return "flat"
-    if is_lookup and a == b and (len(a) == 1 or (len(a) == 2 and a[0] == 1)):
-        return "shared"
-    return None
-
-
-def _with_head_layout(plan: Plan, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Plan:
-    """The head's own parameters get the head's layout in their last operation, which is the head's."""
-    if plan.head is None:
-        return plan
-    own = {id(p) for p in plan.head.parameters(recurse=False)}
-    layouts = dict(plan.layouts)
-    for name in (n for n, p in parameters.items() if id(p) in own):
-        uses = [k for k in layouts if k[0] == name]
-        if uses:
-            layouts[max(uses)] = "head"
-    return replace(plan, layouts=layouts)
+    grown = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+    return grown[0] if len(grown) == 1 and two[grown[0]] * 3 == three[grown[0]] * 2 else None
 
 
 def _keeps_logits(
@@ -81,7 +245,7 @@ def _keeps_logits(
     try:
         capture = Capture(BatchedSquares(model, objective, parameters, plan), batch)
         logits = capture.forward().detach()
-    except _UNSUITED:
+    except UNSUITED:
         return False
     logits = logits if plan.head is not None else batch.at_targets(logits)
     return logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)

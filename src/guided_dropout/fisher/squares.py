@@ -93,7 +93,7 @@ def _add_vector_squares(total: Tensor | None, uses: Sequence[Sums], sums: Tensor
     if total is not None:
         total += squares.sum(0)
     if sums is not None:
-        sums += squares.flatten(1).sum(1, dtype=sums.dtype)
+        sums += squares.reshape(len(squares), -1).sum(1, dtype=sums.dtype)
 
 
 def _concatenated(uses: Sequence[Outer]) -> Outer:
@@ -130,9 +130,14 @@ def _add_touched(
 
 def _touched_rows(uses: Sequence[Rows], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """(sample [K], row [K], gradient [K, d]) of the K (sample, row) pairs that the uses touch, by sample."""
-    ids = torch.cat([u.ids for u in uses])
+    ids = torch.cat([_listed(u, u.ids) for u in uses])
     owners = torch.cat([u.layout.owners(ids.device) for u in uses])
-    grads = torch.cat([u.grads for u in uses]).to(dtype)
+    grads = torch.cat([_listed(u, u.grads) for u in uses]).to(dtype)
     touched, where = torch.unique(ids + _MANY * owners, return_inverse=True)
     summed = grads.new_zeros(len(touched), grads.shape[1]).index_add_(0, where, grads)
     return touched // _MANY, touched % _MANY, summed
+
+
+def _listed(use: Rows, rows: Tensor) -> Tensor:
+    """In the order of the layout's list."""
+    return rows if use.layout.rows is None else rows[use.layout.rows]

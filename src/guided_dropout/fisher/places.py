@@ -1,0 +1,100 @@
+"""Where a model's operations have the samples of a batch, and which shortcuts it allows: what `plan` finds out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from guided_dropout.fisher.operations import Key, Operation
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the samples are in an operation.
+
+    Attributes:
+        kind: ``"rows"`` (along `dim` of the operand that the rule names), ``"shared"`` (an embedding looked up once for
+            the whole batch; it is looked up per sample instead), ``"head"`` (target positions only), ``"constant"``
+            (nowhere: it makes something of parameters alone), ``"alone"`` (no rule: along `dims` of its tensors and
+            along `dim` of its output) or ``"unknown"``.
+        reason: why it is unknown.
+        unpadded: the place in batches without padding, where that is another.
+    """
+
+    kind: str
+    dim: int = 0
+    dims: tuple[int | None, ...] = ()
+    reason: str = ""
+    unpadded: Place | None = None
+
+    def within(self, operation: Operation, num_samples: int) -> Place:
+        """The place in a batch: that of unpadded ones where the samples are not where they are in padded ones."""
+        if self.unpadded is None:
+            return self
+        sizes = [t.shape[d] for t, d in zip(operation.tensors(), self.dims, strict=False) if d is not None]
+        return self.unpadded if num_samples == 1 or any(n % num_samples for n in sizes) else self
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What running the model has shown about it.
+
+    Attributes:
+        places: where each operation has the samples.
+        head: the module that maps hidden states to the vocabulary, if it can be run at target positions only.
+        in_head: the operations inside of it.
+        fallback: parameters that always take the reference loop → why.
+        noise: parameters whose true gradient is zero; what is measured of them is rounding.
+    """
+
+    places: Mapping[Key, Place]
+    head: nn.Module | None
+    in_head: frozenset[Key] = frozenset()
+    fallback: Mapping[str, str] = field(default_factory=dict)
+    noise: frozenset[str] = frozenset()
+
+    def place(self, key: Key) -> Place:
+        """Where an operation has the samples.
+
+        One that a longer sample repeats more often than was seen has them where all those that were seen have.
+        """
+        if self.head is not None and key in self.in_head:
+            return Place("head")
+        return self.places.get(key) or self._usual.get(key[:2]) or Place("unknown")
+
+    @functools.cached_property
+    def _usual(self) -> dict[tuple[tuple[str, ...], str], Place]:
+        kinds: defaultdict[tuple[tuple[str, ...], str], set[Place]] = defaultdict(set)
+        for key, place in self.places.items():
+            kinds[key[:2]].add(place)
+        return {kind: next(iter(places)) for kind, places in kinds.items() if len(places) == 1}
+
+
+@contextlib.contextmanager
+def head_at(
+    head: nn.Module | None, targets: Tensor, entered: Callable[[bool], None] = lambda inside: None
+) -> Iterator[None]:
+    """Within, `head` sees only the rows where `targets` [B, T] is true, and gives logits [M, V] for them."""
+    if head is None:
+        yield
+        return
+
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        entered(True)
+        return (args[0][targets], *args[1:])
+
+    def after(*_: Any) -> None:
+        entered(False)
+
+    handles = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
