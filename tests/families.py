@@ -177,7 +177,7 @@ _FISHER_ONLY_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4},
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.1},
-    "longformer": {**_ENCODER, "attention_window": 16},
+    "longformer": {**_ENCODER, "attention_window": 8},
     "mt5": {**_OPTIONS["t5"], "num_decoder_layers": 2},
     "pegasus": _BART,
 }
@@ -185,6 +185,8 @@ _MASKED = {"bert", "roberta", "electra", "albert", "deberta-v2", "modernbert", "
 # XLNet predicts each token from the others, as a masked language model does, though it is loaded as a causal one.
 _UNSHIFTED = {*_MASKED, "xlnet"}
 _SEQ2SEQ = {"t5", "bart", "mt5", "pegasus"}
+# Their norms or softmax compute in float32 whatever the model is in.
+PARTLY_FLOAT32 = {"gemma", "gemma2", "longformer", "mamba", "mpt"}
 
 
 def objective_of(family: str) -> str:

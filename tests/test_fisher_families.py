@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, FISHER_ONLY, language_model, objective_of
+from families import FAMILIES, FISHER_ONLY, PARTLY_FLOAT32, language_model, objective_of
 from fisher_oracles import assert_exact, draw_samples, own_loss_oracle
 
 from guided_dropout import estimate_fisher
@@ -13,8 +13,6 @@ ALL = [*FAMILIES, *FISHER_ONLY]
 # Longformer's softmax is in float32: in float64, masks in rows that see nothing but padding overflow there, in the
 # model's own gradients too. With these lengths each row of its one window sees a token.
 LENGTHS = {"longformer": [9, 10, 11, 10, 9]}
-# Their norms or softmax compute in float32 whatever the model is in.
-PARTLY_FLOAT32 = {"gemma", "gemma2", "mpt", "mamba"}
 
 
 def samples_of(family):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import UNSUITED, make_plan, turned
-from guided_dropout.objectives import PER_SAMPLE, Objective, Sample, has_target
+from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample, has_target
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
@@ -31,25 +31,28 @@ def checked_plan(
     has no gradient but rounding noise (attention's key biases, which softmax does not see), and is named in the plan.
     """
     objective = replace(objective, labels="data")  # a label drawn on the edge may differ, and is not what is checked
-    few = [shortened(objective, s) for s in samples[:2]]
-    # Two that differ; without padding, which some models treat apart, and with it.
-    even = [few[0], turned(few[0])]
-    uneven = [few[-1], shortened(objective, turned(few[-1]))]
+    few = [shortened(objective, s) for s in (samples[0], samples[1 % len(samples)])]
+    # Some models treat batches with and without padding apart: one of each. With a target at each position, so that no
+    # row that is given to the wrong sample goes unseen.
+    full = [_with_all_targets(s) for s in (few[0], turned(few[0]))]
+    if len({len(s["input_ids"]) for s in few}) == 1:
+        full[1] = shortened(objective, full[1])
+    batches = (few, full)
     plan = make_plan(model, objective, parameters, few[0])
     problem = ""
     for tried in (plan, replace(plan, head=None)):  # logits that their own backward needs must not be overwritten
         plan, fast = tried, BatchedSquares(model, objective, parameters, tried)
         try:
-            for batch in (even, uneven):
+            for batch in batches:
                 fast.add(batch)
             break
         except UNSUITED as e:
             problem = f"the batched pass failed: {e}"
     else:
         return replace(plan, fallback=dict.fromkeys(parameters, problem))
-    alone = [_Gradients() for _ in even]
+    alone = [_Gradients() for _ in few]
     norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
-    for gradients, sample in zip((*alone, None, None), (*even, *uneven), strict=True):
+    for gradients, sample in zip((*alone, None, None), (*few, *full), strict=True):
 
         def compare(name: str, gradient: Tensor, gradients: _Gradients | None = gradients) -> None:
             total = fast.totals[name]
@@ -63,7 +66,7 @@ def checked_plan(
             batch = objective.collate(model, [sample])
             objective.losses(model(**batch.inputs).logits, batch).sum().backward()
     # Beside a longer sample these are padded, and their rounding takes another course.
-    noise = _noise(model, objective, parameters, [*even, samples[0]], alone)
+    noise = _noise(model, objective, parameters, [*few, max(samples[:2], key=lambda s: len(s["input_ids"]))], alone)
     tolerance = max(_TOLERANCE.get(p.dtype, _TOLERANCE_HALF) for p in parameters.values())
     floor = 1e-9 * max(norms.values())
     wrong = [
@@ -83,6 +86,13 @@ def shortened(objective: Objective, sample: Sample) -> Sample:
     cut = max(2, length - 3)
     short = {k: v[:cut] if hasattr(v, "__len__") and len(v) == length else v for k, v in sample.items()}
     return short if has_target(objective, short) else sample
+
+
+def _with_all_targets(sample: Sample) -> Sample:
+    labels = torch.as_tensor(sample["labels"])
+    if labels.dim() == 0:
+        return sample
+    return {**sample, "labels": labels.where(labels != IGNORE, labels.max())}
 
 
 class _Gradients:

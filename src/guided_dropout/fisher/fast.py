@@ -201,13 +201,15 @@ class Capture:
             return replace(call, x=x), Layout.even(x.numel(), samples)
         if place.kind != "rows" or x.dim() <= place.dim or x.shape[place.dim] % samples:
             return None
-        if not rule.by_rows:
+        if not rule.by_rows and not place.interleaved:
             return replace(call, batch_dim=place.dim), Layout.even(x.shape[place.dim], samples)
         leading = x.shape if is_lookup else x.shape[:-1]
-        if place.dim == 0:
+        if not rule.by_rows:
+            return None
+        if place.dim == 0 and not place.interleaved:
             return call, Layout.even(leading.numel(), samples)
-        step = leading[place.dim] // samples
-        grid = torch.arange(leading[place.dim], device=x.device).div(step, rounding_mode="floor")
+        grid = torch.arange(leading[place.dim], device=x.device)
+        grid = grid % samples if place.interleaved else grid // (leading[place.dim] // samples)
         grid = grid.view(-1, *[1] * (len(leading) - place.dim - 1)).expand(leading)
         return call, Layout.of_owners(grid.reshape(-1), samples)
 

@@ -23,6 +23,7 @@ class Place:
             the whole batch; it is looked up per sample instead), ``"head"`` (target positions only), ``"constant"``
             (nowhere: it makes something of parameters alone), ``"alone"`` (no rule: along `dims` of its tensors and
             along `dim` of its output) or ``"unknown"``.
+        interleaved: along `dim`, the samples take turns instead of following one another.
         reason: why it is unknown.
         unpadded: the place in batches without padding, where that is another.
     """
@@ -30,6 +31,7 @@ class Place:
     kind: str
     dim: int = 0
     dims: tuple[int | None, ...] = ()
+    interleaved: bool = False
     reason: str = ""
     unpadded: Place | None = None
 

@@ -51,9 +51,10 @@ def _places(
     """Where the operations have the samples, and which belong to the head."""
     places: dict[Key, Place] = {}
     in_head: set[Key] = set()
+    other_sample = _other(model, sample)
     for padded in (False, True):  # which some models treat apart
         runs: list[_Look] = []
-        for samples in ([sample] * 2, [sample] * 3, [sample, turned(sample), sample]):
+        for samples in ([sample] * 2, [sample] * 3, [sample, sample, other_sample]):
             look = _Look(model, share, runs[0].seen if runs else {}, len(samples))
             batch = objective.collate(model, samples)
             if padded:
@@ -78,6 +79,14 @@ def turned(sample: Sample) -> dict[str, Tensor]:
     return {k: v.flip(0) if k in ("input_ids", "labels") else v for k, v in tensors.items()}
 
 
+def _other(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
+    """Another sample of the same form, with other tokens."""
+    other, ids = turned(sample), torch.as_tensor(sample["input_ids"])
+    if torch.equal(other["input_ids"], ids):
+        other["input_ids"] = (ids + 1) % model.get_input_embeddings().weight.shape[0]  # pyright: ignore
+    return other
+
+
 def _longer(sample: Sample) -> dict[str, Tensor]:
     """Another sample, one place longer."""
     tensors = {k: torch.as_tensor(v) for k, v in sample.items()}
@@ -86,7 +95,18 @@ def _longer(sample: Sample) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One operation in one run: its kind, the shapes of the rule's operand, of all its tensors and of its output."""
+    """One operation in one run.
+
+    Attributes:
+        kind: ``"samples"``, ``"shared"``, ``"constant"`` or ``"several"`` (outputs).
+        name: what it is called.
+        has_rule: whether a rule covers it, which says in `repeats` along which dimensions the samples may lie.
+        x: shape of the rule's operand.
+        tensors: shapes of all tensors.
+        out: shape of the output.
+        separable: whether it can be run on each sample's part alone.
+        prints: [n] float64, a number for each index of the operand's dimension of samples.
+    """
 
     kind: str
     name: str
@@ -96,6 +116,7 @@ class _Seen:
     tensors: tuple[tuple[int, ...], ...] = ()
     out: tuple[int, ...] | None = None
     separable: bool = False
+    prints: Tensor | None = None
 
 
 class _Look:
@@ -143,6 +164,7 @@ class _Look:
         others = [t for t in operation.tensors() if operation.origin_of(t) is None]
         constant = all(t in self._constants for t in others)
         separable = not constant and self._is_separable(operation)
+        prints = self._prints(operation)
         out = operation.run()
         if not isinstance(out, Tensor):
             self.seen[operation.key] = _Seen("several", operation.name)
@@ -157,6 +179,7 @@ class _Look:
             tensors,
             out.shape,
             separable,
+            prints,
         )
         if self._inside:
             self.in_head.add(operation.key)
@@ -171,6 +194,17 @@ class _Look:
                 self._constants[t] = True
             else:
                 self._constants.pop(t, None)
+
+    def _prints(self, operation: Operation) -> Tensor | None:
+        two = self._two.get(operation.key)
+        if two is None or operation.call is None:
+            return None
+        x = operation.call.x
+        dim = _batch_dim(two.x, x.shape)
+        if dim is None:
+            return None
+        parts = x.detach().movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x[:, None].double()
+        return parts @ torch.arange(parts.shape[1], dtype=torch.float64, device=x.device).add(1).cos()
 
     def _is_separable(self, operation: Operation) -> bool:
         """Whether the operation on one sample's parts gives that sample's part of the output."""
@@ -205,7 +239,7 @@ class _Look:
 _NOISY = frozenset(["iadd", "isub", "imul", "itruediv", "setitem", "dropout", "bernoulli", "rand_like"])
 
 
-def _place(two: _Seen, three: _Seen, turned: _Seen | None) -> Place:
+def _place(two: _Seen, three: _Seen, other: _Seen | None) -> Place:
     if two.kind == three.kind == "constant":
         return Place("constant")
     if two.kind == three.kind == "shared":
@@ -213,19 +247,32 @@ def _place(two: _Seen, three: _Seen, turned: _Seen | None) -> Place:
     name = three.name
     if two.kind != three.kind or three.kind != "samples" or two.out is None or three.out is None:
         return Place("unknown", reason=f"no rule for {name}")
-    if turned is None or turned.tensors != three.tensors:
+    if other is None or other.tensors != three.tensors:
         return Place("unknown", reason=f"rows of {name} unknown")  # how many a sample has depends on its tokens
     dims = tuple(_batch_dim(a, b) for a, b in zip(two.tensors, three.tensors, strict=True))
     if three.has_rule:
         dim = _batch_dim(two.x, three.x)
         if dim is not None and three.repeats(dim):
-            return Place("rows", dim, dims)
+            for interleaved in (False, True):
+                if _in_order(three.prints, other.prints, interleaved=interleaved):
+                    return Place("rows", dim, dims, interleaved)
+            return Place("unknown", reason=f"rows of {name} are not in the samples' order")
     dim = _batch_dim(two.out, three.out)
     if dim is None:
         return Place("unknown", reason=f"shared by the batch in {name}")
-    if turned.separable:
+    if other.separable:
         return Place("alone", dim, dims)
     return Place("unknown", reason=f"no rule for {name}")
+
+
+def _in_order(three: Tensor | None, other: Tensor | None, *, interleaved: bool) -> bool:
+    """Whether at most the last of three samples' parts changed when that sample did."""
+    if three is None or other is None or three.shape != other.shape:
+        return False
+    numbers = torch.arange(len(three), device=three.device)
+    owners = numbers % 3 if interleaved else numbers // (len(three) // 3)
+    changed = (three - other).abs() > 1e-4 * three.abs() + 1e-5 * three.abs().max()
+    return not bool(changed[owners != 2].any())
 
 
 def _batch_dim(two: Sequence[int], three: Sequence[int]) -> int | None:
