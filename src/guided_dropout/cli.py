@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(schedule_app, name="schedule")
 
+PROFILE_HELP = "a folder that `fisher` wrote, or user/name on the hub"
 MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
@@ -72,6 +73,7 @@ def fisher(
     max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
     reduction: Annotated[str, typer.Option(help="A sample's loss: mean or sum over its targets.")] = "mean",
+    save_dtype: Annotated[str, typer.Option(help="Of the values on disk: float32, or bfloat16 for half.")] = "float32",
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
@@ -81,6 +83,7 @@ def fisher(
     from guided_dropout.models import load_lm, load_model, load_tokenizer
 
     check_output_folder(out, marker=profile.JSON_NAME)
+    profile.check_dtype(save_dtype)
     source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
     number = inputs.number_of_samples(samples)
     if (text is None) == (task is None) or (data is not None and task is None):
@@ -113,7 +116,7 @@ def fisher(
             progress=lambda done: update(done, None),
             facts={"source": model, **given.facts},
         )
-    folder = measured.save_pretrained(out)
+    folder = measured.save_pretrained(out, dtype=save_dtype)
     fallback = measured.coverage["fallback"]
     console.print(
         f"{measured.num_samples:,} samples ({measured.objective}), {measured.num_skipped} without a target skipped; "
@@ -124,9 +127,26 @@ def fisher(
 
 
 @app.command()
+def merge(
+    profiles: Annotated[list[str], typer.Argument(metavar="PROFILE...", help=f"Two or more: {PROFILE_HELP}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged profile.")],
+) -> None:
+    """Make one profile of several that were measured on different samples, each weighted by how many it saw."""
+    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.fisher import FisherProfile, profile
+    from guided_dropout.fisher import merge as run
+
+    check_output_folder(out, marker=profile.JSON_NAME)
+    merged = run(*map(FisherProfile.from_pretrained, profiles))
+    folder = merged.save_pretrained(out)
+    console.print(f"{merged.num_samples:,} samples" + ("" if merged.diagonal else ", tensor means only"))
+    console.print(folder)
+
+
+@app.command()
 def inspect(
     model: Model,
-    profile: Annotated[Path | None, typer.Option(help="Profile folder: adds each site's score.")] = None,
+    profile: Annotated[str | None, typer.Option(help=f"Adds each site's score: {PROFILE_HELP}.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="Schedule file: adds each site's rate in it.")] = None,
     grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parameters' names.")] = False,
@@ -149,6 +169,8 @@ def inspect(
     dead = trace(loaded).dead
     if dead:
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
+    if measured and measured.noise:
+        console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
 
 
 @app.command()
