@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -169,6 +170,30 @@ def test_a_classifier_is_measured_on_its_task(chain, command):
     assert "BertForSequenceClassification has 2 classes; stsb has 1: expected a model fine-tuned on the task" in err
 
 
+def test_profiles_are_merged_and_stored_smaller(chain, command):
+    line = "fisher model --text text.txt --samples 10 --max-length 12 --seed 2 --save-dtype bfloat16 --out half"
+    assert command(*line.split())[0] == 0
+    half = FisherProfile.from_pretrained(chain / "half")
+    assert {str(t.dtype) for t in half.diagonal.values()} == {"torch.bfloat16"}
+    code, out, err = command("merge", "profile", "half", "--out", "both")
+    assert code == 0, err
+    both, whole = (FisherProfile.from_pretrained(chain / name) for name in ("both", "profile"))
+    assert both.num_samples == half.num_samples + whole.num_samples
+    assert both.provenance["source"] == "model"
+    assert f"{both.num_samples} samples" in out
+    assert [part["seed"] for part in both.provenance["merged"]] == [1, 2]
+    assert command("schedule", "both", "--out", "both.json")[0] == 0
+
+
+def test_inspect_names_the_noise(chain, command):
+    profile = FisherProfile.from_pretrained(chain / "profile")
+    name = "bert.encoder.layer.0.attention.self.key.bias"
+    replace(profile, noise=[name]).save_pretrained(chain / "noisy")
+    code, out, _ = command("inspect", "model", "--profile", "noisy")
+    assert code == 0
+    assert f"rounding noise alone, left out of the scores: {name}" in " ".join(out.split())
+
+
 FISHER = "fisher model --text text.txt --max-length 12 --out new"
 FINETUNE = "finetune model --task cola --data glue --out new --arm guided --schedule schedule.json"
 
@@ -191,6 +216,10 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (f"{FISHER} --objective hope", "unknown objective 'hope'; expected one of auto"),
         (FISHER.replace("model", "./nobody"), "no folder './nobody'; expected"),
         (FISHER.replace("new", "/proc/new"), "cannot write /proc/new"),
+        (FISHER + " --save-dtype float16", "float16 cannot hold Fisher values"),
+        ("merge profile profile --out new", "profiles 1 and 2 were measured on the same"),
+        ("merge profile --out new", "1 profile to merge; expected two or more"),
+        ("schedule no/where --out new", "no folder no/where, and the hub says"),
         (FISHER.replace("new", "glue"), "glue holds other files and no profile.json"),
         ("schedule profile --upper 1.0 --out new", r"dropout rate of upper is 1.0; expected a number in [0, 1)"),
         ("schedule profile --upper 0.1 --lower 0.2 --out new", "lower rate 0.2 is above upper rate 0.1"),

@@ -7,6 +7,7 @@ file or the new one and nothing between.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -171,3 +172,16 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a safetensors file") from e
     except SafetensorError as e:
         raise ArtefactError(f"{path} is not a whole safetensors file ({e}); make it again") from e
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 digest of a file in hexadecimal, read in pieces.
+
+    Raises:
+        ArtefactError: no such file, or it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a file") from e

@@ -32,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(schedule_app, name="schedule")
 
+PROFILE_HELP = "a folder that `fisher` wrote, or user/name on the hub"
 MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -94,6 +95,13 @@ def fisher(
     parameters: Annotated[
         str, typer.Option(help="Which to measure: all, trainable, or base (none that an adapter has brought).")
     ] = "all",
+    save_dtype: Annotated[str, typer.Option(help="Of the values on disk: float32, or bfloat16 for half.")] = "float32",
+    scores_only: Annotated[
+        bool, typer.Option("--scores-only", help="Keep each tensor's mean alone: all a schedule needs, flat in memory.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")] = (
+        "float32"
+    ),
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
@@ -102,7 +110,7 @@ def fisher(
     from guided_dropout.fisher import estimate_fisher, profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
     from guided_dropout.fisher.processes import current_processes, leave_processes
-    from guided_dropout.models import check_placement, load_lm, load_model, load_tokenizer, to_device
+    from guided_dropout.models import DTYPES, check_placement, load_lm, load_model, load_tokenizer, to_device
 
     state = out.with_name(f"{out.name}.checkpoint")
     world = current_processes()
@@ -110,22 +118,24 @@ def fisher(
         check_placement(device, device_map, world.count)
         if world.is_main:
             check_output_folder(out, marker=profile.JSON_NAME)
+        profile.check_dtype(save_dtype)
         if resume is None:
             check_unused(state)
         if (text is None) == (task is None) or (data is not None and task is None):
             raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
         source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
+        precision = _choose("--dtype", dtype, DTYPES)
         number = inputs.number_of_samples(samples)
         if text is not None:
             limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
             lines = _open_text(text, limit)
-            loaded, tokenizer = load_lm(model, objective, device_map=device_map), load_tokenizer(model)
+            loaded, tokenizer = load_lm(model, objective, precision, device_map), load_tokenizer(model)
             with progress_bar("blocks of text", None, shown=world.is_main) as update:
                 given = inputs.text_inputs(
                     loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
                 )  # fmt: skip
         else:
-            loaded, tokenizer = load_model(model, device_map=device_map), load_tokenizer(model)
+            loaded, tokenizer = load_model(model, precision, device_map), load_tokenizer(model)
             given = inputs.task_inputs(
                 loaded, tokenizer, str(task), data, num_samples=number, max_length=max_length, seed=seed
             )  # fmt: skip
@@ -156,6 +166,7 @@ def fisher(
                 labels=source_of_labels,
                 parameters=parameters,
                 seed=seed,
+                scores_only=scores_only,
                 nonfinite="skip" if skip_nonfinite else "error",
                 checkpoint=state,
                 checkpoint_every=checkpoint_every,
@@ -174,7 +185,7 @@ def fisher(
             raise
     with world.together():
         if world.is_main:
-            folder = measured.save_pretrained(out)
+            folder = measured.save_pretrained(out, dtype=save_dtype)
             remove_checkpoint(state)
             _print_fisher(measured, folder)
     leave_processes()
@@ -211,9 +222,26 @@ class _Counted:
 
 
 @app.command()
+def merge(
+    profiles: Annotated[list[str], typer.Argument(metavar="PROFILE...", help=f"Two or more: {PROFILE_HELP}.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged profile.")],
+) -> None:
+    """Make one profile of several that were measured on different samples, each weighted by how many it saw."""
+    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.fisher import FisherProfile, profile
+    from guided_dropout.fisher import merge as run
+
+    check_output_folder(out, marker=profile.JSON_NAME)
+    merged = run(*map(FisherProfile.from_pretrained, profiles))
+    folder = merged.save_pretrained(out)
+    console.print(f"{merged.num_samples:,} samples" + ("" if merged.diagonal else ", tensor means only"))
+    console.print(folder)
+
+
+@app.command()
 def inspect(
     model: Model,
-    profile: Annotated[Path | None, typer.Option(help="Profile folder: adds each site's score.")] = None,
+    profile: Annotated[str | None, typer.Option(help=f"Adds each site's score: {PROFILE_HELP}.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="Schedule file: adds each site's rate in it.")] = None,
     grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parameters' names.")] = False,
@@ -236,6 +264,8 @@ def inspect(
     dead = trace(loaded).dead
     if dead:
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
+    if measured and measured.noise:
+        console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
 
 
 @app.command()
@@ -291,7 +321,7 @@ def _open_text(text: str, max_characters: int | None) -> Text:
     return Text(text, lambda: iter(demo_paragraphs()), max_characters)
 
 
-def _choose(option: str, given: str, meaning: Mapping[str, str]) -> str:
+def _choose(option: str, given: str, meaning: Mapping[str, Any]) -> Any:
     if given not in meaning:
         raise DataError(unknown(option, given, meaning))
     return meaning[given]

@@ -34,7 +34,9 @@ schedule_app = typer.Typer(
 @schedule_app.command()
 def make(
     out: Annotated[Path, typer.Option(help="Schedule file (JSON).")],
-    profile: Annotated[Path | None, typer.Argument(metavar="DIR", help="Profile folder that `fisher` wrote.")] = None,
+    profile: Annotated[
+        str | None, typer.Argument(metavar="PROFILE", help="A folder that `fisher` wrote, or user/name on the hub.")
+    ] = None,
     upper: Annotated[float, typer.Option(help="Rate of the least informative site.")] = 0.1,
     lower: Annotated[float, typer.Option(help="Rate of the most informative site.")] = 0.0,
     shape: Annotated[

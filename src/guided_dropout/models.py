@@ -39,6 +39,7 @@ from guided_dropout.errors import ModelError
 from guided_dropout.identity import backbone_prefix, in_head
 
 DEMO = "demo"
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
 _LM_CLASSES: dict[str, Any] = {
     "mlm": AutoModelForMaskedLM,

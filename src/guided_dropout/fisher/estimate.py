@@ -265,7 +265,7 @@ def _profile(
         model=model_identity(model),
         coverage=covered,
         noise=sorted(set().union(*noises)),
-        shapes={n: list(p.shape) for n, p in sums.parameters.items()},
+        shapes={n: tuple(p.shape) for n, p in sums.parameters.items()},
         provenance=provenance(
             dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in sums.parameters.values()})),
             device=devices.pop().type if len(devices) == 1 else ", ".join(sorted(map(str, devices))),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,26 @@ from guided_dropout.artefacts import (
     check_output_folder,
     read_json,
     read_tensors,
+    sha256_of,
     staged_folder,
     write_json,
     write_tensors,
     write_text,
 )
-from guided_dropout.errors import ArtefactError
+from guided_dropout.errors import ArtefactError, DataError, unknown
+from guided_dropout.fisher import hub
+from guided_dropout.fisher.card import card
+from guided_dropout.fisher.topk import Selection, select
 
 KIND = "fisher-profile"
-SCHEMA = 1
+SCHEMA = 2
 JSON_NAME = "profile.json"
 TENSORS_NAME = "fisher.safetensors"
+CARD_NAME = "README.md"
+_FILES = (JSON_NAME, TENSORS_NAME, CARD_NAME)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""On disk. bfloat16 has float32's range and 8 significant bits: each value is off by at most 0.4 %."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,10 @@ class FisherProfile:
     Eq. 3 of Sharma et al. (2024); :math:`\ell_i` is one sample's loss in nats, squares are taken per sample.
 
     Attributes:
-        diagonal: for each name of ``model.named_parameters()``, :math:`F` as a float32 tensor of the parameter's shape.
-            Tied parameters stand once, under the name that ``named_parameters`` gives, with the gradients of all their
-            uses summed before squaring.
-        tensor_means: for each name, the mean of its :math:`F` over its elements, summed in float64.
+        diagonal: for each name of ``model.named_parameters()``, :math:`F` as a float32 tensor of the parameter's shape
+            (bfloat16 where it was saved so). Tied parameters stand once, under the name that ``named_parameters``
+            gives, with the gradients of all their uses summed before squaring. Empty where only the means were kept.
+        tensor_means: for each name, the mean of its :math:`F` over its elements, in float64 whatever `diagonal` is.
         num_samples: N, the samples that had at least one target.
         num_skipped: samples without a target, which do not count.
         objective: ``"mlm"``, ``"causal"``, ``"seq2seq"``, ``"classification"`` or ``"regression"``.
@@ -45,6 +55,12 @@ class FisherProfile:
         coverage: ``{"fallback": [names], "parameters_by_rule": share}``: which parameters needed the slow loop.
         provenance: versions, machine, date, seed, text.
         labels: ``"data"`` for the empirical Fisher, ``"model"`` where they were drawn from the model's prediction.
+        shapes: name → the parameter's shape; taken from `diagonal` where that holds values, needed where it does not.
+        noise: names whose true gradient is zero, so that their values are rounding noise (attention's key biases under
+            softmax): they take no part in rankings and scores.
+
+    Raises:
+        ArtefactError: means without shapes, or noise that is none of the tensors.
     """
 
     diagonal: Mapping[str, torch.Tensor]
@@ -57,47 +73,168 @@ class FisherProfile:
     coverage: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     labels: str = "data"
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    noise: Sequence[str] = ()
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def __post_init__(self) -> None:
+        given = {name: t.shape for name, t in self.diagonal.items()} or self.shapes
+        shapes = {name: tuple(shape) for name, shape in given.items()}
+        object.__setattr__(self, "shapes", shapes)
+        object.__setattr__(self, "noise", tuple(self.noise))
+        if not self.diagonal and (odd := sorted({*shapes} ^ {*self.tensor_means})):
+            raise ArtefactError(
+                f"a profile without values per parameter whose shapes and tensor means differ in {odd[0]}; expected a "
+                "shape for each mean: give both"
+            )
+        if odd := [name for name in self.noise if name not in self.tensor_means]:
+            raise ArtefactError(f"the profile names {odd[0]} as noise but holds no such tensor; expected one it holds")
+
+    def topk(self, fraction: float, *, largest: bool = True) -> Selection:
+        """The parameters with the largest (or smallest) values, those of `noise` left out of the count.
+
+        Args:
+            fraction: share of the parameters, in [0, 1]; see `topk.select` for rounding and ties.
+            largest: the largest; otherwise the smallest.
+
+        Returns:
+            The selection; its masks cover all tensors, those of `noise` with no element chosen.
+
+        Raises:
+            DataError: a fraction outside [0, 1].
+            ArtefactError: the profile holds tensor means only, or a value that is no Fisher value.
+        """
+        return select(self.values("the largest parameters"), fraction, largest=largest, exclude=self.noise)
+
+    def values(self, what: str) -> Mapping[str, torch.Tensor]:
+        """`diagonal`, for a use that needs it.
+
+        Args:
+            what: the use, in the plural, for the message.
+
+        Raises:
+            ArtefactError: the profile holds tensor means only.
+        """
+        if not self.diagonal:
+            raise ArtefactError(
+                f"the profile of {self.title} holds tensor means only, no value per parameter; {what} need them: "
+                "estimate it again without --scores-only"
+            )
+        return self.diagonal
+
+    @property
+    def title(self) -> str:
+        """What to call the model."""
+        return self.model.get("name_or_path") or self.model.get("architecture") or "a model without a name"
+
+    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> Path:
         """Write `folder` (``fisher.safetensors``, ``profile.json``, ``README.md``), all or nothing; return its path.
+
+        Without values per parameter there is no ``fisher.safetensors``.
+
+        Args:
+            folder: where to; replaced as a whole if it holds a profile.
+            dtype: a key of `DTYPES` for the values per parameter; as they are if None. The tensor means are not
+                affected.
 
         Raises:
             ArtefactError: the folder cannot be written, or holds other things than a profile.
+            DataError: an unknown dtype.
         """
         folder = check_output_folder(folder, marker=JSON_NAME)
+        stored = self if dtype is None else self._as(check_dtype(dtype))
         with staged_folder(folder) as tmp:
-            write_tensors(tmp / TENSORS_NAME, self.diagonal, metadata={"format": "pt", "kind": KIND})
-            write_json(tmp / JSON_NAME, self._facts())
-            write_text(tmp / "README.md", self.card())
+            values = None
+            if stored.diagonal:
+                file = tmp / TENSORS_NAME
+                write_tensors(file, stored.diagonal, metadata={"format": "pt", "kind": KIND})
+                kinds = sorted({str(t.dtype).removeprefix("torch.") for t in stored.diagonal.values()})
+                values = {"file": TENSORS_NAME, "dtype": ", ".join(kinds), "sha256": sha256_of(file)}
+            write_json(tmp / JSON_NAME, stored._facts(values))
+            write_text(tmp / CARD_NAME, stored.card())
         return folder
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> FisherProfile:
-        """Read what `save_pretrained` wrote.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        verify: bool = True,
+    ) -> FisherProfile:
+        """Read what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            source: a folder; a string that is no folder but reads ``"user/name"`` is sought on the hub.
+            revision: branch, tag or commit on the hub.
+            token: for a private repository on the hub; by default the one that ``hf auth login`` stored.
+            verify: compare the file of values with its digest, which reads it once more.
 
         Raises:
-            ArtefactError: something is missing or damaged, or the tensors are not those that the JSON names.
+            ArtefactError: there is no such profile, something is missing or damaged, or the file of values is not the
+                one that the JSON describes.
         """
-        folder = Path(folder)
+        folder = Path(source)
+        if not folder.is_dir() and isinstance(source, str) and hub.is_repo_id(source):
+            folder = hub.download(source, files=_FILES, revision=revision, token=token)
         if not folder.is_dir():
             raise ArtefactError(
                 f"no folder {folder}; expected one that `guided-dropout fisher … --out {folder}` wrote: run that first"
             )
-        facts = read_json(folder / JSON_NAME, kind=KIND, schema=SCHEMA)
-        diagonal = read_tensors(folder / TENSORS_NAME)
-        shapes = facts.pop("shapes")
-        found = {name: list(t.shape) for name, t in diagonal.items()}
-        if found != shapes:
-            odd = sorted(n for n in {*found, *shapes} if found.get(n) != shapes.get(n))
-            raise ArtefactError(
-                f"{folder / TENSORS_NAME} does not belong to {JSON_NAME}: {odd[0]} is {found.get(odd[0], 'missing')}, "
-                f"expected {shapes.get(odd[0], 'nothing')}; estimate the profile again"
-            )
-        del facts["kind"], facts["schema"]
-        ordered = {name: diagonal[name] for name in shapes}
-        return cls(diagonal=ordered, **facts)
+        return cls._read(folder, verify)
 
-    def _facts(self) -> dict[str, Any]:
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload Fisher profile",
+        dtype: str | None = None,
+    ) -> str:
+        """Upload the profile to a model repository of the hub, which is made if there is none.
+
+        Args:
+            repo_id: ``"user/name"``.
+            private: make a new repository private; by default what the account's default is.
+            token: by default the one that ``hf auth login`` stored.
+            revision: branch; by default the main one.
+            commit_message: of the upload.
+            dtype: as for `save_pretrained`.
+
+        Returns:
+            The commit's address.
+
+        Raises:
+            ArtefactError: the hub cannot be reached or refuses.
+            DataError: an unknown dtype.
+        """
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = self.save_pretrained(Path(tmp) / "profile", dtype=dtype)
+            return hub.upload(
+                folder, repo_id, files=_FILES,
+                private=private, token=token, revision=revision, commit_message=commit_message,
+            )  # fmt: skip
+
+    def card(self) -> str:
+        """A README for people and the hub: what was measured, on what, and which tensors carry most."""
+        return card(self)
+
+    @classmethod
+    def _read(cls, folder: Path, verify: bool) -> FisherProfile:
+        facts = read_json(folder / JSON_NAME, kind=KIND, schema=SCHEMA)
+        names = [*cls.__dataclass_fields__.keys() - {"diagonal"}, "values"]
+        if missing := sorted(name for name in names if name not in facts):
+            raise ArtefactError(f"{folder / JSON_NAME} has no {missing[0]!r}; expected a whole {KIND}: make it again")
+        values = facts["values"]
+        diagonal = {} if values is None else _read_values(folder / TENSORS_NAME, facts["shapes"], values, verify)
+        return cls(diagonal=diagonal, **{name: facts[name] for name in names if name != "values"})
+
+    def _as(self, dtype: torch.dtype) -> FisherProfile:
+        return replace(self, diagonal={name: t.to(dtype) for name, t in self.diagonal.items()})
+
+    def _facts(self, values: Mapping[str, str] | None) -> dict[str, Any]:
         return {
             "kind": KIND,
             "schema": SCHEMA,
@@ -108,27 +245,45 @@ class FisherProfile:
             "num_skipped": self.num_skipped,
             "model": dict(self.model),
             "coverage": dict(self.coverage),
+            "noise": list(self.noise),
             "provenance": dict(self.provenance),
+            "values": values,
             "tensor_means": dict(self.tensor_means),
-            "shapes": {name: list(t.shape) for name, t in self.diagonal.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
         }
 
-    def card(self) -> str:
-        """A README for people: what was measured, on what, and which tensors carry most."""
-        total = {name: self.tensor_means[name] * t.numel() for name, t in self.diagonal.items()}
-        whole = sum(total.values()) or 1.0
-        top = sorted(total, key=lambda n: -total[n])[:10]
-        rows = "\n".join(f"| `{n}` | {self.tensor_means[n]:.3e} | {total[n] / whole:.1%} |" for n in top)
-        name = self.model.get("name_or_path") or self.model.get("architecture")
-        fallback = self.coverage.get("fallback", [])
-        kind = {"data": "empirical", "model": "sampled"}[self.labels]
-        return (
-            f"# Fisher profile of {name}\n\n"
-            f"Diagonal of the {kind} Fisher information of `{self.model.get('architecture')}` "
-            f"({self.model.get('num_parameters', 0):,} parameters): the mean over {self.num_samples:,} samples of each "
-            f"squared derivative of a sample's loss ({self.objective}, {self.reduction} over its targets). "
-            f"{self.num_skipped:,} samples without a target were skipped. Parameters that needed the per-sample loop: "
-            f"{', '.join(f'`{n}`' for n in fallback) or 'none'}.\n\n"
-            "Made by guided-dropout; read it with `FisherProfile.from_pretrained`.\n\n"
-            f"| the ten heaviest tensors | mean F | share of the total |\n|---|---|---|\n{rows}\n"
+
+def check_dtype(name: str) -> torch.dtype:
+    """The dtype to store values in.
+
+    Raises:
+        DataError: none of `DTYPES`.
+    """
+    if name == "float16":
+        raise DataError(
+            "dtype float16 cannot hold Fisher values: it has nothing below 6e-8, where most of them are; expected "
+            "float32, or bfloat16 for half the size"
         )
+    if name not in DTYPES:
+        raise DataError(unknown("dtype", name, DTYPES))
+    return DTYPES[name]
+
+
+def _read_values(
+    file: Path, shapes: Mapping[str, list[int]], facts: Mapping[str, str], verify: bool
+) -> dict[str, torch.Tensor]:
+    """The tensors, in the order of `shapes`, once they are known to be those that the JSON describes."""
+    diagonal = read_tensors(file)
+    found = {name: list(t.shape) for name, t in diagonal.items()}
+    if found != shapes:
+        odd = sorted(n for n in {*found, *shapes} if found.get(n) != shapes.get(n))
+        raise ArtefactError(
+            f"{file} does not belong to {JSON_NAME}: {odd[0]} is {found.get(odd[0], 'missing')}, "
+            f"expected {shapes.get(odd[0], 'nothing')}; estimate the profile again"
+        )
+    if verify and (digest := sha256_of(file)) != facts["sha256"]:
+        raise ArtefactError(
+            f"{file} is damaged or another profile's: its sha256 is {digest[:12]}…, expected {facts['sha256'][:12]}… "
+            f"by {JSON_NAME}: copy or download both files again, or estimate the profile again"
+        )
+    return {name: diagonal[name] for name in shapes}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class Spectrum:
             of the parameter.
         counts: for each bin, how many parameters lie in it or above it.
         sums: for each bin, the sum of the values in it or above it.
-        num_parameters: all parameters, those at exactly zero included.
+        num_parameters: all parameters, those at exactly zero included, those of the profile's `noise` left out.
         num_zeros: parameters at exactly zero, in no bin.
     """
 
@@ -47,10 +47,11 @@ def spectrum(profile: FisherProfile) -> Spectrum:
     """Bin the profile's diagonal: one pass for the range, one to count; memory does not grow with the model.
 
     Raises:
-        ArtefactError: the profile holds no value above zero.
+        ArtefactError: the profile holds tensor means only, or no value above zero.
     """
-    size = sum(t.numel() for t in profile.diagonal.values())
-    extremes = [(x.min(), x.max()) for x in _positive_chunks(profile)]
+    tensors = [t for name, t in profile.values("the sorted values").items() if name not in profile.noise]
+    size = sum(t.numel() for t in tensors)
+    extremes = [(x.min(), x.max()) for x in _positive_chunks(tensors)]
     if not extremes:
         raise ArtefactError(
             f"the profile has no Fisher value above zero among {size:,}; expected some: estimate it again on text that "
@@ -60,7 +61,7 @@ def spectrum(profile: FisherProfile) -> Spectrum:
     width = max((np.log(max(b for _, b in extremes)) - low) / _BINS, np.finfo(np.float64).tiny)
     counts = np.zeros(_BINS, dtype=np.int64)
     sums = np.zeros(_BINS)
-    for x in _positive_chunks(profile):
+    for x in _positive_chunks(tensors):
         bins = np.minimum((np.log(x) - low) / width, _BINS - 1).astype(np.int64)
         counts += np.bincount(bins, minlength=_BINS)
         sums += np.bincount(bins, weights=x, minlength=_BINS)
@@ -74,8 +75,8 @@ def spectrum(profile: FisherProfile) -> Spectrum:
     )
 
 
-def _positive_chunks(profile: FisherProfile) -> Iterator[npt.NDArray[np.float64]]:
-    for tensor in profile.diagonal.values():
+def _positive_chunks(tensors: Iterable[torch.Tensor]) -> Iterator[npt.NDArray[np.float64]]:
+    for tensor in tensors:
         for chunk in tensor.detach().flatten().split(_CHUNK):
             x = chunk.to("cpu", torch.float64).numpy()
             positive = x[x > 0]

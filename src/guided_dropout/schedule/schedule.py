@@ -270,7 +270,7 @@ def _model_facts(model: nn.Module, sites: list[DropoutSite], grouping: str) -> d
 def _profile_facts(profile: FisherProfile) -> dict[str, Any]:
     """Which profile: a digest of its tensors' means, and what a person knows it by."""
     return {
-        "digest": digest({"means": dict(profile.tensor_means), "noise": list(getattr(profile, "noise", ()))}),
+        "digest": digest({"means": dict(profile.tensor_means), "noise": list(profile.noise)}),
         "objective": profile.objective,
         "reduction": profile.reduction,
         "num_samples": profile.num_samples,

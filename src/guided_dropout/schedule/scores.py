@@ -163,8 +163,7 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
             "estimate a profile of this model"
         )
     prefix = profile.model.get("backbone_prefix", "")
-    held = getattr(profile, "shapes", None) or {name: f.shape for name, f in profile.diagonal.items()}
-    shapes = {name.removeprefix(prefix): tuple(shape) for name, shape in held.items()}
+    shapes = {name.removeprefix(prefix): shape for name, shape in profile.shapes.items()}
     sizes = {}
     for name, parameter in model.named_parameters():
         name = backbone_name(model, name)
@@ -179,7 +178,7 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
         means={name.removeprefix(prefix): mean for name, mean in profile.tensor_means.items()},
         sizes=sizes,
         values=values.__getitem__ if len(values) == len(profile.tensor_means) else None,
-        noise=frozenset(name.removeprefix(prefix) for name in getattr(profile, "noise", ())),
+        noise=frozenset(name.removeprefix(prefix) for name in profile.noise),
     )
 
 

@@ -1,0 +1,116 @@
+r"""Several measurements of one model as one profile, :math:`F = \sum_k N_k F^{(k)} / \sum_k N_k`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from guided_dropout.errors import ArtefactError
+from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.provenance import provenance
+
+_SAME = 1e-4  # a batch size moves a mean by 1e-6 of it, other samples by far more
+
+
+def merge(*profiles: FisherProfile) -> FisherProfile:
+    """The profile over the samples of all `profiles`, each weighted by its number of samples.
+
+    The samples must not overlap: one that stands in two of them counts twice. The tensor means are those of one
+    measurement over all samples, to rounding in float64; the values per parameter to that of their dtype.
+
+    Args:
+        profiles: two or more, of the same model, objective, reduction and labels.
+
+    Returns:
+        A profile with values per parameter if each has them, otherwise with tensor means only. Noise is what is noise
+        in each. ``provenance["merged"]`` lists where each part came from; what all of them share stands above it.
+
+    Raises:
+        ArtefactError: fewer than two, or two that do not belong together or were measured on the same samples.
+    """
+    if len(profiles) < 2:
+        raise ArtefactError(f"{len(profiles)} profile to merge; expected two or more: name another")
+    first = profiles[0]
+    for k, other in enumerate(profiles[1:], 2):
+        _check_same_measurement(first, other, k)
+    for k, other in enumerate(profiles):
+        for j, earlier in enumerate(profiles[:k]):
+            _check_other_samples(earlier, other, j + 1, k + 1)
+    total = sum(p.num_samples for p in profiles)
+    whole = all(p.diagonal for p in profiles)
+    fallback = sorted({name for p in profiles for name in p.coverage.get("fallback", [])})
+    sizes = {name: math.prod(shape) for name, shape in first.shapes.items()}
+    slow = sum(sizes[name] for name in fallback)
+    return FisherProfile(
+        diagonal={name: _weighted(profiles, name, total) for name in first.diagonal} if whole else {},
+        tensor_means={
+            name: math.fsum(p.num_samples * p.tensor_means[name] for p in profiles) / total
+            for name in first.tensor_means
+        },
+        num_samples=total,
+        num_skipped=sum(p.num_skipped for p in profiles),
+        objective=first.objective,
+        reduction=first.reduction,
+        model=first.model,
+        coverage={"fallback": fallback, "parameters_by_rule": 1 - slow / sum(sizes.values())},
+        provenance=_provenance(profiles),
+        labels=first.labels,
+        shapes=first.shapes,
+        noise=[name for name in first.noise if all(name in p.noise for p in profiles)],
+    )
+
+
+def _weighted(profiles: Sequence[FisherProfile], name: str, total: int) -> torch.Tensor:
+    tensors = [p.diagonal[name] for p in profiles]
+    result = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for p, t in zip(profiles, tensors, strict=True):
+        result.add_(t.to(result), alpha=p.num_samples / total)
+    dtype = tensors[0].dtype
+    for t in tensors[1:]:
+        dtype = torch.promote_types(dtype, t.dtype)
+    return result.to(dtype)
+
+
+def _check_same_measurement(a: FisherProfile, b: FisherProfile, number: int) -> None:
+    facts: list[tuple[str, Any, Any]] = [
+        (what, getattr(a, what), getattr(b, what)) for what in ("objective", "reduction", "labels")
+    ]
+    facts += [(f"the model's {key}", a.model.get(key), b.model.get(key)) for key in {**a.model, **b.model}]
+    facts += [
+        (f"the shape of {name}", a.shapes.get(name, "missing"), b.shapes.get(name, "missing"))
+        for name in {**a.shapes, **b.shapes}
+    ]
+    for what, left, right in facts:
+        if left != right:
+            raise ArtefactError(
+                f"profiles that do not belong together: {what} is {left!r} in profile 1, {right!r} in profile "
+                f"{number}; expected the same in each: merge profiles of one model, measured in one way"
+            )
+
+
+def _check_other_samples(a: FisherProfile, b: FisherProfile, first: int, second: int) -> None:
+    same = a.num_samples == b.num_samples and all(
+        math.isclose(mean, b.tensor_means[name], rel_tol=_SAME)
+        for name, mean in a.tensor_means.items()
+        if name not in a.noise
+    )
+    if same:
+        raise ArtefactError(
+            f"profiles {first} and {second} were measured on the same {a.num_samples:,} samples: their tensor means "
+            "agree; expected samples that do not overlap: measure on other text or with another --seed"
+        )
+
+
+def _provenance(profiles: Sequence[FisherProfile]) -> dict[str, Any]:
+    first, *others = (p.provenance for p in profiles)
+    shared = {key: v for key, v in first.items() if all(key in o and o[key] == v for o in others) and key != "merged"}
+    parts = [part for p in profiles for part in p.provenance.get("merged", [_part(p)])]
+    return {**shared, **provenance(), "merged": parts}
+
+
+def _part(profile: FisherProfile) -> dict[str, Any]:
+    counted = {"num_samples": profile.num_samples, "num_skipped": profile.num_skipped}
+    return {**counted, "coverage": dict(profile.coverage), **profile.provenance}

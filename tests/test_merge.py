@@ -1,0 +1,115 @@
+"""A merged profile is the one that all samples together would have given."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import VOCAB, language_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_profile import NAMES, assert_same, profile
+
+from guided_dropout import FisherProfile, estimate_fisher
+from guided_dropout.errors import ArtefactError
+from guided_dropout.fisher import merge
+
+
+@given(
+    seed=st.integers(0, 99),
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=5),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+)
+@settings(max_examples=30, deadline=None)
+def test_merged_is_the_profile_over_the_union(seed, sizes, scale):
+    generator = torch.Generator().manual_seed(seed)
+    squares = [
+        {n: scale * torch.randn(size, *shape, generator=generator).double() ** 2 for n, shape in NAMES.items()}
+        for size in sizes
+    ]
+
+    def measured(squares):
+        size = len(squares["a.bias"])
+        diagonal = {n: s.mean(0) for n, s in squares.items()}
+        means = {n: d.mean().item() for n, d in diagonal.items()}
+        return profile(diagonal=diagonal, tensor_means=means, num_samples=size, num_skipped=1)
+
+    merged = merge(*map(measured, squares))
+    whole = measured({n: torch.cat([s[n] for s in squares]) for n in NAMES})
+    assert merged.num_samples == whole.num_samples
+    assert merged.num_skipped == len(sizes)
+    assert merged.tensor_means == pytest.approx(whole.tensor_means, rel=1e-12, abs=0)
+    for name, values in whole.diagonal.items():
+        torch.testing.assert_close(merged.diagonal[name], values, rtol=1e-12, atol=0)
+
+
+def test_merging_two_measurements_of_a_model():
+    model = language_model("bert").double()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, VOCAB, (7, 9), generator=generator).tolist()
+    samples = [{"input_ids": row, "labels": [*row[:4], *[-100] * 5]} for row in ids]
+    parts = [estimate_fisher(model, part, batch_size=2) for part in (samples[:2], samples[2:])]
+    merged, whole = merge(*parts), estimate_fisher(model, samples)
+    assert merged.tensor_means == pytest.approx(whole.tensor_means, rel=1e-12, abs=1e-20)
+    for name, values in whole.diagonal.items():
+        assert merged.diagonal[name].dtype == torch.float32
+        torch.testing.assert_close(merged.diagonal[name], values, rtol=2e-7, atol=1e-20)
+
+
+def test_merging_one_without_values_has_means_only():
+    merged = merge(profile(), replace(profile(1), diagonal={}))
+    assert merged.diagonal == {}
+    assert merged.tensor_means == merge(profile(), profile(1)).tensor_means
+
+
+def test_merged_keeps_what_is_shared_and_where_each_part_came_from(tmp_path):
+    merged = merge(merge(profile(0), profile(1)), profile(2))
+    assert merged.provenance["text"] == "t.txt"
+    assert "seed" not in merged.provenance
+    parts = merged.provenance["merged"]
+    assert [(p["seed"], p["num_samples"], p["num_skipped"]) for p in parts] == [(0, 7, 0), (1, 8, 1), (2, 9, 2)]
+    assert_same(FisherProfile.from_pretrained(merged.save_pretrained(tmp_path / "m")), merged)
+    assert "Merged from 3 measurements." in merged.card()
+
+
+def test_noise_is_what_is_noise_in_each_and_fallback_in_any():
+    slow = {"fallback": ["b.weight"], "parameters_by_rule": 8 / 13}
+    a = profile(noise=["a.bias", "b.weight"], coverage=slow)
+    merged = merge(a, profile(1, noise=["a.bias"], coverage={"nonfinite": [4]}))
+    assert merged.noise == ("a.bias",)
+    assert merged.coverage == {"fallback": ["b.weight"], "parameters_by_rule": pytest.approx(8 / 13)}
+    assert [part["coverage"] for part in merged.provenance["merged"]] == [slow, {"nonfinite": [4]}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "causal"}, "objective is 'mlm' in profile 1, 'causal' in profile 3"),
+        ({"reduction": "sum"}, "reduction is 'mean' in profile 1, 'sum' in profile 3"),
+        ({"labels": "model"}, "labels is 'data' in profile 1, 'model' in profile 3"),
+        (
+            {"model": {"architecture": "Toy", "name_or_path": "x/y"}},
+            "name_or_path is 'someone/toy' in .*, 'x/y' in",
+        ),
+        (
+            {"diagonal": {}, "shapes": {**NAMES, "b.weight": (6,)}},
+            r"shape of b\.weight is \(5,\) in profile 1, \(6,\) in profile 3",
+        ),
+    ],
+)
+def test_refuses_what_does_not_belong_together(changes, message):
+    with pytest.raises(ArtefactError, match=message):
+        merge(profile(), profile(1), profile(2, **changes))
+
+
+def test_refuses_missing_tensors_the_same_samples_and_a_single_profile():
+    less = profile(1, diagonal={}, shapes={"a.bias": (2,)}, tensor_means={"a.bias": 1.0})
+    with pytest.raises(ArtefactError, match=r"shape of a\.weight is \(3, 2\) in profile 1, 'missing' in profile 2"):
+        merge(profile(), less)
+    rounded = {n: m * (1 + 1e-6) for n, m in profile().tensor_means.items()}
+    with pytest.raises(ArtefactError, match=r"profiles 1 and 3 were measured on the same 7 samples.*another --seed"):
+        merge(profile(), profile(1), profile(tensor_means=rounded))
+    noisier = {**rounded, "a.bias": 0.0}
+    with pytest.raises(ArtefactError, match=r"profiles 1 and 2 were measured on the same"):
+        merge(profile(noise=["a.bias"]), profile(tensor_means=noisier, noise=["a.bias"]))
+    with pytest.raises(ArtefactError, match="1 profile to merge; expected two or more"):
+        merge(profile())
