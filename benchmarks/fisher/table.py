@@ -1,0 +1,87 @@
+"""The methods by name; one that this version lacks, or whose library is missing, is recorded as skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+
+from benchmarks.fisher import methods, peers
+from benchmarks.fisher.cases import ALL, CORE, LIBRARIES, Case
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    Attributes:
+        name: in file names and on the command line.
+        label: in the summary.
+        make: the method.
+        level: cases of this level and above are measured with it.
+        alone: timed in a process of its own beside the floors, because it wraps much or holds much.
+        package: the library's name on PyPI.
+        note: what a reader has to know.
+    """
+
+    name: str
+    label: str
+    make: type[methods.Method]
+    level: int = CORE
+    alone: bool = False
+    package: str | None = None
+    note: str = ""
+
+
+def _with(make: type[methods.Method], **options: Any) -> type[methods.Method]:
+    return type(make.__name__, (make,), {"options": options, "__doc__": make.__doc__})
+
+
+_BATCHED, _ESTIMATE = methods.Batched, methods.Estimate
+_SCORES = {"scores_only": True}
+_BF16 = {"dtype": torch.bfloat16}
+_WHOLE = "one call over four batches: plan, its check and the profile included"
+_LAST_USE = "covers linear layers and embeddings; of a tied table the last use only"
+FLOORS = ("floor-a", "floor-b")
+
+ENTRIES = (
+    Entry("floor-a", "floor A: plain forward + backward", methods.PlainBackward),
+    Entry("floor-b", "floor B: head at targets only", methods.TargetBackward),
+    Entry("batched", "**guided-dropout**, warm", _BATCHED),
+    Entry("batched-scores", "**guided-dropout**, warm, scores only", _with(_BATCHED, **_SCORES)),
+    Entry("batched-bf16", "**guided-dropout**, warm, bfloat16", _with(_BATCHED, **_BF16)),
+    Entry("batched-scores-bf16", "**guided-dropout**, warm, scores, bfloat16", _with(_BATCHED, **_SCORES, **_BF16)),
+    Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, LIBRARIES, alone=True,
+          note=_WHOLE),
+    Entry("estimate-scores", "**guided-dropout**, `estimate_fisher`, scores only", _with(_ESTIMATE, **_SCORES),
+          LIBRARIES, alone=True, note=_WHOLE),
+    Entry("loop", "one sample at a time", methods.Loop, LIBRARIES),
+    Entry("published", "the paper's scripts' way", methods.Published, LIBRARIES, alone=True,
+          note="a chunk is the batch here, not 100 samples: the same work per sample, a fraction of the memory"),
+    Entry("vmap", "`torch.func.vmap(grad)`", methods.Vmap, LIBRARIES),
+    Entry("vmap-in-twos", "`torch.func.vmap(grad)`, chunks of 2", methods.VmapInTwos, LIBRARIES),
+    Entry("opacus", "Opacus", peers.Opacus, LIBRARIES, alone=True, package="opacus"),
+    Entry("kronfluence", "Kronfluence, diagonal", peers.Kronfluence, ALL, alone=True, package="kronfluence",
+          note="covers linear layers only; a tied table without its look-ups"),
+    Entry("asdl", "ASDL, diagonal", peers.Asdl, ALL, alone=True, package="asdfghjkl",
+          note="squares per token, not per sample"),
+    Entry("backpack", "BackPACK, SumGradSquared", peers.BackPack, ALL, alone=True, package="backpack-for-pytorch",
+          note=_LAST_USE),
+    Entry("backpack-batchgrad", "BackPACK, BatchGrad", peers.BackPackBatchGrad, ALL, alone=True,
+          package="backpack-for-pytorch", note=_LAST_USE),
+)  # fmt: skip
+
+
+def find_entries(case: Case, patterns: list[str] | None = None) -> list[Entry]:
+    """What `case` is measured with: by its level, or whatever matches one of the shell patterns."""
+    if patterns is None:
+        return [e for e in ENTRIES if e.level <= case.level]
+    return [e for e in ENTRIES if any(fnmatch(e.name, p) for p in patterns)]
+
+
+def entry(name: str) -> Entry:
+    """The entry of that name."""
+    (found,) = (e for e in ENTRIES if e.name == name)
+    return found
