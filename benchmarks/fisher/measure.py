@@ -125,6 +125,7 @@ def time_methods(
             "ratio_to_floor_a": _spread(ratios["floor-a"]) if "floor-a" in ratios else None,
             "ratio_to_floor_b": _spread(ratios["floor-b"]) if "floor-b" in ratios else None,
             "rounds": len(values),
+            **ready[name].facts(),
             "beside": [n for n in times if n != name],
         }
     return {e.name: results[e.name] for e in entries}
@@ -217,6 +218,7 @@ def work(job: dict[str, Any], out: Path, log: Path) -> None:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     warnings.simplefilter("ignore")
+    os.environ.update(job["environment"])
     case, folder, truth = Case(**job["case"]), job["folder"], job["oracle"]
     entries = [entry(name) for name in job["methods"]]
     if job["threads"]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from benchmarks.fisher.cases import Sample
 from guided_dropout import estimate_fisher
 from guided_dropout.fisher.fast import BatchedSquares
+from guided_dropout.fisher.kernels import backend
 from guided_dropout.fisher.plan import checked_plan
 from guided_dropout.objectives import IGNORE, Batch, Objective
 
@@ -53,6 +54,10 @@ class Method(ABC):
     def fisher(self) -> Mapping[str, Tensor] | None:
         """Name → mean of the squares over the samples so far, or their sum over the elements; None for a floor."""
         return {n: t / self.seen for n, t in self.sums.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the timing has to know."""
+        return {}
 
     def add(self, parameter: Tensor, squares: Tensor) -> None:
         """Add the sum of squares of some samples to a parameter's."""
@@ -109,11 +114,12 @@ class Batched(Method):
     """This project, batch after batch; the plan is made in `prepare`."""
 
     options: Mapping[str, Any] = {}
+    dtype = torch.float32
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Find what is per sample, and check it."""
         _require(BatchedSquares, self.options)
-        self.model.requires_grad_(False)
+        self.model.requires_grad_(False).to(self.dtype)
         parameters = dict(self.model.named_parameters())
         plan = checked_plan(self.model, self.objective, parameters, samples)
         self.squares = BatchedSquares(self.model, self.objective, parameters, plan, **self.options)
@@ -126,6 +132,10 @@ class Batched(Method):
     def fisher(self) -> Mapping[str, Tensor]:
         """Of each parameter, or its sum (scores only)."""
         return {n: self.squares.totals.total(n) / self.seen for n in self.squares.parameters}
+
+    def facts(self) -> dict[str, Any]:
+        """The kernel, and the parameters that took the loop."""
+        return {"kernel": backend(self.model.device, self.dtype), "fallback": sorted(self.squares.fallback)}
 
 
 class Estimate(Method):
@@ -149,6 +159,10 @@ class Estimate(Method):
             return self.profile.diagonal
         sizes = {n: p.numel() for n, p in self.model.named_parameters()}
         return {n: torch.tensor(m * sizes[n]) for n, m in self.profile.tensor_means.items()}
+
+    def facts(self) -> dict[str, Any]:
+        """The parameters that took the loop."""
+        return {"fallback": self.profile.coverage["fallback"]}
 
 
 def _require(function: Any, options: Mapping[str, Any]) -> None:

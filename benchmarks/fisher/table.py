@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
@@ -24,6 +25,7 @@ class Entry:
         alone: timed in a process of its own beside the floors, because it wraps much or holds much.
         package: the library's name on PyPI.
         note: what a reader has to know.
+        environment: variables of its process.
     """
 
     name: str
@@ -33,15 +35,16 @@ class Entry:
     alone: bool = False
     package: str | None = None
     note: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def _with(make: type[methods.Method], **options: Any) -> type[methods.Method]:
-    return type(make.__name__, (make,), {"options": options, "__doc__": make.__doc__})
+def _with(make: type[methods.Method], **attributes: Any) -> type[methods.Method]:
+    return type(make.__name__, (make,), {"__doc__": make.__doc__, **attributes})
 
 
 _BATCHED, _ESTIMATE = methods.Batched, methods.Estimate
 _SCORES = {"scores_only": True}
-_BF16 = {"dtype": torch.bfloat16}
+_BF16 = torch.bfloat16
 _WHOLE = "one call over four batches: plan, its check and the profile included"
 _LAST_USE = "covers linear layers and embeddings; of a tied table the last use only"
 FLOORS = ("floor-a", "floor-b")
@@ -50,13 +53,17 @@ ENTRIES = (
     Entry("floor-a", "floor A: plain forward + backward", methods.PlainBackward),
     Entry("floor-b", "floor B: head at targets only", methods.TargetBackward),
     Entry("batched", "**guided-dropout**, warm", _BATCHED),
-    Entry("batched-scores", "**guided-dropout**, warm, scores only", _with(_BATCHED, **_SCORES)),
-    Entry("batched-bf16", "**guided-dropout**, warm, bfloat16", _with(_BATCHED, **_BF16)),
-    Entry("batched-scores-bf16", "**guided-dropout**, warm, scores, bfloat16", _with(_BATCHED, **_SCORES, **_BF16)),
-    Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, LIBRARIES, alone=True,
-          note=_WHOLE),
-    Entry("estimate-scores", "**guided-dropout**, `estimate_fisher`, scores only", _with(_ESTIMATE, **_SCORES),
+    Entry("batched-scores", "**guided-dropout**, warm, scores only", _with(_BATCHED, options=_SCORES)),
+    Entry("batched-bf16", "**guided-dropout**, warm, bfloat16", _with(_BATCHED, dtype=_BF16)),
+    Entry("batched-scores-bf16", "**guided-dropout**, warm, scores, bfloat16",
+          _with(_BATCHED, options=_SCORES, dtype=_BF16)),
+    Entry("batched-torch", "**guided-dropout**, warm, no C compiler", _BATCHED, LIBRARIES, alone=True,
+          environment={"GUIDED_DROPOUT_KERNEL": "off"}),
+    Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, LIBRARIES, alone=True, note=_WHOLE),
+    Entry("estimate-scores", "**guided-dropout**, `estimate_fisher`, scores only", _with(_ESTIMATE, options=_SCORES),
           LIBRARIES, alone=True, note=_WHOLE),
+    Entry("estimate-bf16", "**guided-dropout**, `estimate_fisher`, bfloat16",
+          _with(_ESTIMATE, options={"dtype": "bfloat16"}), LIBRARIES, alone=True, note=_WHOLE),
     Entry("loop", "one sample at a time", methods.Loop, LIBRARIES),
     Entry("published", "the paper's scripts' way", methods.Published, LIBRARIES, alone=True,
           note="a chunk is the batch here, not 100 samples: the same work per sample, a fraction of the memory"),
