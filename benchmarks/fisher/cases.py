@@ -26,7 +26,7 @@ SEED = 0
 Sample = dict[str, torch.Tensor]
 
 # Which methods a case is measured with; each level has those of the levels before it.
-CORE, LIBRARIES, ALL = 1, 2, 3
+CORE, MAIN, MORE, ALL = 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class Case:
 # (family, layers, width, tokens, padded) → level, for the cases that are measured by default.
 _LEVELS = {
     ("bert", 6, 384, 128, False): ALL,
-    ("bert", 6, 384, 128, True): LIBRARIES,
-    ("bert", 6, 384, 512, False): LIBRARIES,
+    ("bert", 6, 384, 128, True): MORE,
+    ("bert", 6, 384, 512, False): MAIN,
     ("bert", 6, 384, 512, True): CORE,
-    ("bert", 12, 768, 128, False): LIBRARIES,
+    ("bert", 12, 768, 128, False): MAIN,
     ("bert", 12, 768, 128, True): CORE,
     ("bert", 12, 768, 512, False): CORE,
-    ("gpt2", 6, 384, 128, False): ALL,
+    ("gpt2", 6, 384, 128, False): MORE,
     ("gpt2", 6, 384, 512, True): CORE,
     ("gpt2", 12, 768, 128, False): CORE,
     ("llama", 6, 384, 128, True): CORE,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.fisher.cases import Case, Sample
 from benchmarks.fisher.methods import Method, UnavailableError
-from benchmarks.fisher.table import FLOORS, Entry, entry
+from benchmarks.fisher.table import FLOORS, YARDSTICKS, Entry, entry
 from guided_dropout.artefacts import read_tensors, write_json, write_tensors
 
 # A tensor this much smaller than the largest one has a gradient of zero, but for float64's rounding (a key's bias).
@@ -80,7 +80,7 @@ def time_methods(
     seconds: float,
     folder: str | None,
 ) -> dict[str, Any]:
-    """Time `entries` and the floors in turn, round after round, each on its own copy of the model.
+    """Time `entries`, the floors and this project's method in turn, each on its own copy of the model.
 
     Args:
         case: what is run.
@@ -93,7 +93,8 @@ def time_methods(
     samples = case.samples()
     results: dict[str, Any] = {}
     ready: dict[str, Method] = {}
-    for e in (*(entry(f) for f in FLOORS), *(e for e in entries if e.name not in FLOORS)):
+    beside = FLOORS if any(e.environment for e in entries) else YARDSTICKS  # a changed environment would change it
+    for e in (*(entry(y) for y in beside), *(e for e in entries if e.name not in beside)):
         try:
             method = e.make(case.model(folder), case.objective, samples)
             method.step(samples[: case.check])
@@ -119,11 +120,13 @@ def time_methods(
                 results[name] = _reason(error)
                 del times[name], ready[name]
     for name, values in times.items():
-        ratios = {f: [v / w for v, w in zip(values, times[f], strict=True)] for f in FLOORS if f in times}
         results.setdefault(name, {})["timing"] = {
             "seconds_per_sample": _spread(values),
-            "ratio_to_floor_a": _spread(ratios["floor-a"]) if "floor-a" in ratios else None,
-            "ratio_to_floor_b": _spread(ratios["floor-b"]) if "floor-b" in ratios else None,
+            **{
+                f"ratio_to_{y.replace('-', '_')}": _spread([v / w for v, w in zip(values, times[y], strict=True)])
+                for y in beside
+                if y in times
+            },
             "rounds": len(values),
             **ready[name].facts(),
             "beside": [n for n in times if n != name],
@@ -143,7 +146,7 @@ def _spread(values: list[float]) -> dict[str, Any]:
 
 
 def peak_memory(case: Case, e: Entry, folder: str | None) -> dict[str, Any]:
-    """Peak resident memory of two batches, above the resident memory of the loaded model.
+    """Peak resident memory of a batch, above the resident memory of the loaded model.
 
     It holds whatever the method adds to the model: what it prepared and keeps, activations, gradients, sums. The peak
     of the preparation itself is given apart. Before the model's memory is read, one sample goes forward and backward
@@ -165,11 +168,12 @@ def peak_memory(case: Case, e: Entry, folder: str | None) -> dict[str, Any]:
     base = _kib(status, "VmRSS")
     _reset_peak()
     method = e.make(model, case.objective, samples)
+    method.repeats = 1
     prepared = _kib(status, "VmHWM")
     _trim()
     _reset_peak()
-    for _ in range(2):
-        method.step(samples)
+    method.step(samples[:1])  # makes the sums
+    method.step(samples)
     return {
         "peak_mib": (_kib(status, "VmHWM") - base) / 1024,
         "preparation_peak_mib": (prepared - base) / 1024,

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.fisher.cases import Sample
 from guided_dropout import estimate_fisher
+from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares
 from guided_dropout.fisher.kernels import backend
-from guided_dropout.fisher.plan import checked_plan
 from guided_dropout.objectives import IGNORE, Batch, Objective
 
 
@@ -69,7 +69,13 @@ class Method(ABC):
 
     def losses(self, batch: Batch, **inputs: Tensor) -> Tensor:
         """The losses of a batch [B] from the full logits."""
-        return self.objective.losses(self.model(**batch.inputs, **inputs).logits, batch)
+        return sample_losses(self.model(**batch.inputs, **inputs).logits, batch)
+
+
+def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits [B, T, V] → each sample's mean cross-entropy over its targets [B]."""
+    ce = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return (ce.view_as(batch.targets) * batch.weights).sum(1)
 
 
 class PlainBackward(Method):
@@ -205,6 +211,17 @@ class Published(Method):
         for parameter, gradients in zip(self.model.parameters(), zip(*kept, strict=True), strict=True):
             self.add(parameter, (torch.stack(gradients) ** 2).sum(0))
         self.seen += len(samples)
+
+
+class PublishedPadded(Published):
+    """The same, and padded to 512 tokens as the scripts do."""
+
+    def losses(self, batch: Batch, **inputs: Tensor) -> Tensor:
+        """From the full logits of 512 positions."""
+        more = max(0, 512 - batch.targets.shape[1])
+        padded = {k: F.pad(v, (0, more)) for k, v in batch.inputs.items()}
+        long = Batch(padded, F.pad(batch.targets, (0, more), value=IGNORE), F.pad(batch.weights, (0, more)))
+        return super().losses(long, **inputs)
 
 
 class Vmap(Method):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.fisher.cases import Sample
-from benchmarks.fisher.methods import Method
-from guided_dropout.objectives import Batch, Objective
+from benchmarks.fisher.methods import Method, sample_losses
+from guided_dropout.objectives import Batch
 
 
 def _positions(batch: Batch) -> dict[str, Tensor]:
@@ -25,13 +25,13 @@ class _SummedLoss(nn.Module):
 
     reduction = "sum"
 
-    def __init__(self, objective: Objective, batch: Batch):
+    def __init__(self, batch: Batch):
         super().__init__()
-        self.objective, self.batch = objective, batch
+        self.batch = batch
 
     def forward(self, logits: Tensor) -> Tensor:
         """[B, T, V] → scalar."""
-        return self.objective.losses(logits, self.batch).sum()
+        return sample_losses(logits, self.batch).sum()
 
 
 class Opacus(Method):
@@ -55,7 +55,7 @@ class Opacus(Method):
         inputs = {**batch.inputs, **_positions(batch)}
         if "bert" in self.model.config.model_type:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
-        self.objective.losses(self.wrapped(**inputs).logits, batch).sum().backward()
+        sample_losses(self.wrapped(**inputs).logits, batch).sum().backward()
         for p in self.model.parameters():
             gradients: Any = getattr(p, "grad_sample", None)
             if gradients is not None:
@@ -116,7 +116,7 @@ class Asdl(Method):
         """Forward and backward through the maker."""
         batch = self.objective.collate(self.model, samples)
         output = self.maker.setup_model_call(self.model, **batch.inputs, **_positions(batch))
-        self.maker.setup_loss_call(_SummedLoss(self.objective, batch), output.logits)
+        self.maker.setup_loss_call(_SummedLoss(batch), output.logits)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the library uses hooks that torch advises against
             self.maker.forward_and_backward()

@@ -15,14 +15,14 @@ KIND, SCHEMA = "fisher-speed", 1
 Results = dict[str, dict[str, Any]]  # method → its file
 
 
-def ratio(results: Results, name: str, floor: str = "floor_a") -> float | None:
-    """Median of the rounds' ratios to a floor timed beside it."""
-    found = results.get(name, {}).get("timing", {}).get(f"ratio_to_{floor}")
+def ratio(results: Results, name: str, to: str = "floor_a") -> float | None:
+    """Median of the rounds' ratios to a floor, or to this project's method, timed beside it."""
+    found = results.get(name, {}).get("timing", {}).get(f"ratio_to_{to}")
     return found["median"] if found else None
 
 
 def peak(results: Results, name: str) -> float | None:
-    """Peak memory of two batches in MiB."""
+    """Peak memory of a batch in MiB."""
     return results.get(name, {}).get("memory", {}).get("peak_mib")
 
 
@@ -31,11 +31,10 @@ def _quotient(a: float | None, b: float | None) -> float | None:
 
 
 def _times_faster(*others: str) -> Callable[[Results], float | None]:
-    """How many times as long the fastest of `others` takes."""
+    """How many times as long the fastest of `others` takes as this project, timed beside it."""
 
     def measure(r: Results) -> float | None:
-        slow = [v for o in others if (v := ratio(r, o)) is not None]
-        return _quotient(min(slow, default=None), ratio(r, "batched"))
+        return min((v for o in others if (v := ratio(r, o, "batched")) is not None), default=None)
 
     return measure
 
@@ -160,19 +159,20 @@ def _table(results: Results) -> list[str]:
     rows = [
         f"{case['batch']} samples of {span} tokens, {case['targets']} targets; weights: {case['weights']}.",
         "",
-        "| method | ms a sample [quartiles] | ÷ floor A [quartiles] | ÷ floor B | peak MiB | worst error | covered |",
-        "|---|---|---|---|---|---|---|",
+        "| method | ms a sample [quartiles] | ÷ floor A [quart.] | ÷ floor B | ÷ ours | MiB | worst error | covered |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name, r in results.items():
         timing, memory = r.get("timing", {}), r.get("memory", {})
         problem = timing.get("failed") or timing.get("skipped")
-        took, to_a, to_b = (timing.get(k) for k in ("seconds_per_sample", "ratio_to_floor_a", "ratio_to_floor_b"))
+        took, to_a = timing.get("seconds_per_sample"), timing.get("ratio_to_floor_a")
+        others = [ratio(results, name, to) for to in ("floor_b", "batched")]
         bytes_ = f"{memory['peak_mib']:.0f}" if "peak_mib" in memory else "—"
         cells = [
             f"{1000 * took['median']:.1f} [{1000 * took['q25']:.1f}, {1000 * took['q75']:.1f}]" if took else "—",
             f"{to_a['median']:.2f} [{to_a['q25']:.2f}, {to_a['q75']:.2f}]" if to_a else "—",
-            f"{to_b['median']:.2f}" if to_b else "—",
+            *("—" if v is None else f"{v:.2f}" for v in others),
             bytes_,
             *_accuracy(r.get("accuracy")),
         ]

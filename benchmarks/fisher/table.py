@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.fisher import methods, peers
-from benchmarks.fisher.cases import ALL, CORE, LIBRARIES, Case
+from benchmarks.fisher.cases import ALL, CORE, MAIN, MORE, Case
 
 
 @dataclass(frozen=True)
@@ -48,28 +48,31 @@ _BF16 = torch.bfloat16
 _WHOLE = "one call over four batches: plan, its check and the profile included"
 _LAST_USE = "covers linear layers and embeddings; of a tied table the last use only"
 FLOORS = ("floor-a", "floor-b")
+YARDSTICKS = (*FLOORS, "batched")  # timed beside every method
 
 ENTRIES = (
     Entry("floor-a", "floor A: plain forward + backward", methods.PlainBackward),
     Entry("floor-b", "floor B: head at targets only", methods.TargetBackward),
     Entry("batched", "**guided-dropout**, warm", _BATCHED),
     Entry("batched-scores", "**guided-dropout**, warm, scores only", _with(_BATCHED, options=_SCORES)),
-    Entry("batched-bf16", "**guided-dropout**, warm, bfloat16", _with(_BATCHED, dtype=_BF16)),
+    Entry("batched-bf16", "**guided-dropout**, warm, bfloat16", _with(_BATCHED, dtype=_BF16), ALL),
     Entry("batched-scores-bf16", "**guided-dropout**, warm, scores, bfloat16",
-          _with(_BATCHED, options=_SCORES, dtype=_BF16)),
-    Entry("batched-torch", "**guided-dropout**, warm, no C compiler", _BATCHED, LIBRARIES, alone=True,
+          _with(_BATCHED, options=_SCORES, dtype=_BF16), ALL),
+    Entry("batched-torch", "**guided-dropout**, warm, no C compiler", _BATCHED, MORE, alone=True,
           environment={"GUIDED_DROPOUT_KERNEL": "off"}),
-    Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, LIBRARIES, alone=True, note=_WHOLE),
+    Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, MAIN, alone=True, note=_WHOLE),
     Entry("estimate-scores", "**guided-dropout**, `estimate_fisher`, scores only", _with(_ESTIMATE, options=_SCORES),
-          LIBRARIES, alone=True, note=_WHOLE),
+          MORE, alone=True, note=_WHOLE),
     Entry("estimate-bf16", "**guided-dropout**, `estimate_fisher`, bfloat16",
-          _with(_ESTIMATE, options={"dtype": "bfloat16"}), LIBRARIES, alone=True, note=_WHOLE),
-    Entry("loop", "one sample at a time", methods.Loop, LIBRARIES),
-    Entry("published", "the paper's scripts' way", methods.Published, LIBRARIES, alone=True,
+          _with(_ESTIMATE, options={"dtype": "bfloat16"}), ALL, alone=True, note=_WHOLE),
+    Entry("loop", "one sample at a time", methods.Loop, MAIN),
+    Entry("published", "the paper's scripts' way", methods.Published, MORE, alone=True,
           note="a chunk is the batch here, not 100 samples: the same work per sample, a fraction of the memory"),
-    Entry("vmap", "`torch.func.vmap(grad)`", methods.Vmap, LIBRARIES),
-    Entry("vmap-in-twos", "`torch.func.vmap(grad)`, chunks of 2", methods.VmapInTwos, LIBRARIES),
-    Entry("opacus", "Opacus", peers.Opacus, LIBRARIES, alone=True, package="opacus"),
+    Entry("published-512", "the paper's scripts' way, padded to 512", methods.PublishedPadded, ALL, alone=True,
+          note="the scripts pad every sample to 512 tokens"),
+    Entry("vmap", "`torch.func.vmap(grad)`", methods.Vmap, MORE),
+    Entry("vmap-in-twos", "`torch.func.vmap(grad)`, chunks of 2", methods.VmapInTwos, MAIN),
+    Entry("opacus", "Opacus", peers.Opacus, MAIN, alone=True, package="opacus"),
     Entry("kronfluence", "Kronfluence, diagonal", peers.Kronfluence, ALL, alone=True, package="kronfluence",
           note="covers linear layers only; a tied table without its look-ups"),
     Entry("asdl", "ASDL, diagonal", peers.Asdl, ALL, alone=True, package="asdfghjkl",
