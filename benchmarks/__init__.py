@@ -1,0 +1,1 @@
+"""How the committed results were made; nothing in the package imports it."""
