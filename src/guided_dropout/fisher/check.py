@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
 from guided_dropout.fisher.places import Plan
-from guided_dropout.fisher.plan import UNSUITED, make_plan, turned
+from guided_dropout.fisher.plan import UNSUITED, make_plan, sequences, turned
 from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample, has_target
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
@@ -84,7 +84,7 @@ def shortened(objective: Objective, sample: Sample) -> Sample:
         return sample
     length = len(sample["input_ids"])
     cut = max(2, length - 3)
-    short = {k: v[:cut] if hasattr(v, "__len__") and len(v) == length else v for k, v in sample.items()}
+    short = {**sample, **{k: v[:cut] for k, v in sequences(sample).items() if len(v) == length}}
     return short if has_target(objective, short) else sample
 
 

@@ -73,13 +73,17 @@ def _places(
     return places, in_head
 
 
-def turned(sample: Sample) -> dict[str, Tensor]:
+def sequences(sample: Sample) -> dict[str, Tensor]:
+    """What a sample holds for each of its tokens; not its index, nor a single label."""
+    return {k: t for k, v in sample.items() if (t := torch.as_tensor(v)).dim()}
+
+
+def turned(sample: Sample) -> dict[str, Any]:
     """Another sample of the same form: its tokens in the opposite order."""
-    tensors = {k: torch.as_tensor(v) for k, v in sample.items()}
-    return {k: v.flip(0) if k in ("input_ids", "labels") else v for k, v in tensors.items()}
+    return {**sample, **{k: v.flip(0) for k, v in sequences(sample).items() if k in ("input_ids", "labels")}}
 
 
-def _other(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
+def _other(model: nn.Module, sample: Sample) -> dict[str, Any]:
     """Another sample of the same form, with other tokens."""
     other, ids = turned(sample), torch.as_tensor(sample["input_ids"])
     if torch.equal(other["input_ids"], ids):
@@ -87,10 +91,9 @@ def _other(model: nn.Module, sample: Sample) -> dict[str, Tensor]:
     return other
 
 
-def _longer(sample: Sample) -> dict[str, Tensor]:
+def _longer(sample: Sample) -> dict[str, Any]:
     """Another sample, one place longer."""
-    tensors = {k: torch.as_tensor(v) for k, v in sample.items()}
-    return {k: torch.cat([v, v[-1:]]) for k, v in tensors.items()}
+    return {**sample, **{k: torch.cat([v, v[-1:]]) for k, v in sequences(sample).items()}}
 
 
 @dataclass(frozen=True)
