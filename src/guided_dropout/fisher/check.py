@@ -18,7 +18,8 @@ from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample, has
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
 _TOLERANCE_HALF = 0.25
 # Of two computations of a gradient that is rounding noise, this share differs at least; of a true one, far less.
-_NOISE = 0.3
+_NOISE = {torch.float64: 0.05, torch.float32: 0.05}
+_NOISE_HALF = 0.3
 _SMALL = 1 << 16  # tensors up to this size are looked at for noise: biases are, and it costs no memory
 
 
@@ -126,7 +127,8 @@ def _noise(
     for name in small:
         pairs = [(a.small[name], t.small[name]) for a, t in zip(alone, together, strict=True) if name in a.small]
         size = sum(a.norm().item() ** 2 for a, _ in pairs)
-        if size and sum((a - t).norm().item() ** 2 for a, t in pairs) > _NOISE**2 * size:
+        share = _NOISE.get(parameters[name].dtype, _NOISE_HALF)
+        if size and sum((a - t).norm().item() ** 2 for a, t in pairs) > share**2 * size:
             found.add(name)
     return found
 
