@@ -298,7 +298,9 @@ def test_a_weight_that_mixout_would_not_reach_is_an_error() -> None:
     model.bert.encoder.layer[1].intermediate.dense = Borrows(model.bert.encoder.layer[1].intermediate.dense)
     with pytest.raises(SiteError, match=r"encoder.layer.1.intermediate.dense.layer.weight is used without a call"):
         Mixout().apply(model, Context())
-    assert not model.bert.encoder.layer[0].intermediate.dense._forward_pre_hooks
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    assert not dense._forward_pre_hooks
+    assert "forward" not in vars(dense)
 
 
 # --- R-Drop
@@ -348,3 +350,42 @@ def test_r_drop_without_dropout_is_the_plain_loss() -> None:
 def test_r_drop_needs_logits() -> None:
     with RDrop().apply(nn.Linear(1, 1), Context()) as handle, pytest.raises(ModelError, match="no logits"):
         handle.loss(torch.tensor(0.0), lambda: (torch.tensor(0.0),), {}, (torch.tensor(0.0),))  # type: ignore[arg-type]
+
+
+# --- on top of each other, and compiled
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_noise_on_the_same_modules_comes_off_in_any_order(first: int) -> None:
+    model = classifier_of("bert").train()
+    plain = logits(model)
+    for regularizer in (Mixout(0.5), GaussianDropout()):
+        handles = [regularizer.apply(model, Context()) for _ in range(2)]
+        for parameter in model.parameters():
+            parameter.data *= 2  # exact, and back below
+        handles[first].remove()
+        assert not torch.equal(logits(model, 1), logits(model, 2))
+        handles[1 - first].remove()
+        for parameter in model.parameters():
+            parameter.data /= 2
+        assert torch.equal(logits(model), plain)
+
+
+def test_a_compiled_model_gets_rates_and_noise_that_come_later_and_loses_them_again() -> None:
+    model = classifier_of("bert").train()
+    compiled = torch.compile(model, backend="eager")
+    plain = logits(model)
+    assert torch.equal(logits(compiled), plain)
+    for put_on in (
+        lambda: apply_dropout(model, DropoutSchedule.uniform(model, 0.4)),
+        lambda: GaussianDropout().apply(model, Context()),
+        lambda: Mixout(0.5).apply(model, Context()),
+    ):
+        with put_on():
+            for parameter in model.parameters():
+                parameter.data *= 2
+            assert not torch.equal(logits(model), plain)
+            assert torch.equal(logits(compiled), logits(model))
+            for parameter in model.parameters():
+                parameter.data /= 2
+        assert torch.equal(logits(compiled), plain)

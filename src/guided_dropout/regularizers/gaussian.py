@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from guided_dropout.errors import SiteError
 from guided_dropout.probe import Knob, find_knobs, observe
 from guided_dropout.regularizers.base import Context, Handle, Regularizer
+from guided_dropout.regularizers.forwards import wrap_forward
 from guided_dropout.sites import trace
 
 _DROPOUTS: set[Any] = {F.dropout, torch.dropout, torch.dropout_}
@@ -46,7 +45,7 @@ class GaussianDropout(Regularizer):
         handle = Handle({"sites": len(sites)})
         try:
             for module in _around(model, [knobs[site.path] for site in sites]):
-                _replace_forward(handle, module)
+                wrap_forward(handle, module, _Noise)
             self._prove(model, context, before)
         except BaseException:
             handle.remove()
@@ -83,28 +82,6 @@ def _around(model: nn.Module, knobs: list[Knob]) -> list[nn.Module]:
             holders.append(model.get_submodule(knob.path.rpartition(".")[0]))
         found |= {id(module): module for module in holders}
     return list(found.values())
-
-
-def _replace_forward(handle: Handle, module: nn.Module) -> None:
-    """Let the module's forward run under `_Noise` in training mode.
-
-    It is the module's own forward, not the model's, so that a forward that gradient checkpointing runs again is noisy
-    as well.
-    """
-    forward: Callable[..., Any] = module.forward
-
-    @functools.wraps(forward)
-    def noisy(*args: Any, **kwargs: Any) -> Any:
-        if not module.training:
-            return forward(*args, **kwargs)
-        with _Noise():
-            return forward(*args, **kwargs)
-
-    if "forward" in vars(module):
-        handle.on_remove(setattr, module, "forward", forward)
-    else:
-        handle.on_remove(delattr, module, "forward")
-    module.forward = noisy
 
 
 class _Noise(TorchFunctionMode):

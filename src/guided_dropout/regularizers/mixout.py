@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from guided_dropout.errors import SiteError
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
+from guided_dropout.regularizers.forwards import wrap_forward
 from guided_dropout.regularizers.layers import parameters_in_order
 from guided_dropout.regularizers.pretrained import pretrained_parameters
 
@@ -49,7 +52,8 @@ class Mixout(Regularizer):
             by_module.setdefault(path, {})[own_name] = parameter.detach().clone()
         _check_reached(model, context, by_module)
         for path, targets in by_module.items():
-            _mix_in(handle, model.get_submodule(path), targets, self.p)
+            module = model.get_submodule(path)
+            wrap_forward(handle, module, partial(_mixed, module, targets, self.p))
         return handle
 
 
@@ -64,27 +68,19 @@ def mixout(weight: Tensor, target: Tensor, p: float) -> Tensor:
     return target + kept * (weight - target)
 
 
-def _mix_in(handle: Handle, module: nn.Module, targets: dict[str, Tensor], p: float) -> None:
-    """Let the module compute with mixed weights in training mode; its parameters are its own again after each call."""
-    own: list[dict[str, nn.Parameter | None]] = []
-
-    def before(module: nn.Module, _: Any) -> None:
-        if not module.training:
-            return
-        own.append({name: module._parameters[name] for name in targets})
-        for name in targets:
-            weight = module._parameters[name]
-            assert weight is not None
-            if targets[name].device != weight.device:
-                targets[name] = targets[name].to(weight.device)
-            module._parameters[name] = mixout(weight, targets[name], p)  # pyright: ignore[reportArgumentType]
-
-    def after(module: nn.Module, *_: Any) -> None:
-        if own:
-            module._parameters.update(own.pop())
-
-    handle.on_remove(module.register_forward_pre_hook(before).remove)
-    handle.on_remove(module.register_forward_hook(after, always_call=True).remove)
+@contextlib.contextmanager
+def _mixed(module: nn.Module, targets: dict[str, Tensor], p: float) -> Iterator[None]:
+    """Let the module compute with mixed weights; its parameters are its own again afterwards."""
+    own = {name: module._parameters[name] for name in targets}
+    for name, weight in own.items():
+        assert weight is not None
+        if targets[name].device != weight.device:  # the model has moved since
+            targets[name] = targets[name].to(weight.device)
+        module._parameters[name] = mixout(weight, targets[name], p)  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
 
 
 def _check_reached(model: nn.Module, context: Context, by_module: dict[str, dict[str, Tensor]]) -> None:
