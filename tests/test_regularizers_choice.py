@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES, classifier_of, language_model, profile_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from test_regularizers_pull import HEAD, POOLER, random_profile
 from torch import Tensor, nn
 
-from guided_dropout.errors import ModelError
+from guided_dropout.errors import ArtefactError, ModelError
 from guided_dropout.regularizers import ChildTuning, Context, LayerwiseDecay, Surgical
-from guided_dropout.regularizers.child_tuning import top_masks
 from guided_dropout.regularizers.layers import find_layers, parameters_in_order
 
 BATCH = {"input_ids": torch.tensor([[5, 6, 7, 8, 9, 2], [7, 6, 5, 9, 8, 2]]), "labels": torch.tensor([0, 1])}
@@ -35,18 +33,6 @@ def train(model: nn.Module, kind: type[torch.optim.Optimizer], **options: float)
 
 
 # --- Child-Tuning
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    values=st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=1, max_size=6), min_size=1, max_size=4),
-    share=st.floats(0.01, 1.0),
-)
-def test_the_mask_is_the_top_share_of_all_elements(values: list[list[float]], share: float) -> None:
-    masks = top_masks({str(i): torch.tensor(v) for i, v in enumerate(values)}, share)
-    flat = [(value, -place) for place, value in enumerate(v for row in values for v in row)]
-    chosen = set(sorted(flat, reverse=True)[: max(1, round(share * len(flat)))])
-    assert [m for mask in masks.values() for m in mask.tolist()] == [pair in chosen for pair in flat]
 
 
 OPTIMIZERS = [
@@ -89,6 +75,23 @@ def test_the_child_gets_the_gradient_of_the_whole_and_the_rest_none() -> None:
         torch.testing.assert_close(parameter.grad, torch.where(child, whole[name], 0.0))
 
 
+def test_noise_in_the_profile_takes_no_part() -> None:
+    """However large its values are: they are rounding errors of a gradient that is 0."""
+    model, profile = classifier_of("bert").train(), random_profile(language_model("bert"))
+    noise = "bert.encoder.layer.0.attention.self.key.bias"
+    loud = {**profile.diagonal, noise: torch.full_like(profile.diagonal[noise], 9.0)}
+    profile = replace(profile, diagonal=loud, tensor_means={**profile.tensor_means, noise: 9.0}, noise=[noise])
+    before = copies(model)
+    with ChildTuning(0.1).apply(model, Context(profile=profile)):
+        train(model, torch.optim.AdamW)
+    assert torch.equal(model.get_parameter(noise), before[noise])
+    assert not torch.equal(
+        model.bert.embeddings.word_embeddings.weight, before["bert.embeddings.word_embeddings.weight"]
+    )
+    with Surgical().apply(model, Context(profile=profile)) as handle:
+        assert max(handle.facts["scores"].values()) < 1
+
+
 def test_other_optimizers_are_left_alone() -> None:
     model, other = classifier_of("bert").train(), nn.Linear(2, 2)
     context = Context(profile=random_profile(language_model("bert")))
@@ -129,6 +132,18 @@ def test_a_layers_score_is_the_mean_over_its_parameters() -> None:
             held = [f.flatten() for n, f in profile.diagonal.items() if n.startswith(f"{path}.")]
             assert score == pytest.approx(torch.cat(held).double().mean().item())
         assert len(handle.facts["trained"]) == 1
+
+
+def test_means_are_enough_for_surgery_not_for_a_child() -> None:
+    model, profile = classifier_of("bert"), random_profile(language_model("bert"))
+    means = replace(profile, diagonal={})
+    with (
+        Surgical().apply(model, Context(profile=profile)) as whole,
+        Surgical().apply(model, Context(profile=means)) as few,
+    ):
+        assert few.facts == whole.facts
+    with pytest.raises(ArtefactError, match=r"tensor means only.*the gradient masks of Child-Tuning need them"):
+        ChildTuning().apply(model, Context(profile=means))
 
 
 def test_what_was_frozen_before_stays_frozen_after() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from guided_dropout.fisher.topk import select
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
-from guided_dropout.regularizers.pretrained import fisher_of, pretrained_parameters
+from guided_dropout.regularizers.pretrained import fisher_of, measured_names, pretrained_parameters
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class ChildTuning(Regularizer):
     (Child-Tuning-D of Xu et al., 2021, *Raise a Child in Large Language Model*, arXiv 2109.05687). The mask is drawn
     once from the profile, over all of the backbone, and stays; parameters outside of it are afterwards the pretrained
     ones, bit for bit, whatever the optimizer does (weight decay, momentum). New parameters, and those that the profile
-    does not hold, train. The paper measures the Fisher information on the task's data; here it is what the profile was
-    measured on.
+    does not hold, train; those whose values the profile calls noise do not. The paper measures the Fisher information
+    on the task's data; here it is what the profile was measured on.
 
     Attributes:
         p: share of the measured parameters that trains, in (0, 1].
@@ -40,36 +41,19 @@ class ChildTuning(Regularizer):
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Start from the weights that the model has now; see `Regularizer.apply`."""
         pretrained = pretrained_parameters(model, context)
-        fisher = fisher_of(model, context.needed_profile("Child-Tuning"))
+        profile = context.needed_profile("Child-Tuning")
+        fisher = fisher_of(model, profile, "the gradient masks of Child-Tuning")
         measured = {name: fisher[name] for name in pretrained if name in fisher}
-        masks = top_masks(measured, self.p)
-        frozen = [_Frozen(pretrained[name], masks[name]) for name in measured if not bool(masks[name].all())]
-        handle = Handle(
-            {
-                "trained": sum(int(mask.sum()) for mask in masks.values()),
-                "measured": sum(mask.numel() for mask in masks.values()),
-                "unmeasured": sorted(pretrained.keys() - fisher.keys()),
-            }
-        )
+        there = measured_names(model, profile)
+        noise = {name for name in measured if there[name] in profile.noise}
+        child = select(measured, self.p, exclude=noise)
+        frozen = [_Frozen(pretrained[name], mask) for name, mask in child.masks() if not bool(mask.all())]
+        unmeasured = sorted(pretrained.keys() - fisher.keys())
+        handle = Handle({"trained": child.count, "measured": child.num_ranked, "unmeasured": unmeasured})
         for part in frozen:
             handle.on_remove(part.parameter.register_hook(part.mask_gradient).remove)
         handle.on_remove(register_optimizer_step_post_hook(_after_step(frozen)).remove)
         return handle
-
-
-def top_masks(values: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-    """Boolean masks of the `share` of all elements, over all tensors, with the largest values.
-
-    The number of elements is ``round(share * total)``, at least 1; of equal values at the edge the first ones, in the
-    order of the mapping.
-    """
-    flat = torch.cat([value.flatten() for value in values.values()])
-    number = max(1, round(share * flat.numel()))
-    edge = flat.kthvalue(flat.numel() - number + 1).values
-    mask, ties = flat > edge, flat == edge
-    mask |= ties & (ties.cumsum(0) <= number - mask.sum())
-    parts = mask.split([value.numel() for value in values.values()])
-    return {name: part.view(value.shape) for (name, value), part in zip(values.items(), parts, strict=True)}
 
 
 class _Frozen:

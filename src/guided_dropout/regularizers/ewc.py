@@ -37,7 +37,7 @@ class EWC(Regularizer):
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Start from the weights that the model has now; see `Regularizer.apply`."""
         pretrained = pretrained_parameters(model, context)
-        fisher = fisher_of(model, context.needed_profile("EWC"))
+        fisher = fisher_of(model, context.needed_profile("EWC"), "the pulls of EWC")
         pulls = [
             Pull(p, p.detach().clone(), self.strength * fisher[name].to(p))
             for name, p in pretrained.items()

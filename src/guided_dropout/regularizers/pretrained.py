@@ -36,24 +36,20 @@ def is_new(model: nn.Module, name: str, context: Context) -> bool:
     return in_head(model, name) if context.new is None else name in context.new
 
 
-def fisher_of(model: nn.Module, profile: FisherProfile) -> dict[str, Tensor]:
-    r"""Name on this model → its diagonal Fisher information, a tensor of the parameter's shape.
+def measured_names(model: nn.Module, profile: FisherProfile) -> dict[str, str]:
+    """Name of each of the backbone's parameters that the profile holds → its name there.
 
     A parameter outside of the layers that the profile does not hold (BERT's pooler, which no masked LM has) is not
     among them: the loss that the profile was measured with does not depend on it, so that its information there is 0.
 
     Raises:
-        ScheduleError: a profile of another model, or one without its diagonal.
+        ScheduleError: a profile of another model.
     """
     found, expected = profile.model.get("model_type"), model_identity(model)["model_type"]
     if found != expected:
         raise _another(f"its model type is {found!r}, {type(model).__name__}'s is {expected!r}")
     prefix = profile.model.get("backbone_prefix", "")
-    held = {name.removeprefix(prefix): f for name, f in profile.diagonal.items() if name.startswith(prefix)}
-    if not held:
-        raise ScheduleError(
-            "the profile holds no diagonal, only means; expected one value a parameter: estimate it whole"
-        )
+    held = {name.removeprefix(prefix): name for name in profile.shapes if name.startswith(prefix)}
     names = {backbone_name(model, name): name for name, _ in model.named_parameters() if not in_head(model, name)}
     lost = [name for name in held if name not in names]
     # Without a prefix a language model's head stands in the same namespace as its backbone.
@@ -63,11 +59,28 @@ def fisher_of(model: nn.Module, profile: FisherProfile) -> dict[str, Tensor]:
     for name, own_name in names.items():
         if name not in held and own_name.startswith(layers):
             raise _another(f"it does not hold {name}")
-    for name in (name for name in names if name in held):
-        shape, own = tuple(held[name].shape), tuple(model.get_parameter(names[name]).shape)
+    names = {name: own_name for name, own_name in names.items() if name in held}
+    for name, own_name in names.items():
+        shape, own = profile.shapes[held[name]], tuple(model.get_parameter(own_name).shape)
         if shape != own:
             raise _another(f"{name} is {list(shape)} in the profile, {list(own)} in the model")
-    return {names[name]: f for name, f in held.items() if name in names}
+    return {own_name: held[name] for name, own_name in names.items()}
+
+
+def fisher_of(model: nn.Module, profile: FisherProfile, what: str) -> dict[str, Tensor]:
+    """Name on this model → its diagonal Fisher information, a tensor of the parameter's shape; see `measured_names`.
+
+    Args:
+        model: with the profile's backbone.
+        profile: with a value for each parameter.
+        what: what needs them, in the plural, for the message.
+
+    Raises:
+        ScheduleError: a profile of another model.
+        ArtefactError: a profile of means only.
+    """
+    names, values = measured_names(model, profile), profile.values(what)
+    return {name: values[there] for name, there in names.items()}
 
 
 def _another(difference: str) -> ScheduleError:

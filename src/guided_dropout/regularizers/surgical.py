@@ -10,7 +10,7 @@ from torch import nn
 
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
 from guided_dropout.regularizers.layers import find_layers
-from guided_dropout.regularizers.pretrained import fisher_of, is_new
+from guided_dropout.regularizers.pretrained import is_new, measured_names
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,15 @@ class Surgical(Regularizer):
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Freeze the rest; see `Regularizer.apply`."""
-        fisher = fisher_of(model, context.needed_profile("surgical fine-tuning"))
+        profile = context.needed_profile("surgical fine-tuning")
+        names = measured_names(model, profile)
         layers = find_layers(model, context.inputs)
         scores = {}
         for path in layers.blocks:
-            held = [f for name, f in fisher.items() if name.startswith(f"{path}.")]
-            scores[path] = sum(f.double().sum().item() for f in held) / max(1, sum(f.numel() for f in held))
+            held = {there for name, there in names.items() if name.startswith(f"{path}.")}
+            sizes = {there: math.prod(profile.shapes[there]) for there in held.difference(profile.noise)}
+            total = math.fsum(size * profile.tensor_means[there] for there, size in sizes.items())
+            scores[path] = total / max(1, sum(sizes.values()))
         number = math.ceil(self.share * len(scores))
         trained = sorted(sorted(scores, key=lambda path: -scores[path])[:number])
         handle = Handle({"trained": trained, "scores": scores})
