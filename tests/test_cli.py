@@ -15,6 +15,7 @@ from tiny import VOCABULARY, WORDS, save, save_tiny_bert, tiny_bert_config
 from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
 
 from guided_dropout import cli
+from guided_dropout.arms import ARMS
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.models import quiet
 from guided_dropout.results import RunResult
@@ -106,6 +107,23 @@ def test_inspect_needs_no_language_model_head(chain, command):
     code, _, err = command("fisher", "encoder", "--text", "text.txt", "--max-length", 12, "--out", "new")
     assert code == 2
     assert "does not hold the language-model head" in err
+
+
+def test_an_arm_with_a_parameter_and_a_profile(chain, command):
+    code, out, err = command(
+        "finetune", "model", "--task", "cola", "--data", "glue", "--arm", "ewc", "--arm-param", "strength=5",
+        "--profile", "profile", "--weight-decay", 0.01, "--epochs", 1, "--out", "run-ewc",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "cola ewc:strength=5 seed 0" in out
+    result = RunResult.load(chain / "run-ewc")
+    assert (result.arm_parameters, result.recipe["weight_decay"]) == ({"strength": 5.0}, 0.01)
+
+
+def test_help_lists_the_arms_a_line_each(command):
+    _, out, _ = command("finetune", "--help")
+    listed = [line.split()[0] for line in out.partition("Arms")[2].splitlines()[1:] if line.strip()]
+    assert listed == list(ARMS)
 
 
 def test_the_same_arguments_give_the_same_profile(chain, command):
@@ -229,6 +247,9 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (FINETUNE.replace("cola", "kola"), "did you mean 'cola'"),
         (FINETUNE.replace("cola", "rte"), "RTE"),
         (FINETUNE.replace("guided", "guidde"), "did you mean 'guided'"),
+        (FINETUNE.replace("guided", "ewc"), "the arm 'ewc' has no profile; expected"),
+        (FINETUNE.replace("guided", "mixout:p=2"), "p is 2.0; expected a number from 0 to 1"),
+        (f"{FINETUNE} --arm-param p=1", "the arm 'guided' has no parameters; found 'p'"),
         (FINETUNE.replace(" --schedule schedule.json", ""), "schedule"),
         (f"{FINETUNE} --train-fraction 0", "fraction"),
         (FINETUNE.replace("--out new", "--out glue"), "glue holds other files and no result.json"),

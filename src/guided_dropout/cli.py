@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.console import console, errors, progress_bar, site_table
+from guided_dropout.console import arms_help, console, errors, progress_bar, site_table
 from guided_dropout.errors import DataError, GuidedDropoutError, unknown
 
 if TYPE_CHECKING:
@@ -268,34 +268,45 @@ def inspect(
         console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
 
 
-@app.command()
+@app.command(epilog=arms_help())
 def finetune(
     model: Model,
     task: Annotated[str, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")],
     out: Annotated[Path, typer.Option(help="Folder for result.json.")],
     data: Annotated[str | None, typer.Option(help="GLUE folder, or a data set like the hub's nyu-mll/glue.")] = None,
-    arm: Annotated[str, typer.Option(help="guided, dropout, uniform (at the schedule's mean) or none.")] = "guided",
-    schedule: Annotated[Path | None, typer.Option(help="Schedule file, for guided and uniform.")] = None,
+    arm: Annotated[
+        str, typer.Option(help="One of the arms below, with parameters if need be: mixout:p=0.9.")
+    ] = "guided",
+    arm_param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter of the arm; may be given several times.")
+    ] = None,
+    schedule: Annotated[Path | None, typer.Option(help="Schedule file, for guided arms and controls.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile folder, for arms that go by Fisher.")] = None,
     seed: Seed = 0,
     train_fraction: Annotated[float, typer.Option(help="Share of the training data to use.")] = 1.0,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 128,
-    rate: Annotated[float, typer.Option(help="Rate of the arm 'dropout'.")] = 0.1,
+    rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
     from guided_dropout.finetune import finetune as run
+    from guided_dropout.fisher import FisherProfile
     from guided_dropout.schedule import DropoutSchedule
 
     planned = DropoutSchedule.load(schedule) if schedule else None
+    measured = FisherProfile.from_pretrained(profile) if profile else None
     with progress_bar(f"{task} {arm}", None) as update:
         result = run(
             model,
             task,
             data=data,
             arm=arm,
+            arm_parameters=arm_param or (),
             schedule=planned,
+            profile=measured,
             seed=seed,
             train_fraction=train_fraction,
             epochs=epochs,
@@ -303,6 +314,7 @@ def finetune(
             learning_rate=learning_rate,
             max_length=max_length,
             rate=rate,
+            weight_decay=weight_decay,
             out=out,
             progress=update,
         )

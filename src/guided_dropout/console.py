@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from guided_dropout.arms import ARMS
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.schedule.places import by_role
 
@@ -57,6 +58,15 @@ def progress_bar(what: str, total: int | None, *, shown: bool = True) -> Iterato
             bar.update(task, completed=done, total=total, tokens=tokens)
 
         yield update
+
+
+def arms_help() -> str:
+    """The arms with their parameters and defaults, one a line, as Typer prints an epilogue."""
+    lines = []
+    for name, arm in ARMS.items():
+        parameters = ", ".join(f"{key}={value:g}" for key, value in arm.parameters.items())
+        lines.append(f"{name:<16} {arm.summary}{f' ({parameters})' if parameters else ''}")
+    return "\n".join(["Arms, with their parameters (plain dropout besides, where they do not set it):", *lines])
 
 
 def site_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -4,46 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from guided_dropout.arms import ARMS, choose_arm
 from guided_dropout.artefacts import check_output_folder
-from guided_dropout.errors import ModelError, ScheduleError, unknown
+from guided_dropout.errors import ModelError
+from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
-from guided_dropout.models import load_classifier, load_tokenizer
+from guided_dropout.models import drawn_parameters, load_classifier, load_tokenizer
 from guided_dropout.provenance import provenance
-from guided_dropout.regularizers import apply_dropout
+from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.tasks import Examples, Task, get_task, load_task, subset
 from guided_dropout.training import Recipe, encode, kept_random_state, train_classifier
 
-__all__ = ["ARMS", "Arm", "RunResult", "Seeds", "finetune"]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to set the rates of a model's sites.
-
-    Attributes:
-        rates: (model, schedule, uniform rate) → the schedule that is applied.
-        needs_schedule: whether it can do without one.
-    """
-
-    rates: Callable[[PreTrainedModel, Any, float], DropoutSchedule]
-    needs_schedule: bool
-
-
-ARMS = {
-    "guided": Arm(lambda model, schedule, rate: schedule, needs_schedule=True),
-    "uniform": Arm(lambda model, schedule, rate: schedule.at_uniform(), needs_schedule=True),
-    "dropout": Arm(lambda model, schedule, rate: DropoutSchedule.uniform(model, rate), needs_schedule=False),
-    "none": Arm(lambda model, schedule, rate: DropoutSchedule.uniform(model, 0.0), needs_schedule=False),
-}
+__all__ = ["ARMS", "RunResult", "Seeds", "finetune"]
 
 
 def finetune(
@@ -52,7 +33,9 @@ def finetune(
     *,
     data: str | Path | tuple[Examples, Examples] | None = None,
     arm: str = "guided",
+    arm_parameters: Mapping[str, Any] | Sequence[str] = (),
     schedule: DropoutSchedule | None = None,
+    profile: FisherProfile | None = None,
     seed: int = 0,
     seeds: Seeds | None = None,
     train_fraction: float = 1.0,
@@ -69,17 +52,21 @@ def finetune(
 ) -> RunResult:
     """Fine-tune a pretrained model on a task under one arm, and evaluate it after each epoch.
 
-    Adam with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, float32, dynamic
+    AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, float32, dynamic
     padding. The arms put their rates on the same sites of the backbone; the head's own dropout is left as it is in all
-    of them. Runs with the same seeds start from the same weights and see the same batches, whatever their arm.
+    of them. Runs with the same seeds start from the same weights and see the same batches, whatever their arm, and as
+    far as it draws the same numbers, with the same noise.
 
     Args:
         model: ``"demo"``, a folder or a hub name.
         task: a task, or the name of one in `tasks.TASKS`.
         data: a GLUE folder or data set (see `tasks.load_task`), or a pair (train, validation) of examples.
-        arm: ``"guided"`` (the schedule), ``"uniform"`` (the schedule's mean rate at each site), ``"dropout"`` (`rate`
-            at each site, the standard baseline) or ``"none"`` (0 at each site).
-        schedule: needed by ``"guided"`` and ``"uniform"``.
+        arm: a name in `arms.ARMS`, such as ``"guided"`` (the schedule), ``"uniform"`` (the schedule's mean rate at each
+            site) or ``"dropout"`` (`rate` at each site, the standard baseline), with parameters if need be:
+            ``"mixout:p=0.9"``.
+        arm_parameters: parameters of the arm, by name or as ``"name=value"``.
+        schedule: needed by guided arms and controls.
+        profile: needed by arms that go by Fisher information themselves.
         seed: one number from which `seeds` are derived.
         seeds: the seeds one by one, in place of `seed`.
         train_fraction: part of the training data that is used, drawn by ``seeds.subset``.
@@ -87,21 +74,23 @@ def finetune(
         batch_size: examples in a step.
         learning_rate: its peak.
         warmup_ratio: share of the steps until the peak.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, on all but biases and norms.
         max_length: tokens at which a text is cut, or the model's own limit where that is less.
-        rate: of the arm ``"dropout"``.
+        rate: of plain dropout, in all arms that do not set the rates themselves.
         device: ``"auto"`` or ``"cpu"``.
         out: folder for ``result.json``, checked before training and written after it; None writes nothing.
         progress: called after each step with the steps done and the steps in all.
 
     Raises:
-        ScheduleError: the arm needs a schedule, or the schedule is for another model.
+        ScheduleError: an unknown arm or parameter; the arm needs a schedule or profile, or it is for another model.
         DataError, ModelError: see `tasks.load_task` and `models.load_classifier`.
         ArtefactError: `out` cannot be written.
     """
     start = time.perf_counter()
     task = get_task(task) if isinstance(task, str) else task
-    _check_arm(arm, schedule)
+    chosen = choose_arm(arm, arm_parameters)
+    context = Context(rate=rate, schedule=schedule, profile=profile)
+    chosen.check(context)
     if out is not None:
         check_output_folder(out, marker=JSON_NAME)
     recipe = Recipe(
@@ -117,15 +106,16 @@ def finetune(
     encoded, held_out = (encode(examples, task, tokenizer, recipe.max_length) for examples in (train, validation))
     _check_vocabulary(max(encoded.largest_id(), held_out.largest_id()), classifier)
 
-    rates = ARMS[arm].rates(classifier, schedule, rate)
+    context = replace(context, new=drawn_parameters(classifier))
+    rates = chosen.rates(classifier, context)
     digest = _digest_weights(classifier)
-    with kept_random_state(), apply_dropout(classifier, rates):
-        run = train_classifier(classifier, tokenizer, task, encoded, held_out, recipe, seeds, progress)
+    with kept_random_state(), apply_dropout(classifier, rates), chosen.apply(classifier, context) as handle:
+        run = train_classifier(classifier, tokenizer, task, encoded, held_out, recipe, seeds, progress, handle)
 
     last = run.history[-1]
     result = RunResult(
         task=task.name,
-        arm=arm,
+        arm=chosen.label,
         metric=task.main_metric,
         value=None if run.diverged else last["metrics"][task.main_metric],
         metrics=last["metrics"],
@@ -139,20 +129,12 @@ def finetune(
         model=model_identity(classifier),
         times={**run.times, "total": time.perf_counter() - start},
         provenance=provenance(device=run.device),
+        arm_parameters=chosen.parameters,
+        arm_facts=handle.facts,
     )
     if out is not None:
         result.save(out)
     return result
-
-
-def _check_arm(arm: str, schedule: DropoutSchedule | None) -> None:
-    if arm not in ARMS:
-        raise ScheduleError(unknown("arm", arm, ARMS))
-    if ARMS[arm].needs_schedule and schedule is None:
-        raise ScheduleError(
-            f"the arm {arm!r} has no schedule; expected one made from a Fisher profile: run `guided-dropout schedule` "
-            "and give it, or choose the arm 'dropout' or 'none'"
-        )
 
 
 def _fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -52,6 +53,7 @@ _LM_MAPPINGS = {
     "mlm": MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
+_drawn: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -194,10 +196,16 @@ def load_classifier(
             output_loading_info=True,
         )
     _check_classifier(model, info, str(name))
+    _drawn[model] = frozenset(info["missing_keys"])
     if model.config.pad_token_id is None:
         end = model.config.eos_token_id
         model.config.pad_token_id = end[0] if isinstance(end, list) else end
     return model
+
+
+def drawn_parameters(model: PreTrainedModel) -> frozenset[str] | None:
+    """Names of what the checkpoint lacks, so that `load_classifier` drew it; None for a model loaded otherwise."""
+    return _drawn.get(model)
 
 
 def check_placement(device: str | None, device_map: str | None, processes: int) -> None:

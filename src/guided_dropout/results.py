@@ -50,12 +50,13 @@ class RunResult:
 
     Attributes:
         task: name of the task.
-        arm: which dropout it trained with, a name in `finetune.ARMS`.
+        arm: what it trained with: a name in `arms.ARMS`, and the parameters that differ from their defaults.
         metric: name of the task's main metric.
         value: its value on the validation split after the *last* epoch; None if the run diverged. Not the best epoch's:
             that would be chosen on the split that it is reported on.
         metrics: all of the task's metrics after the last epoch.
-        history: for each epoch ``epoch``, ``train_loss`` (mean over its steps), ``eval_loss`` and ``metrics``.
+        history: for each epoch ``epoch``, ``train_loss`` (mean over its steps, with what the
+            arm adds to it), ``eval_loss`` and ``metrics``.
         diverged: a loss became infinite or NaN; the run was stopped at the end of that epoch.
         collapsed: all predictions after the last epoch were one class. Always false for regression.
         seeds: see `Seeds`.
@@ -66,6 +67,8 @@ class RunResult:
         model: what `identity.model_identity` says of the model.
         times: seconds: ``train``, ``eval``, ``total`` (loading included).
         provenance: versions, machine, date, device.
+        arm_parameters: all parameters of the arm by name.
+        arm_facts: what the arm found on this model, such as the layers that it trains.
     """
 
     task: str
@@ -83,6 +86,8 @@ class RunResult:
     model: Mapping[str, Any]
     times: Mapping[str, float]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    arm_parameters: Mapping[str, Any] = field(default_factory=dict)
+    arm_facts: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``result.json`` into `folder`, all or nothing; return the file's path.

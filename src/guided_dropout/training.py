@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import (
     DataCollatorWithPadding,
@@ -30,6 +31,7 @@ from transformers import (
 
 from guided_dropout.errors import DataError, GuidedDropoutError
 from guided_dropout.models import quiet
+from guided_dropout.regularizers import Handle
 from guided_dropout.results import Seeds
 from guided_dropout.tasks import Examples, Task, compute_metrics
 
@@ -182,6 +184,37 @@ class _Steps(TrainerCallback):
             control.should_training_stop = True
 
 
+class _Trainer(Trainer):
+    """Asks a regularizer's handle for the loss of training batches and for the optimizer's parameter groups."""
+
+    def __init__(self, handle: Handle, *args: Any, **options: Any) -> None:
+        self._handle = handle
+        super().__init__(*args, **options)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The loss; in evaluation the plain one."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = self._handle.loss(loss, model, inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The usual optimizer, with the handle's parameter groups."""
+        optimizer = super().create_optimizer(model)
+        groups = self._handle.parameter_groups(optimizer.param_groups)
+        optimizer.param_groups.clear()
+        for group in groups:
+            if group["params"]:
+                optimizer.add_param_group(group)
+        return optimizer
+
+
 def train_classifier(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -191,6 +224,7 @@ def train_classifier(
     recipe: Recipe,
     seeds: Seeds,
     progress: Callable[[int, int], None] | None,
+    handle: Handle | None = None,
 ) -> Training:
     """Train `model` in place, with the dropout rates that it has, and evaluate it after each epoch.
 
@@ -203,11 +237,13 @@ def train_classifier(
         recipe: numbers.
         seeds: of the order and of the noise; the random state of the process is lost (see `kept_random_state`).
         progress: called after each step with the steps done and the steps in all.
+        handle: of the regularizer that stands on the model.
     """
     evaluator = _Evaluator(task)
     with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet():
         args = _arguments(scratch, recipe, seeds, len(train))
-        trainer = Trainer(
+        trainer = _Trainer(
+            handle or Handle(),
             model,
             args,
             data_collator=DataCollatorWithPadding(tokenizer),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,6 +13,7 @@ from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.identity import backbone_name, model_identity
 from guided_dropout.probe import find_knobs
+from guided_dropout.regularizers.base import Handle
 from guided_dropout.schedule import DropoutSchedule, site_scores
 from guided_dropout.sites import DropoutSite, find_sites, trace, verify_rates
 
@@ -32,7 +32,7 @@ class _Rates:
 _applied: WeakKeyDictionary[nn.Module, _Rates] = WeakKeyDictionary()
 
 
-class DropoutHandle:
+class DropoutHandle(Handle):
     """Takes a schedule off a model again, by `remove` or at the end of a ``with`` block.
 
     Several schedules may lie on one model: the one applied last rules. Handles may be removed in any order; each takes
@@ -44,16 +44,12 @@ class DropoutHandle:
     """
 
     def __init__(self, model: nn.Module, rates: Mapping[str, float]):
+        super().__init__()
         self.model = model
         self.rates = dict(rates)
         self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in rates}
-        self._active = False
 
-    def remove(self) -> None:
-        """Take the schedule off; a second call does nothing."""
-        if not self._active:
-            return
-        self._active = False
+    def _take_off(self) -> None:
         applied = _applied[self.model]
         applied.layers = [layer for layer in applied.layers if layer is not self.rates]
         for path, knob in self._knobs.items():
@@ -69,17 +65,9 @@ class DropoutHandle:
         for path, knob in self._knobs.items():
             applied.own.setdefault(path, knob.rate)
         applied.layers.append(self.rates)
-        self._active = True
+        self.on_remove(self._take_off)
         for path, knob in self._knobs.items():
             knob.turn(self.rates[path])
-
-    def __enter__(self) -> DropoutHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def apply_dropout(
@@ -103,7 +91,7 @@ def apply_dropout(
         SiteError: a rate does not arrive; the model has its former rates again.
     """
     before = trace(model, inputs)
-    rates = _rates_on(model, schedule, before.sites)
+    rates = rates_on(model, schedule, before.sites)
     handle = DropoutHandle(model, rates)
     handle._put_on()
     try:
@@ -137,7 +125,7 @@ def dropout_table(
         SiteError: as for `sites.trace`.
     """
     sites = find_sites(model)
-    rates = _rates_on(model, schedule, sites) if schedule else {}
+    rates = rates_on(model, schedule, sites) if schedule else {}
     scores = site_scores(profile, model, sites, grouping) if profile else {}
     return [
         {
@@ -154,8 +142,12 @@ def dropout_table(
     ]
 
 
-def _rates_on(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[DropoutSite]) -> dict[str, float]:
-    """Path of each site on this model that the schedule has a rate for → that rate, once the two belong together."""
+def rates_on(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[DropoutSite]) -> dict[str, float]:
+    """Path of each site on this model that the schedule has a rate for → that rate, once the two belong together.
+
+    Raises:
+        ScheduleError: they do not.
+    """
     made_on, here = schedule.model["model_type"], model_identity(model)["model_type"]
     if made_on != here:
         raise _another_model(f"it was made on model type {made_on!r}, {type(model).__name__} is {here!r}")

@@ -1,0 +1,210 @@
+"""The arms of an experiment: which dropout rates, and which regularizer beside them, by name and parameters."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from guided_dropout.errors import ScheduleError, unknown
+from guided_dropout.regularizers import (
+    EWC,
+    L2SP,
+    ChildTuning,
+    Context,
+    GaussianDropout,
+    GuidedDecay,
+    GuidedL2SP,
+    Handle,
+    LayerwiseDecay,
+    Mixout,
+    RDrop,
+    Regularizer,
+    Surgical,
+)
+from guided_dropout.schedule import DropoutSchedule, controls
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to fine-tune.
+
+    Attributes:
+        summary: what it does, in a line.
+        rates: (model, context, and its own parameters by name) → the rates of the backbone's sites.
+        regularizer: what it adds to dropout; its fields are parameters of the arm too.
+        needs: what `rates` must find in the context.
+    """
+
+    summary: str
+    rates: Callable[..., DropoutSchedule]
+    regularizer: type[Regularizer] | None = None
+    needs: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Name of each parameter → its default."""
+        own = inspect.signature(self.rates).parameters.values()
+        added = fields(self.regularizer) if self.regularizer else ()
+        return {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY} | {f.name: f.default for f in added}
+
+
+def _none(model: nn.Module, context: Context) -> DropoutSchedule:
+    return DropoutSchedule.uniform(model, 0.0)
+
+
+def _plain(model: nn.Module, context: Context) -> DropoutSchedule:
+    return DropoutSchedule.uniform(model, context.rate)
+
+
+def _guided(model: nn.Module, context: Context) -> DropoutSchedule:
+    return context.needed_schedule("guided dropout")
+
+
+def _shuffled(model: nn.Module, context: Context, *, seed: int = 0) -> DropoutSchedule:
+    return controls.shuffled(_guided(model, context), seed)
+
+
+def _control(function: Callable[[DropoutSchedule], DropoutSchedule]) -> Callable[..., DropoutSchedule]:
+    return lambda model, context: function(_guided(model, context))
+
+
+_SCHEDULE = ("schedule",)
+ARMS = {
+    "none": Arm("no dropout", _none),
+    "dropout": Arm("plain dropout, the same rate at each site", _plain),
+    "gaussian": Arm("Gaussian noise instead of masks, the same rate at each site", _plain, GaussianDropout),
+    "guided": Arm("the schedule's rates: vital layers are dropped less", _guided, needs=_SCHEDULE),
+    "guided-gaussian": Arm("Gaussian noise at the schedule's rates", _guided, GaussianDropout, _SCHEDULE),
+    "uniform": Arm("control: the schedule's mean rate at each site", _control(controls.uniform), needs=_SCHEDULE),
+    "reversed": Arm("control: the schedule's rates the wrong way round", _control(controls.reversed), needs=_SCHEDULE),
+    "shuffled": Arm("control: the schedule's rates dealt out by chance", _shuffled, needs=_SCHEDULE),
+    "depth-linear": Arm(
+        "control: rates that rise with depth, without Fisher", _control(controls.depth_linear), needs=_SCHEDULE
+    ),
+    "magnitude": Arm(
+        "control: ranked by the size of the weights, not by Fisher",
+        lambda model, context: controls.magnitude(_guided(model, context), model),
+        needs=_SCHEDULE,
+    ),
+    "guided-decay": Arm("weight decay spread like the schedule's rates", _plain, GuidedDecay),
+    "l2-sp": Arm("L2 towards the pretrained weights", _plain, L2SP),
+    "guided-l2-sp": Arm("L2-SP, vital layers are held less", _plain, GuidedL2SP),
+    "ewc": Arm("weights held by their Fisher information", _plain, EWC),
+    "mixout": Arm("no dropout; weights swapped for pretrained ones", _none, Mixout),
+    "child-tuning": Arm("only the weights with most Fisher train", _plain, ChildTuning),
+    "surgical": Arm("only the layers with most Fisher train", _plain, Surgical),
+    "r-drop": Arm("two draws of dropout must agree", _plain, RDrop),
+    "llrd": Arm("the learning rate falls towards the input", _plain, LayerwiseDecay),
+}
+"""Arm by name. Where the backbone's dropout is not what an arm is about, it has the plain rate at each site."""
+
+
+@dataclass(frozen=True)
+class ChosenArm:
+    """An arm with its parameters.
+
+    Attributes:
+        name: a key of `ARMS`.
+        parameters: all of its parameters by name.
+    """
+
+    name: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Name, and the parameters that differ from their defaults: ``"mixout:p=0.9"``."""
+        defaults = ARMS[self.name].parameters
+        changed = [f"{name}={value:g}" for name, value in self.parameters.items() if value != defaults[name]]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
+    def check(self, context: Context) -> None:
+        """Make sure that the context holds what the arm needs, before any work.
+
+        Raises:
+            ScheduleError: it does not.
+        """
+        arm = ARMS[self.name]
+        needs = (*arm.needs, *(arm.regularizer.needs if arm.regularizer else ()))
+        context.check(f"the arm {self.name!r}", needs)
+
+    def rates(self, model: nn.Module, context: Context) -> DropoutSchedule:
+        """The dropout rates that it trains with.
+
+        Raises:
+            ScheduleError: a schedule that is missing or of another model.
+        """
+        own = inspect.signature(ARMS[self.name].rates).parameters
+        return ARMS[self.name].rates(model, context, **{n: v for n, v in self.parameters.items() if n in own})
+
+    def apply(self, model: nn.Module, context: Context) -> Handle:
+        """Put on what it adds to dropout, once its rates are on; see `Regularizer.apply`."""
+        regularizer = self._regularizer()
+        return regularizer.apply(model, context) if regularizer else Handle()
+
+    def _regularizer(self) -> Regularizer | None:
+        kind = ARMS[self.name].regularizer
+        own = {f.name for f in fields(kind)} if kind else ()
+        return kind(**{n: v for n, v in self.parameters.items() if n in own}) if kind else None
+
+    def __post_init__(self) -> None:
+        if self.name not in ARMS:
+            raise ScheduleError(unknown("arm", self.name, ARMS))
+        defaults = ARMS[self.name].parameters
+        for name in self.parameters:
+            if name not in defaults:
+                raise ScheduleError(
+                    unknown(f"parameter of the arm {self.name!r}", name, defaults)
+                    if defaults
+                    else f"the arm {self.name!r} has no parameters; found {name!r}: leave it out"
+                )
+        values = {
+            name: _number(name, self.parameters.get(name, default), default) for name, default in defaults.items()
+        }
+        object.__setattr__(self, "parameters", values)
+        self._regularizer()  # refuses values out of range
+
+
+def choose_arm(arm: str, parameters: Mapping[str, Any] | Iterable[str] = ()) -> ChosenArm:
+    """Read an arm as people write it: ``"mixout"``, ``"mixout:p=0.7"``, or with parameters given apart.
+
+    Args:
+        arm: name, and after a colon parameters ``name=value`` with commas between.
+        parameters: more of them, by name or as ``"name=value"``.
+
+    Raises:
+        ScheduleError: an unknown arm or parameter, one that is no number, or one given twice.
+        GuidedDropoutError: a value out of range.
+    """
+    name, _, inline = arm.partition(":")
+    pairs = [_pair(text) for text in inline.split(",") if inline]
+    pairs += parameters.items() if isinstance(parameters, Mapping) else [_pair(text) for text in parameters]
+    chosen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in chosen:
+            raise ScheduleError(f"found the parameter {key!r} of the arm {name!r} twice; expected it once")
+        chosen[key] = value
+    return ChosenArm(name, chosen)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (equals and name and value):
+        raise ScheduleError(f"arm parameter {text!r}; expected name=value, such as p=0.7")
+    return name.strip(), value.strip()
+
+
+def _number(name: str, value: Any, default: int | float) -> int | float:
+    """`value` as the type of `default`."""
+    kind = type(default)
+    try:
+        if isinstance(value, bool) or kind(value) != float(value):
+            raise ValueError
+        return kind(value)
+    except (TypeError, ValueError):
+        wanted = "a whole number" if kind is int else "a number"
+        raise ScheduleError(f"arm parameter {name} is {value!r}; expected {wanted}") from None

@@ -1,0 +1,104 @@
+"""Mixout: dropout whose dropped weights become the pretrained ones instead of 0."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from guided_dropout.errors import SiteError
+from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
+from guided_dropout.regularizers.forwards import wrap_forward
+from guided_dropout.regularizers.layers import parameters_in_order
+from guided_dropout.regularizers.pretrained import pretrained_parameters
+
+
+@dataclass(frozen=True)
+class Mixout(Regularizer):
+    r"""Each forward in training mode replaces a share of the weights by where they started, and corrects the mean.
+
+    .. math:: \tilde W = \frac{M\odot W^* + (1-M)\odot W - p\,W^*}{1-p},\qquad M_{ij}\sim\mathrm{Bernoulli}(p),
+
+    so that :math:`E[\tilde W]=W`; :math:`\tilde W=W^*` at p = 1 (Lee, Cho & Kang, 2020, *Mixout: Effective
+    Regularization to Finetune Large-scale Pretrained Language Models*, arXiv 1909.11299). As in the authors' code, it
+    acts on the pretrained weight matrices of linear layers, not on embeddings, biases, norms or new parameters, and
+    takes the place of dropout in the backbone.
+
+    Attributes:
+        p: share of the weights that is replaced, in [0, 1].
+    """
+
+    p: float = 0.7
+
+    def __post_init__(self) -> None:
+        check_number("p", self.p, 0 <= self.p <= 1, "a number from 0 to 1")
+
+    def apply(self, model: nn.Module, context: Context) -> Handle:
+        """Start from the weights that the model has now; see `Regularizer.apply`."""
+        pretrained = pretrained_parameters(model, context)
+        mixed = {
+            name: parameter
+            for name, parameter in pretrained.items()
+            if parameter.dim() > 1 and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        }
+        handle = Handle({"mixed": len(mixed), "untouched": len(pretrained) - len(mixed)})
+        by_module: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in mixed.items():
+            path, _, own_name = name.rpartition(".")
+            by_module.setdefault(path, {})[own_name] = parameter.detach().clone()
+        _check_reached(model, context, by_module)
+        for path, targets in by_module.items():
+            module = model.get_submodule(path)
+            wrap_forward(handle, module, partial(_mixed, module, targets, self.p))
+        return handle
+
+
+def mixout(weight: Tensor, target: Tensor, p: float) -> Tensor:
+    """One draw of `Mixout`'s mixed weights; any shape, the gradient goes to `weight`."""
+    if p == 0:
+        return weight
+    if p == 1:
+        return target + 0 * weight  # a gradient of 0, not none
+    # In this form the weights stay what they are, bit for bit, where they have not moved.
+    kept = torch.empty_like(weight).bernoulli_(1 - p) / (1 - p)
+    return target + kept * (weight - target)
+
+
+@contextlib.contextmanager
+def _mixed(module: nn.Module, targets: dict[str, Tensor], p: float) -> Iterator[None]:
+    """Let the module compute with mixed weights; its parameters are its own again afterwards."""
+    own = {name: module._parameters[name] for name in targets}
+    for name, weight in own.items():
+        assert weight is not None
+        if targets[name].device != weight.device:  # the model has moved since
+            targets[name] = targets[name].to(weight.device)
+        module._parameters[name] = mixout(weight, targets[name], p)  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        module._parameters.update(own)
+
+
+def _check_reached(model: nn.Module, context: Context, by_module: dict[str, dict[str, Tensor]]) -> None:
+    """A weight that is used without its module being called would never be mixed."""
+    called: set[str] = set()
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.add(path))
+        for path in by_module
+    ]
+    try:
+        used = parameters_in_order(model, context.inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in used:
+        path, _, own_name = name.rpartition(".")
+        if own_name in by_module.get(path, {}) and path not in called:
+            raise SiteError(
+                f"{name} is used without a call of its module, where mixout would not reach it; expected weights that "
+                "belong to the layer that uses them: choose another model or arm"
+            )

@@ -1,0 +1,55 @@
+"""Surgical fine-tuning: only the layers with the most Fisher information train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
+from guided_dropout.regularizers.layers import find_layers
+from guided_dropout.regularizers.pretrained import is_new, measured_names
+
+
+@dataclass(frozen=True)
+class Surgical(Regularizer):
+    r"""Trains the layers with the highest Fisher score and what is new; the rest of the backbone is frozen.
+
+    .. math:: S_l = \frac1{|\theta_l|}\sum_{j\in l}F_j;\qquad\text{the}\ \lceil q L\rceil\ \text{layers of highest}\
+        S_l\ \text{train}
+
+    (Lodha et al., 2023, *On Surgical Fine-tuning for Language Encoders*, arXiv 2310.17041). A layer is a block of the
+    backbone's stack; embeddings, final norms and a pretrained pooler are frozen. The paper measures the Fisher
+    information on the task's data; here it is what the profile was measured on.
+
+    Attributes:
+        share: q, the share of the layers that trains, in (0, 1].
+    """
+
+    share: float = 0.25
+    needs: ClassVar[tuple[str, ...]] = ("profile",)
+
+    def __post_init__(self) -> None:
+        check_number("share", self.share, 0 < self.share <= 1, "a number above 0, up to 1")
+
+    def apply(self, model: nn.Module, context: Context) -> Handle:
+        """Freeze the rest; see `Regularizer.apply`."""
+        profile = context.needed_profile("surgical fine-tuning")
+        names = measured_names(model, profile)
+        layers = find_layers(model, context.inputs)
+        scores = {}
+        for path in layers.blocks:
+            held = {there for name, there in names.items() if name.startswith(f"{path}.")}
+            sizes = {there: math.prod(profile.shapes[there]) for there in held.difference(profile.noise)}
+            total = math.fsum(size * profile.tensor_means[there] for there, size in sizes.items())
+            scores[path] = total / max(1, sum(sizes.values()))
+        number = math.ceil(self.share * len(scores))
+        trained = sorted(sorted(scores, key=lambda path: -scores[path])[:number])
+        handle = Handle({"trained": trained, "scores": scores})
+        for name, parameter in model.named_parameters():
+            if not (is_new(model, name, context) or name.startswith(tuple(f"{path}." for path in trained))):
+                handle.on_remove(parameter.requires_grad_, parameter.requires_grad)
+                parameter.requires_grad_(False)
+        return handle

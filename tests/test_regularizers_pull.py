@@ -1,0 +1,162 @@
+"""Regularizers that pull weights: L2-SP, EWC, guided L2-SP and guided weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from families import classifier_of, language_model, profile_of
+from torch import Tensor, nn
+
+from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
+from guided_dropout.fisher import FisherProfile
+from guided_dropout.regularizers import EWC, L2SP, Context, GuidedDecay, GuidedL2SP, Handle, Regularizer
+from guided_dropout.regularizers.strengths import relative_strengths
+from guided_dropout.schedule import DropoutSchedule
+
+PLAIN = torch.tensor(0.25, dtype=torch.float64)
+
+
+def double_classifier() -> nn.Module:
+    return classifier_of("bert").double().train()
+
+
+def random_profile(model: nn.Module) -> FisherProfile:
+    """A different value for each parameter."""
+    generator = torch.Generator().manual_seed(1)
+    diagonal = {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
+    means = {n: f.double().mean().item() for n, f in diagonal.items()}
+    return replace(profile_of(model), diagonal=diagonal, tensor_means=means)
+
+
+def moved(model: nn.Module) -> dict[str, Tensor]:
+    """Move all weights as training would; returns where they started."""
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter)
+    return start
+
+
+def gradients(handle: Handle, model: nn.Module) -> tuple[Tensor, dict[str, Tensor | None]]:
+    loss = handle.loss(PLAIN, model, {}, None)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss, dict(zip(names, found, strict=True))
+
+
+def assert_pulls(regularizer: Regularizer, context: Context, wanted: dict[str, float | Tensor], zero: set[str]) -> None:
+    """The loss is a sum of w (θ - θ*)² / 2, its gradient w (θ - θ*), with θ* = 0 for those in `zero`."""
+    model = double_classifier()
+    with regularizer.apply(model, context) as handle:
+        loss, none = gradients(handle, model)
+        at_start = sum(0.5 * (wanted[n] * p.square()).sum() for n, p in model.named_parameters() if n in zero)
+        torch.testing.assert_close(loss, PLAIN + at_start)
+        start = moved(model)
+        loss, found = gradients(handle, model)
+        expected = PLAIN.clone()
+        for name, parameter in model.named_parameters():
+            if name not in wanted:
+                assert found[name] is none[name] is None
+                continue
+            distance = parameter.detach() - (0 if name in zero else start[name])
+            expected += 0.5 * (wanted[name] * distance.square()).sum()
+            torch.testing.assert_close(found[name], wanted[name] * distance)
+        torch.testing.assert_close(loss.detach(), expected)
+    assert handle.loss(PLAIN, model, {}, None) is PLAIN
+
+
+HEAD = {"classifier.weight", "classifier.bias"}
+POOLER = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+NAMES = [n for n, _ in classifier_of("bert").named_parameters()]
+
+
+@pytest.mark.parametrize("new", [None, HEAD | POOLER], ids=["head", "head and pooler"])
+def test_l2_sp_pulls_the_pretrained_to_their_start_and_the_new_to_0(new: set[str] | None) -> None:
+    zero = new or HEAD
+    wanted = {n: 0.3 if n in zero else 0.7 for n in NAMES}
+    assert_pulls(L2SP(alpha=0.7, beta=0.3), Context(new=new), wanted, zero)
+
+
+def test_ewc_pulls_by_the_fisher_information_and_leaves_the_new_alone() -> None:
+    profile = random_profile(language_model("bert"))
+    wanted = {n: 40 * profile.diagonal[n].double() for n in NAMES if n not in HEAD | POOLER}
+    assert_pulls(EWC(40.0), Context(profile=profile), wanted, set())
+    handle = EWC().apply(double_classifier(), Context(profile=profile))
+    assert handle.facts == {"unmeasured": sorted(POOLER)}
+
+
+def test_ewc_refuses_a_profile_of_means_only() -> None:
+    profile = replace(profile_of(language_model("bert")), diagonal={})
+    with pytest.raises(ArtefactError, match=r"tensor means only.*the pulls of EWC need them"):
+        EWC().apply(double_classifier(), Context(profile=profile))
+
+
+def guided_schedule(**options: object) -> DropoutSchedule:
+    model = language_model("bert")
+    return DropoutSchedule.from_profile(random_profile(model), model, upper=0.2, lower=0.0, **options)
+
+
+@pytest.mark.parametrize("grouping", ["owner", "dataflow"])
+def test_strengths_are_the_rates_of_the_sites_over_their_mean(grouping: str) -> None:
+    schedule = guided_schedule(grouping=grouping)
+    strengths = relative_strengths(classifier_of("bert"), schedule)
+    assert list(strengths) == NAMES
+    rate = schedule.rates["bert.encoder.layer.1.output.dropout"] / schedule.mean_rate
+    for part in ("dense.weight", "dense.bias", "LayerNorm.weight")[: 3 if grouping == "owner" else 2]:
+        assert strengths[f"bert.encoder.layer.1.output.{part}"] == pytest.approx(rate)
+    middle = strengths["bert.encoder.layer.1.intermediate.dense.weight"]
+    assert middle == (1.0 if grouping == "owner" else pytest.approx(rate))
+    assert {strengths[n] for n in HEAD} == {1.0}
+    least = min(schedule.scores, key=lambda path: schedule.scores[path])
+    assert max(strengths.values()) == pytest.approx(schedule.rates[least] / schedule.mean_rate)
+    assert min(strengths.values()) == 0.0
+
+
+def test_a_uniform_schedule_is_no_guidance() -> None:
+    model = classifier_of("bert")
+    assert set(relative_strengths(model, DropoutSchedule.uniform(model, 0.1)).values()) == {1.0}
+    with pytest.raises(ScheduleError, match="rates are all 0"):
+        relative_strengths(model, DropoutSchedule.uniform(model, 0.0))
+
+
+def test_guided_l2_sp_follows_the_schedule() -> None:
+    schedule = guided_schedule()
+    strengths = relative_strengths(classifier_of("bert"), schedule)
+    wanted = {n: 0.3 if n in HEAD else 0.7 * strengths[n] for n in NAMES}
+    assert_pulls(GuidedL2SP(alpha=0.7, beta=0.3), Context(schedule=schedule), wanted, HEAD)
+
+
+def decaying_groups(model: nn.Module, decay: float) -> list[dict]:
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    return [
+        {"params": matrices, "lr": 0.01, "weight_decay": decay},
+        {"params": vectors, "lr": 0.01, "weight_decay": 0.0},
+    ]
+
+
+def test_guided_decay_spreads_the_decay_and_spares_what_does_not_decay() -> None:
+    model, schedule = classifier_of("bert").double(), guided_schedule()
+    strengths = relative_strengths(model, schedule)
+    with GuidedDecay().apply(model, Context(schedule=schedule)) as handle:
+        groups = handle.parameter_groups(decaying_groups(model, 0.5))
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in model.parameters())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    torch.optim.AdamW(groups).step()
+    for name, parameter in model.named_parameters():
+        shrunk = 1 - 0.01 * 0.5 * strengths[name] if parameter.dim() > 1 else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * shrunk)
+
+
+def test_guided_decay_without_decay_says_so() -> None:
+    model = classifier_of("bert")
+    with (
+        GuidedDecay().apply(model, Context(schedule=guided_schedule())) as handle,
+        pytest.raises(GuidedDropoutError, match=r"no weight decay to spread.*set weight_decay"),
+    ):
+        handle.parameter_groups(decaying_groups(model, 0.0))
