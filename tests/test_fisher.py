@@ -22,7 +22,9 @@ from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares
+from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.totals import Totals
+from guided_dropout.sites import find_sites
 
 VOCAB = 61
 
@@ -418,3 +420,18 @@ def test_bfloat16_is_near(family):
     assert all(
         found[n] == pytest.approx(w, rel=0.15, abs=1e-6 * largest) for n, w in want.items() if w > 1e-6 * largest
     )
+
+
+def test_a_run_ends_when_the_order_of_the_sites_is_settled():
+    model = language_model("bert")
+    samples = draw_samples([9] * 400, seed=4)
+    sites = {s.path: s.parameters for s in find_sites(model) if not s.in_head}
+    test = RankingTest(sites, tolerance=3.0)
+    profile = estimate_fisher(model, iter(samples), until_ranked=test, scores_only=True)
+    ranking = profile.provenance["ranking"]
+    assert ranking["settled"]
+    assert 100 <= ranking["samples"] == profile.num_samples < 400
+    assert list(profile.noise) == sorted(n for n, _ in model.named_parameters() if n.endswith("key.bias"))
+    assert not profile.diagonal
+    whole = estimate_fisher(model, samples[: profile.num_samples])
+    assert profile.tensor_means == pytest.approx(whole.tensor_means, rel=1e-4, abs=1e-14)

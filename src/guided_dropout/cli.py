@@ -99,6 +99,13 @@ def fisher(
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="Keep each tensor's mean alone: all a schedule needs, flat in memory.")
     ] = False,
+    until_ranked: Annotated[
+        bool, typer.Option("--until-ranked", help="Stop as soon as the order of the sites is settled.")
+    ] = False,
+    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked.")] = 0.95,
+    rank_tolerance: Annotated[
+        float, typer.Option(help="Of --until-ranked: scores that differ by less may change places.")
+    ] = 0.05,
     dtype: Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")] = (
         "float32"
     ),
@@ -110,7 +117,9 @@ def fisher(
     from guided_dropout.fisher import estimate_fisher, profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
     from guided_dropout.fisher.processes import current_processes, leave_processes
+    from guided_dropout.fisher.ranking import RankingTest
     from guided_dropout.models import DTYPES, check_placement, load_lm, load_model, load_tokenizer, to_device
+    from guided_dropout.sites import find_sites
 
     state = out.with_name(f"{out.name}.checkpoint")
     world = current_processes()
@@ -126,6 +135,8 @@ def fisher(
         source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
         precision = _choose("--dtype", dtype, DTYPES)
         number = inputs.number_of_samples(samples)
+        if until_ranked and number is None:
+            raise DataError("--until-ranked with --samples all; expected samples drawn at random: give their number")
         if text is not None:
             limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
             lines = _open_text(text, limit)
@@ -139,6 +150,10 @@ def fisher(
             given = inputs.task_inputs(
                 loaded, tokenizer, str(task), data, num_samples=number, max_length=max_length, seed=seed
             )  # fmt: skip
+        ranking = None
+        if until_ranked:
+            sites = {s.path: s.parameters for s in find_sites(loaded) if not s.in_head}
+            ranking = RankingTest(sites, alpha=1 - rank_confidence, tolerance=rank_tolerance)
         if device_map is None:
             loaded = to_device(loaded, device or world.device)
     if world.is_main:
@@ -167,6 +182,7 @@ def fisher(
                 parameters=parameters,
                 seed=seed,
                 scores_only=scores_only,
+                until_ranked=ranking,
                 nonfinite="skip" if skip_nonfinite else "error",
                 checkpoint=state,
                 checkpoint_every=checkpoint_every,
@@ -201,6 +217,13 @@ def _print_fisher(measured: FisherProfile, folder: Path) -> None:
         + f"; {coverage['parameters_by_rule']:.1%} of the parameters by rule"
         + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
     )
+    if ranking := measured.provenance.get("ranking"):
+        doubtful = [" < ".join(pair) for pair in ranking["undecided"]]
+        console.print(
+            f"order of the sites {'settled' if ranking['settled'] else 'not settled'} after {ranking['samples']:,} "
+            f"samples (confidence {ranking['confidence']:.0%}, tolerance {ranking['tolerance']:.0%})"
+            + (f"; undecided: {', '.join(doubtful)}" if doubtful else "")
+        )
     console.print(folder)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import Added, BatchedSquares, requiring_grad
+from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.stream import Item
 from guided_dropout.fisher.totals import FLUSH_EVERY, Totals
@@ -58,7 +59,7 @@ class Accumulator:
         nonfinite: ``"error"``: a sample whose loss or squares are not finite is an error that names it; ``"skip"``: it
             is left out and noted.
         scores_only: keep one number per parameter.
-        per_sample: let `add` give each sample's sums.
+        ranking: is told each sample's means.
 
     Attributes:
         num: samples that are in the sums.
@@ -76,7 +77,7 @@ class Accumulator:
         method: str = "batched",
         nonfinite: str = "error",
         scores_only: bool = False,
-        per_sample: bool = False,
+        ranking: RankingTest | None = None,
     ):
         if method not in METHODS:
             raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
@@ -84,7 +85,8 @@ class Accumulator:
             raise DataError(f"nonfinite {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
         self.model, self.objective, self.parameters = model, objective, parameters
         self.method, self._skip = method, nonfinite == "skip"
-        self.scores_only, self.per_sample = scores_only, per_sample
+        self.scores_only, self.ranking = scores_only, ranking
+        self._ranked = ranking.state() if ranking else {}
         self.num = 0
         self.nonfinite: list[int] = []
         self._fallback: dict[str, str] = {}
@@ -100,8 +102,8 @@ class Accumulator:
         """Parameters that took the reference loop in any batch → why."""
         return self._fallback | (self._squares.fallback if self._squares else {})
 
-    def add(self, batch: Sequence[Item]) -> dict[str, Tensor]:
-        """Add a batch; return each parameter's sum of squares by sample, [B] float64, if `per_sample`.
+    def add(self, batch: Sequence[Item]) -> None:
+        """Add a batch.
 
         Raises:
             ModelError: a loss is not finite, or squares of this batch or of an earlier one are not.
@@ -112,7 +114,7 @@ class Accumulator:
         if squares is None:
             batch = self._finite(batch, losses_of(self.model, self.objective, _samples(batch)))
             if not batch:
-                return {}
+                return
             squares = self._begin(batch)
         while batch:
             added = squares.add(_samples(batch))
@@ -120,9 +122,12 @@ class Accumulator:
             if len(finite) == len(batch):
                 self._unchecked.append(list(batch))
                 self.num += len(batch)
-                return added.tensor_sums or {}
+                if self.ranking and added.tensor_sums:
+                    self.ranking.add(
+                        {n: (s / self.parameters[n].numel()).cpu().numpy() for n, s in added.tensor_sums.items()}
+                    )
+                return
             batch = finite
-        return {}
 
     def check(self) -> None:
         """Make sure that all sums are finite, as they are whenever this returns.
@@ -144,9 +149,13 @@ class Accumulator:
             self._leave_out(bad, "the squared gradients of", "overflow")
             self.num -= sum(map(len, unchecked))
             self._unchecked = []
+            if self.ranking:
+                self.ranking.load_state(self._ranked)
             self._run_again([[item for item in batch if item.index not in bad] for batch in unchecked])
             return self.check()
         self._unchecked, self._proved = [], True
+        if self.ranking:
+            self._ranked = self.ranking.state()
         if self._skip:
             self._mark(totals)
         return None
@@ -174,12 +183,17 @@ class Accumulator:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, facts) from which `load` goes on. Call `check` first."""
         facts = {"num": self.num, "nonfinite": self.nonfinite, "fallback": self.fallback, "noise": sorted(self.noise)}
+        if self.ranking:
+            facts["ranking"] = self.ranking.state()
         return self.totals().state(), facts
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take up what `state` gave, before the first batch."""
         self.num, self.nonfinite = facts["num"], list(facts["nonfinite"])
         self._fallback, self.noise = dict(facts["fallback"]), set(facts["noise"])
+        if self.ranking:
+            self.ranking.load_state(facts["ranking"])
+            self._ranked = facts["ranking"]
         self._loaded = tensors
 
     def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
@@ -189,9 +203,11 @@ class Accumulator:
         else:
             plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
             self.noise |= plan.noise
+            if self.ranking and not self.ranking.samples:
+                self.ranking.exclude(plan.noise)
             squares = BatchedSquares(
                 self.model, self.objective, self.parameters, plan,
-                scores_only=self.scores_only, per_sample=self.per_sample,
+                scores_only=self.scores_only, per_sample=self.ranking is not None,
             )  # fmt: skip
         if self._loaded is not None:
             squares.totals.load_state(self._loaded)

@@ -19,9 +19,10 @@ from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
-from guided_dropout.fisher.stream import Stream, batches
+from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
 from guided_dropout.identity import model_identity
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
@@ -43,6 +44,7 @@ def estimate_fisher(
     seed: int = 0,
     method: str = "batched",
     scores_only: bool = False,
+    until_ranked: RankingTest | None = None,
     parameters: Choice = "all",
     nonfinite: str = "error",
     checkpoint: str | Path | None = None,
@@ -81,6 +83,8 @@ def estimate_fisher(
             has brought), or a function (name, parameter) → bool. The others cost nothing.
         scores_only: keep only each tensor's mean, which is all that a schedule needs: no memory of the parameters'
             size, and less arithmetic. The profile has no diagonal then.
+        until_ranked: stop as soon as this test says that the order of the sites is settled; what it found stands in
+            the profile's ``provenance["ranking"]``. The samples must come in random order.
         nonfinite: a sample whose loss is NaN or infinite, or whose squared gradients overflow, is an ``"error"`` that
             names it; or ``"skip"``: such samples are left out, and their indices stand in the profile's
             ``coverage["nonfinite"]``.
@@ -112,11 +116,18 @@ def estimate_fisher(
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
             _check_resident(model)
+            if until_ranked is not None and (world.count > 1 or method == "reference"):
+                raise DataError(
+                    f"until_ranked with {world.count} processes, method {method!r}; expected a single process and the "
+                    "batched method: leave one of them out"
+                )
             if checkpoint is not None and resume is None:
                 check_unused(checkpoint)
             goal, checked = _begin(model, samples, objective, reduction, labels=labels, seed=seed)
             stream = Stream(goal, checked, process=world.index, processes=world.count)
-            sums = Accumulator(model, goal, chosen, method=method, nonfinite=nonfinite, scores_only=scores_only)
+            sums = Accumulator(
+                model, goal, chosen, method=method, nonfinite=nonfinite, scores_only=scores_only, ranking=until_ranked
+            )
             # What decides the sums or the order in which they are made. Not `nonfinite`: a state holds no such sample,
             # and a run that met one may go on without it.
             identity = {
@@ -128,6 +139,7 @@ def estimate_fisher(
                 "labels": labels,
                 "method": method,
                 "scores_only": scores_only,
+                "until_ranked": until_ranked and [until_ranked.alpha, until_ranked.tolerance],
                 "batch_size": batch_size if tokens_per_batch is None else None,
                 "tokens_per_batch": tokens_per_batch,
                 "processes": world.count,
@@ -140,7 +152,13 @@ def estimate_fisher(
                 place = Checkpoint(
                     checkpoint, identity, every=checkpoint_every, process=world.index, processes=world.count
                 )
-            drawn = batches(stream, batch_size=batch_size, tokens_per_batch=tokens_per_batch)
+            drawn = batches(
+                stream,
+                batch_size=batch_size,
+                tokens_per_batch=tokens_per_batch,
+                # By length the first samples would be no random ones.
+                look_ahead=LOOK_AHEAD if until_ranked is None else 1,
+            )
             run = Run(sums, drawn, place, progress)
             if place is not None and resume and (state := place.read()):
                 run.resume(state)
@@ -155,7 +173,9 @@ def estimate_fisher(
         method=method,
         batch_size=batch_size if tokens_per_batch is None else None,
         tokens_per_batch=tokens_per_batch,
-        **({"seed": seed} if labels == "model" else {}) | dict(facts or {}),
+        **({"seed": seed} if labels == "model" else {})
+        | ({"ranking": until_ranked.report()} if until_ranked else {})
+        | dict(facts or {}),
     )
 
 

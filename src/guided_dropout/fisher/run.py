@@ -34,7 +34,7 @@ class Run:
         self._digest = Digest()
 
     def steps(self) -> Iterator[None]:
-        """Add batch after batch; yields after each."""
+        """Add batch after batch; yields after each. Ends early where the order of the sites is settled."""
         for batch in self._batches:
             self.sums.add(batch)
             self._take(batch)
@@ -42,6 +42,8 @@ class Run:
                 self._save(self._checkpoint)
             self._tell()
             yield
+            if self.sums.ranking and self.sums.ranking.settled:
+                break
         self.sums.check()
 
     def resume(self, state: State) -> None:

@@ -63,7 +63,13 @@ class Stream:
         return len(sample["input_ids"]), decoded
 
 
-def batches(items: Iterable[Item], *, batch_size: int = 8, tokens_per_batch: int | None = None) -> Iterator[list[Item]]:
+def batches(
+    items: Iterable[Item],
+    *,
+    batch_size: int = 8,
+    tokens_per_batch: int | None = None,
+    look_ahead: int = LOOK_AHEAD,
+) -> Iterator[list[Item]]:
     """Group samples of like lengths, window by window.
 
     The order is a function of the lengths alone. Within a window the longest samples come first, so that memory runs
@@ -74,9 +80,10 @@ def batches(items: Iterable[Item], *, batch_size: int = 8, tokens_per_batch: int
         batch_size: samples per batch, where `tokens_per_batch` is None.
         tokens_per_batch: the most that a batch may hold, padding counted: samples × (longest input + longest decoder
             input). A sample that is longer runs alone.
+        look_ahead: batches' worth of samples that are read ahead; 1 keeps the samples' own order.
     """
     most = min(batch_size if tokens_per_batch is None else MOST_SAMPLES, MOST_SAMPLES)
-    for window in _windows(items, most, tokens_per_batch or math.inf):
+    for window in _windows(items, look_ahead * most, look_ahead * (tokens_per_batch or math.inf)):
         window.sort(key=_by_length, reverse=True)
         longest, *others = _cut(window, most, tokens_per_batch or math.inf)
         yield longest
@@ -89,7 +96,7 @@ def _windows(items: Iterable[Item], most: int, budget: float) -> Iterator[list[I
     for item in items:
         window.append(item)
         tokens += sum(item.lengths)
-        if len(window) >= LOOK_AHEAD * most or tokens >= LOOK_AHEAD * budget:
+        if len(window) >= most or tokens >= budget:
             yield window
             window, tokens = [], 0
     if window:
