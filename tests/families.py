@@ -177,7 +177,7 @@ _FISHER_ONLY_OPTIONS: dict[str, dict[str, Any]] = {
     },
     "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4},
     "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24, "dropout": 0.1},
-    "longformer": {**_ENCODER, "attention_window": 8},
+    "longformer": {**_ENCODER, "attention_window": 16},
     "mt5": {**_OPTIONS["t5"], "num_decoder_layers": 2},
     "pegasus": _BART,
 }

@@ -12,7 +12,7 @@ from guided_dropout.objectives import Objective
 ALL = [*FAMILIES, *FISHER_ONLY]
 # Longformer's softmax is in float32: in float64, masks in rows that see nothing but padding overflow there, in the
 # model's own gradients too. With these lengths each row of its one window sees a token.
-LENGTHS = {"longformer": [7, 8, 7, 8, 7]}
+LENGTHS = {"longformer": [14, 16, 15, 13, 16]}
 
 
 def samples_of(family):
@@ -30,8 +30,8 @@ def test_each_family_is_exact_in_float64(family):
     assert fast.coverage["reasons"] == {}
     assert fast.coverage["parameters_by_rule"] == 1
     for name, want in slow.diagonal.items():
-        torch.testing.assert_close(fast.diagonal[name], want, rtol=2e-6, atol=1e-12)
-        rel = 1e-6 if family in PARTLY_FLOAT32 else 1e-9
+        rtol, rel = (1e-5, 1e-6) if family in PARTLY_FLOAT32 else (2e-6, 1e-9)
+        torch.testing.assert_close(fast.diagonal[name], want, rtol=rtol, atol=1e-12)
         assert fast.tensor_means[name] == pytest.approx(slow.tensor_means[name], rel=rel, abs=1e-16)
 
 
@@ -164,7 +164,7 @@ def test_experts_that_no_sample_reaches_are_named(family):
     assert_exact(profile.diagonal, oracle)
     idle = {f"{n}[{e}]" for n, t in oracle.items() if t.dim() == 3 for e in range(len(t)) if not t[e].any()}
     assert idle
-    assert set(profile.coverage["untouched"]) == idle
+    assert {n for n in profile.coverage["untouched"] if profile.diagonal[n.partition("[")[0]].dim() == 3} == idle
 
 
 def test_parameters_in_no_operation_are_named():

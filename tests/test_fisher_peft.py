@@ -89,6 +89,13 @@ def test_what_was_not_asked_for_costs_no_squares(monkeypatch):
     assert max(sizes) == 4 * 16
 
 
+def test_a_large_table_alone_is_exact():
+    model = language_model("llama", vocab_size=5000).double()
+    samples = draw_samples([9, 5, 11])
+    profile = estimate_fisher(model, samples, batch_size=3, parameters=lambda name, p: "embed_tokens" in name)
+    assert_exact(profile.diagonal, {n: t for n, t in own_loss_oracle(model, samples).items() if "embed_tokens" in n})
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [

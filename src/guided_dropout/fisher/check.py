@@ -118,6 +118,8 @@ def _noise(
     batch = objective.collate(model, samples)
     together = [_Gradients() for _ in alone]
     small = {n: parameters[n] for g in alone for n in g.small}
+    if not small:
+        return set()
     with requiring_grad(small.values()):
         losses = objective.losses(model(**batch.inputs).logits, batch)
     for b, gradients in enumerate(together):
