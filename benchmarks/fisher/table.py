@@ -63,8 +63,6 @@ ENTRIES = (
     Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, MAIN, alone=True, note=_WHOLE),
     Entry("estimate-scores", "**guided-dropout**, `estimate_fisher`, scores only", _with(_ESTIMATE, options=_SCORES),
           MORE, alone=True, note=_WHOLE),
-    Entry("estimate-bf16", "**guided-dropout**, `estimate_fisher`, bfloat16",
-          _with(_ESTIMATE, options={"dtype": "bfloat16"}), ALL, alone=True, note=_WHOLE),
     Entry("loop", "one sample at a time", methods.Loop, MAIN),
     Entry("published", "the paper's scripts' way", methods.Published, MORE, alone=True,
           note="a chunk is the batch here, not 100 samples: the same work per sample, a fraction of the memory"),
