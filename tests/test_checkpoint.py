@@ -40,7 +40,10 @@ def stopped_after(number):
 def assert_same(found, expected):
     """To 1e-6 of each tensor; one whose true value is zero holds nothing but rounding noise, squared."""
     assert (found.num_samples, found.num_skipped) == (expected.num_samples, expected.num_skipped)
-    largest = max(t.norm() for t in expected.diagonal.values())
+    largest = max(expected.tensor_means.values())
+    assert found.tensor_means == pytest.approx(expected.tensor_means, rel=1e-6, abs=1e-11 * largest)
+    assert found.diagonal.keys() == expected.diagonal.keys()
+    largest = max((t.norm() for t in expected.diagonal.values()), default=0)
     for name, want in expected.diagonal.items():
         assert (found.diagonal[name] - want).norm() <= 1e-6 * want.norm() + 1e-11 * largest, name
 
@@ -52,7 +55,14 @@ def model():
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_size": 2}, {"tokens_per_batch": 25}, {"batch_size": 3, "method": "reference"}, {"nonfinite": "skip"}],
+    [
+        {"batch_size": 2},
+        {"tokens_per_batch": 25},
+        {"batch_size": 3, "method": "reference"},
+        {"nonfinite": "skip"},
+        {"scores_only": True},
+        {"scores_only": True, "method": "reference"},
+    ],
     ids=str,
 )
 def test_stopped_twice_and_resumed_is_as_if_never_stopped(model, tmp_path, options):

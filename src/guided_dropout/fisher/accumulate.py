@@ -31,9 +31,16 @@ _NAMED = 10
 class ReferenceSquares:
     """What `BatchedSquares` does, by the oracle: one sample at a time."""
 
-    def __init__(self, model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        scores_only: bool = False,
+    ):
         self.model, self.objective, self.parameters = model, objective, parameters
-        self.totals = Totals(parameters)
+        self.totals = Totals(parameters, scores_only=scores_only)
         self.fallback = dict.fromkeys(parameters, "asked for")
 
     def add(self, samples: Sequence[Sample]) -> Added:
@@ -43,7 +50,7 @@ class ReferenceSquares:
             with requiring_grad(self.parameters.values()):
                 sums = sum_of_squares(self.model, self.parameters, samples, self.objective)
             for name, squares in sums.items():
-                self.totals[name].add_(squares)
+                self.totals[name].add_(squares.sum(dtype=torch.float64) if self.totals.scores_only else squares)
             self.totals.counted(len(samples))
         return Added(losses)
 
@@ -199,7 +206,7 @@ class Accumulator:
     def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
         """Begun late: the plan's own check needs as much memory as the sums, and is done with it before they exist."""
         if self.method == "reference":
-            squares = ReferenceSquares(self.model, self.objective, self.parameters)
+            squares = ReferenceSquares(self.model, self.objective, self.parameters, scores_only=self.scores_only)
         else:
             plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
             self.noise |= plan.noise
