@@ -14,9 +14,13 @@ from typing import Any
 
 from torch import nn
 
+from guided_dropout.adapters import adapted_layer, adapter_parts
 from guided_dropout.errors import SiteError
 from guided_dropout.identity import in_head
-from guided_dropout.probe import DropoutCall, Knob, find_knobs, observe
+from guided_dropout.knobs import ConfigKnob, Knob, find_knobs
+from guided_dropout.probe import DropoutCall, observe
+from guided_dropout.residual import ATTRIBUTE as RESIDUAL
+from guided_dropout.residual import residual_owners
 
 GROUPINGS = ("owner", "dataflow")
 _PROBE = 1e-9  # so small that layer drop, whose rate is a knob too, all but never fires during a probe
@@ -35,9 +39,10 @@ class DropoutSite:
         calls: dropout calls in one forward.
         parameters: what feeds it, by owner: the parameters of the module that owns the dropout, as in the paper. Where
             the owner is a whole stack of layers or has no parameters, the same as `dataflow`. Names as in
-            ``model.named_parameters()``.
+            ``model.named_parameters()``; an adapter's own are never among them.
         dataflow: what feeds it, by dataflow: the parameters used since the dropout call before, over all of its calls.
         in_head: whether it lies outside the backbone.
+        in_adapter: whether an adapter brought it, such as LoRA's dropout; it is fed by the layer that it adapts.
     """
 
     path: str
@@ -47,6 +52,7 @@ class DropoutSite:
     parameters: tuple[str, ...]
     dataflow: tuple[str, ...]
     in_head: bool
+    in_adapter: bool = False
 
     def parameters_by(self, grouping: str) -> tuple[str, ...]:
         """`parameters` for ``"owner"``, `dataflow` for ``"dataflow"``."""
@@ -93,7 +99,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> DropoutT
     return DropoutTrace(
         sites=tuple(_site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()),
         calls=tuple(by_rate[call.rate] for call in calls),
-        dead=tuple(path for path in knobs if path not in heard),
+        dead=tuple(path for path, knob in knobs.items() if path not in heard and not isinstance(knob, ConfigKnob)),
     )
 
 
@@ -135,20 +141,32 @@ def _site(model: nn.Module, knob: Knob, calls: list[DropoutCall], heard: Iterabl
         parameters=_in_model_order(model, owned or dataflow),
         dataflow=_in_model_order(model, dataflow),
         in_head=in_head(model, knob.path),
+        in_adapter=adapted_layer(model, knob.path) is not None,
     )
 
 
 def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set[str]:
     """Names of the parameters of the module that owns the knob; none where that is a stack of layers with sites."""
-    owner_path = knob.path.rpartition(".")[0]
-    owner = model.get_submodule(owner_path)
-    prefix = f"{owner_path}." if owner_path else ""
-    stacks = [f"{prefix}{name}." for name, m in owner.named_modules() if name and isinstance(m, _STACKS)]
+    adapted = adapted_layer(model, knob.path)
+    written_by = residual_owners(knob.module) if knob.attribute == RESIDUAL else None
+    owners = (adapted,) if adapted is not None else written_by or (_owner(model, knob),)
+    names = {id(module): name for name, module in model.named_modules()}
+    stacks = [
+        f"{names[id(m)]}." for owner in owners for m in owner.modules() if m is not owner and isinstance(m, _STACKS)
+    ]
+    parts = adapter_parts(model)
+    stacks = [stack for stack in stacks if not stack.startswith(parts)] if parts else stacks
     if any(path.startswith(stack) for path in heard for stack in stacks):
         return set()
-    owned = {id(parameter) for parameter in owner.parameters()}
+    owned = {id(parameter) for owner in owners for parameter in owner.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
 
 
+def _owner(model: nn.Module, knob: Knob) -> nn.Module:
+    return model.get_submodule(knob.path.rpartition(".")[0]) if knob.kind == "module" else knob.module
+
+
 def _in_model_order(model: nn.Module, names: set[str]) -> tuple[str, ...]:
-    return tuple(name for name, _ in model.named_parameters() if name in names)
+    """The names in the order of the model's parameters, without those that adapters have added."""
+    parts = adapter_parts(model)
+    return tuple(n for n, _ in model.named_parameters() if n in names and not (parts and n.startswith(parts)))

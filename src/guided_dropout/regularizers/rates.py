@@ -11,8 +11,8 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import backbone_name, model_identity
-from guided_dropout.probe import find_knobs
+from guided_dropout.identity import backbone_name, model_identity, relative_name
+from guided_dropout.knobs import find_knobs
 from guided_dropout.regularizers.base import Handle
 from guided_dropout.schedule import DropoutSchedule, site_scores
 from guided_dropout.sites import DropoutSite, find_sites, trace, verify_rates
@@ -76,7 +76,7 @@ def apply_dropout(
     """Give each dropout site of a model its rate, and prove by running the model that each dropout call receives it.
 
     The schedule may come from a model with another head around the same backbone; sites in a head that the schedule
-    does not name keep their rates. Modes, buffers and random states are left as they are.
+    does not name keep their rates, and so do those that an adapter brought. Modes, buffers and random states are left as they are.
 
     Args:
         model: the model to regularise, in any mode.
@@ -163,13 +163,13 @@ def rates_on(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[Dropou
 def _matched_rates(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[DropoutSite]) -> dict[str, float]:
     """Match sites by their place relative to the backbone, each side with its own prefix."""
     prefix = schedule.model["backbone_prefix"]
-    left = {(not path.startswith(prefix), path.removeprefix(prefix)): path for path in schedule.rates}
+    left = {(not path.startswith(prefix), relative_name(path, prefix)): path for path in schedule.rates}
     rates = {}
     for site in sites:
         path = left.pop((site.in_head, backbone_name(model, site.path)), None)
         if path is not None:
             rates[site.path] = schedule.rates[path]
-        elif not site.in_head:
+        elif not (site.in_head or site.in_adapter):
             raise _another_model(f"it has no rate for {site.path}, a dropout site of {type(model).__name__}")
     for path in left.values():
         raise _another_model(f"{path} is no dropout site of {type(model).__name__}")

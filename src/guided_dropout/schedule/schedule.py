@@ -158,7 +158,7 @@ class DropoutSchedule:
                 raise ScheduleError(f"two rates for the dropout site {known[name]}; expected one")
             found[known[name]] = rate
         for site in sites:
-            if not site.in_head and site.path not in found:
+            if not (site.in_head or site.in_adapter) and site.path not in found:
                 raise ScheduleError(f"no rate for the dropout site {site.path}; each site of the backbone needs one")
         sites = [site for site in sites if site.path in found]
         return cls(
