@@ -1,4 +1,4 @@
-"""Which attention implementations take dropout, and a plain one in their place while a model is only watched."""
+"""Which attention implementations take dropout, and plain ones in their place while a model is only watched."""
 
 from __future__ import annotations
 
@@ -29,17 +29,24 @@ def attention_implementations(model: nn.Module) -> set[str]:
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Let flash and flex attention be PyTorch's own for a while; they are given the same rate by the same argument."""
     plain = "sdpa" if getattr(unwrapped(model), "_supports_sdpa", False) else "eager"
-    old = {}
-    for config in _configs(model):
-        name = config._attn_implementation
-        if isinstance(name, str) and any(kind in name for kind in _OTHERS):
-            old[id(config)] = config, name
-            config._attn_implementation_internal = plain
-    try:
+    with contextlib.ExitStack() as stack:
+        for config in _configs(model):
+            name = config._attn_implementation
+            if isinstance(name, str) and any(kind in name for kind in _OTHERS):
+                stack.callback(setattr, config, "_attn_implementation_internal", name)
+                config._attn_implementation_internal = plain
         yield
-    finally:
-        for config, name in old.values():
-            config._attn_implementation_internal = name
+
+
+@contextlib.contextmanager
+def plain_experts(model: nn.Module) -> Iterator[None]:
+    """Let transformers' mixtures of experts be a loop for a while, which runs in any precision."""
+    with contextlib.ExitStack() as stack:
+        for config in _configs(model):
+            if name := getattr(config, "_experts_implementation_internal", None):
+                stack.callback(setattr, config, "_experts_implementation_internal", name)
+                config._experts_implementation_internal = "eager"
+        yield
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from guided_dropout.attention import plain_attention
+from guided_dropout.attention import plain_attention, plain_experts
 from guided_dropout.errors import SiteError
 from guided_dropout.knobs import Knob, find_knobs
 from guided_dropout.tiny_batch import tiny_batch
@@ -82,8 +82,8 @@ def run_once(
         SiteError: there are no `inputs`, and the model does not run on the tiny batch.
     """
     batch = tiny_batch(model) if inputs is None else inputs
-    with undisturbed(model), plain_attention(model), torch.no_grad(), contextlib.ExitStack() as stack:
-        for context in contexts:
+    with undisturbed(model), torch.no_grad(), contextlib.ExitStack() as stack:
+        for context in (plain_attention(model), plain_experts(model), *contexts):
             stack.enter_context(context)
         try:
             model(**batch)

@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from guided_dropout.errors import ScheduleError
+from guided_dropout.attention import attention_implementations, takes_dropout
+from guided_dropout.errors import ScheduleError, SiteError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.knobs import find_knobs
@@ -88,10 +89,12 @@ def apply_dropout(
 
     Raises:
         ScheduleError: the schedule was made for another model.
-        SiteError: a rate does not arrive; the model has its former rates again.
+        SiteError: a rate does not arrive, or one above 0 is for attention that takes none; the model has its former
+            rates again.
     """
     before = trace(model, inputs)
     rates = rates_on(model, schedule, before.sites)
+    _check_attention(model, before.sites, rates)
     handle = DropoutHandle(model, rates)
     handle._put_on()
     try:
@@ -100,6 +103,16 @@ def apply_dropout(
         handle.remove()
         raise
     return handle
+
+
+def _check_attention(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapping[str, float]) -> None:
+    without = [name for name in attention_implementations(model) if not takes_dropout(name)]
+    wanted = [site.path for site in sites if site.kind == "attention" and rates.get(site.path, site.rate) > 0]
+    if without and wanted:
+        raise SiteError(
+            f"{without[0]} takes no dropout, and {wanted[0]} has a rate above 0; expected eager, sdpa or flash "
+            'attention, or a rate of 0: call model.set_attn_implementation("sdpa"), or give attention sites rate 0'
+        )
 
 
 def dropout_table(
