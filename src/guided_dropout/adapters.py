@@ -29,11 +29,10 @@ def adapted_layer(model: nn.Module, path: str) -> nn.Module | None:
     """The layer that the adapter which holds `path` adapts; None where `path` lies in no adapter."""
     module, adapted = model, None
     for part in path.split("."):
-        base = module._modules.get("base_layer")
-        if base is not None and hasattr(module, "adapter_layer_names"):
-            adapted = None if part == "base_layer" else base
-        child = module._modules.get(part)
+        child, base = module._modules.get(part), module._modules.get("base_layer")
         if child is None:
             break
+        if base is not None and hasattr(module, "adapter_layer_names"):
+            adapted = None if child is base else base
         module = child
     return adapted

@@ -78,7 +78,6 @@ class GuidedDropoutCallback(TrainerCallback, ExportableState):
                 "GuidedDropoutCallback has no schedule; expected one, or a checkpoint that holds one: give a schedule"
             )
         self.handle = apply_dropout(model, self.schedule, self._inputs)
-        state.stateful_callbacks[type(self).__name__] = self.state()
         self._log(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -107,7 +106,8 @@ class GuidedDropoutCallback(TrainerCallback, ExportableState):
 
     def _go_on(self, state: TrainerState) -> None:
         """Take the checkpoint's schedule, or make sure that it is the one given."""
-        exported: Any = state.stateful_callbacks.get(type(self).__name__)
+        stateful: Any = state.stateful_callbacks
+        exported = stateful.get(type(self).__name__)
         kept = exported["attributes"]["kept"] if isinstance(exported, dict) else None
         before = DropoutSchedule(**arguments_of(kept, "the checkpoint's state")) if kept else None
         if self.schedule is None:

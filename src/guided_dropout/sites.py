@@ -8,8 +8,9 @@ table of architectures is needed, and a knob that nothing listens to cannot pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from guided_dropout.adapters import adapted_layer, adapter_parts
 from guided_dropout.errors import SiteError
 from guided_dropout.identity import in_head
 from guided_dropout.knobs import ConfigKnob, Knob, find_knobs
-from guided_dropout.probe import DropoutCall, observe
+from guided_dropout.probe import DropoutCall, observe, run_once
 from guided_dropout.residual import ATTRIBUTE as RESIDUAL
 from guided_dropout.residual import residual_owners
 
@@ -75,20 +76,26 @@ class DropoutTrace:
     dead: tuple[str, ...]
 
 
-def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[DropoutSite]:
+def find_sites(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call: bool = False
+) -> list[DropoutSite]:
     """The model's dropout sites in the order of their first call; arguments and errors as for `trace`."""
-    return list(trace(model, inputs).sites)
+    return list(trace(model, inputs, per_call=per_call).sites)
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> DropoutTrace:
+def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call: bool = False) -> DropoutTrace:
     """Run the model once on a tiny batch and see which knob reaches which dropout call.
 
     Args:
         model: any model; it is left as it was (rates, modes, buffers, random states).
-        inputs: keyword arguments of its forward; by default a tiny batch of token ids made from its configuration.
+        inputs: keyword arguments of its forward; by default a tiny batch made from its configuration.
+        per_call: list each call of a knob that is used several times as a site of its own, ``path[0]``, ``path[1]``,
+            …, fed by what was used since the dropout call before. By default a knob has one rate, and is fed by what
+            feeds any of its calls.
 
     Raises:
-        SiteError: a dropout call receives a rate that is no knob's, or the model does not run on the tiny batch.
+        SiteError: a dropout call receives a rate that is no knob's, or the model does not run on the tiny batch; with
+            `per_call`, a knob that is used several times within one forward of its module.
     """
     knobs = find_knobs(model)
     by_rate = {_PROBE * (i + 1): path for i, path in enumerate(knobs)}
@@ -97,11 +104,27 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> DropoutT
     heard: dict[str, list[DropoutCall]] = {}
     for call in calls:
         heard.setdefault(by_rate[call.rate], []).append(call)
+    sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
+    order = [by_rate[call.rate] for call in calls]
+    if per_call:
+        several = {path: knobs[path] for path, its_calls in heard.items() if len(its_calls) > 1}
+        _check_separable(model, inputs, several, heard)
+        seen = dict.fromkeys(several, 0)
+        for place, (path, call) in enumerate(zip(list(order), calls, strict=True)):
+            if path in several:
+                order[place] = f"{path}[{seen[path]}]"
+                sites[order[place]] = _site_of_call(model, sites[path], order[place], call)
+                seen[path] += 1
     return DropoutTrace(
-        sites=tuple(_site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()),
-        calls=tuple(by_rate[call.rate] for call in calls),
+        sites=tuple(sites[path] for path in dict.fromkeys(order)),
+        calls=tuple(order),
         dead=tuple(path for path, knob in knobs.items() if path not in heard and not isinstance(knob, ConfigKnob)),
     )
+
+
+def knob_path(path: str) -> str:
+    """``encoder.dropout[1]``, a site of one call, → ``encoder.dropout``; other paths as they are."""
+    return path[: path.rindex("[")] if path.endswith("]") else path
 
 
 def verify_rates(
@@ -121,7 +144,7 @@ def verify_rates(
     wanted = {site.path: site.rate for site in before.sites} | dict(rates)
     expected = [(path, wanted[path]) for path in before.calls if wanted[path] != 0]
     # Layer drop at its own rate would make calls go missing by chance.
-    quiet = dict.fromkeys(find_knobs(model).keys() - wanted.keys(), _PROBE)
+    quiet = dict.fromkeys(find_knobs(model).keys() - set(map(knob_path, wanted)), _PROBE)
     received = [call.rate for call in observe(model, inputs, rates=quiet)]
     todo = "the model does not use the rates that stand on its modules; leave it out or change its attn_implementation"
     for (path, rate), got in zip(expected, received, strict=False):
@@ -146,6 +169,41 @@ def _site(model: nn.Module, knob: Knob, calls: list[DropoutCall], heard: Iterabl
     )
 
 
+def _site_of_call(model: nn.Module, site: DropoutSite, path: str, call: DropoutCall) -> DropoutSite:
+    dataflow = _in_model_order(model, set(call.parameters))
+    kind = site.kind if site.kind != "attention" else "attention" if call.on_attention else "module"
+    return replace(site, path=path, kind=kind, calls=1, parameters=dataflow, dataflow=dataflow)
+
+
+def _check_separable(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    several: Mapping[str, Knob],
+    heard: Mapping[str, list[DropoutCall]],
+) -> None:
+    """Make sure that each dropout call of these knobs has a forward of the knob's module to itself."""
+    forwards = dict.fromkeys(several, 0)
+
+    @contextlib.contextmanager
+    def counted(path: str, module: nn.Module) -> Iterator[None]:
+        def count(*_: Any) -> None:
+            forwards[path] += 1
+
+        hook = module.register_forward_pre_hook(count)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    run_once(model, inputs, *(counted(path, knob.module) for path, knob in several.items()))
+    for path, number in forwards.items():
+        if number != len(heard[path]):
+            raise SiteError(
+                f"{path} is used in {len(heard[path])} dropout calls and {number} forwards of its module; expected one "
+                "call in each, so that calls can be told apart: make the schedule without per_call"
+            )
+
+
 def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set[str]:
     """Names of the parameters of the module that owns the knob; none where that is a stack of layers with sites."""
     adapted = adapted_layer(model, knob.path)
@@ -155,9 +213,7 @@ def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set
     stacks = [
         f"{names[id(m)]}." for owner in owners for m in owner.modules() if m is not owner and isinstance(m, _STACKS)
     ]
-    parts = adapter_parts(model)
-    stacks = [stack for stack in stacks if not stack.startswith(parts)] if parts else stacks
-    if any(path.startswith(stack) for path in heard for stack in stacks):
+    if any(path.startswith(stack) and not adapted_layer(model, path) for path in heard for stack in stacks):
         return set()
     owned = {id(parameter) for owner in owners for parameter in owner.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in owned}

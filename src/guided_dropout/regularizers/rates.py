@@ -15,8 +15,9 @@ from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.knobs import find_knobs
 from guided_dropout.regularizers.base import Handle
+from guided_dropout.regularizers.per_call import set_by_call
 from guided_dropout.schedule import DropoutSchedule, site_scores
-from guided_dropout.sites import DropoutSite, find_sites, trace, verify_rates
+from guided_dropout.sites import DropoutSite, find_sites, knob_path, trace, verify_rates
 
 
 @dataclass
@@ -48,11 +49,16 @@ class DropoutHandle(Handle):
         super().__init__()
         self.model = model
         self.rates = dict(rates)
-        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in rates}
+        self._calls: dict[str, list[float]] = {}
+        for path, rate in rates.items():
+            self._calls.setdefault(knob_path(path), []).append(rate)
+        # What stands on a knob between forwards; it also tells this handle's layer from others'.
+        self._standing = {path: calls[0] for path, calls in self._calls.items()}
+        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in self._standing}
 
     def _take_off(self) -> None:
         applied = _applied[self.model]
-        applied.layers = [layer for layer in applied.layers if layer is not self.rates]
+        applied.layers = [layer for layer in applied.layers if layer is not self._standing]
         for path, knob in self._knobs.items():
             knob.turn(applied.current(path))
         applied.own = {
@@ -65,10 +71,14 @@ class DropoutHandle(Handle):
         applied = _applied.setdefault(self.model, _Rates())
         for path, knob in self._knobs.items():
             applied.own.setdefault(path, knob.rate)
-        applied.layers.append(self.rates)
+        applied.layers.append(self._standing)
         self.on_remove(self._take_off)
         for path, knob in self._knobs.items():
-            knob.turn(self.rates[path])
+            knob.turn(self._standing[path])
+        several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
+        if several:
+            hooks = set_by_call(self.model, several)
+            self.on_remove(hooks.close)
 
 
 def apply_dropout(
@@ -77,7 +87,9 @@ def apply_dropout(
     """Give each dropout site of a model its rate, and prove by running the model that each dropout call receives it.
 
     The schedule may come from a model with another head around the same backbone; sites in a head that the schedule
-    does not name keep their rates, and so do those that an adapter brought. Modes, buffers and random states are left as they are.
+    does not name keep their rates, and so do those that an adapter brought. Modes, buffers and random
+    states are left as they are. A schedule with a rate for each call (``per_call=True``) sets the rates while the model
+    runs, which holds neither under gradient checkpointing nor under ``torch.compile``: both are refused.
 
     Args:
         model: the model to regularise, in any mode.
@@ -92,7 +104,7 @@ def apply_dropout(
         SiteError: a rate does not arrive, or one above 0 is for attention that takes none; the model has its former
             rates again.
     """
-    before = trace(model, inputs)
+    before = trace(model, inputs, per_call=schedule.per_call)
     rates = rates_on(model, schedule, before.sites)
     _check_attention(model, before.sites, rates)
     handle = DropoutHandle(model, rates)
@@ -137,7 +149,7 @@ def dropout_table(
         ScheduleError: the schedule or the profile belongs to another model; an unknown grouping.
         SiteError: as for `sites.trace`.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, per_call=schedule is not None and schedule.per_call)
     rates = rates_on(model, schedule, sites) if schedule else {}
     scores = site_scores(profile, model, sites, grouping) if profile else {}
     return [

@@ -84,7 +84,7 @@ def magnitude(schedule: DropoutSchedule, model: nn.Module) -> DropoutSchedule:
         SiteError: as for `sites.trace`.
     """
     found, expected = model_identity(model)["model_type"], schedule.model["model_type"]
-    sites = [site for site in find_sites(model) if not site.in_head]
+    sites = [site for site in find_sites(model, per_call=schedule.per_call) if not site.in_head]
     by_name = weight_scores(model, sites, schedule.grouping, schedule.aggregate)
     scores = {backbone_name(model, path): score for path, score in by_name.items()}
     prefix = schedule.model["backbone_prefix"]
