@@ -9,8 +9,9 @@ table of architectures is needed, and a knob that nothing listens to cannot pass
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -69,11 +70,13 @@ class DropoutTrace:
         calls: path of the site behind each dropout call, in order.
         dead: paths of the knobs that reach no dropout call: layer drop, leftovers. Rates in a configuration are not
             among them: most modules never look at theirs.
+        holders: path of each knob whose calls are told apart → the module that has a forward for each of them.
     """
 
     sites: tuple[DropoutSite, ...]
     calls: tuple[str, ...]
     dead: tuple[str, ...]
+    holders: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
 def find_sites(
@@ -106,9 +109,10 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
         heard.setdefault(by_rate[call.rate], []).append(call)
     sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
     order = [by_rate[call.rate] for call in calls]
+    holders: dict[str, nn.Module] = {}
     if per_call:
         several = {path: knobs[path] for path, its_calls in heard.items() if len(its_calls) > 1}
-        _check_separable(model, inputs, several, heard)
+        holders = _holders(model, inputs, several, heard)
         seen = dict.fromkeys(several, 0)
         for place, (path, call) in enumerate(zip(list(order), calls, strict=True)):
             if path in several:
@@ -119,6 +123,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
         sites=tuple(sites[path] for path in dict.fromkeys(order)),
         calls=tuple(order),
         dead=tuple(path for path, knob in knobs.items() if path not in heard and not isinstance(knob, ConfigKnob)),
+        holders=holders,
     )
 
 
@@ -170,38 +175,41 @@ def _site(model: nn.Module, knob: Knob, calls: list[DropoutCall], heard: Iterabl
 
 
 def _site_of_call(model: nn.Module, site: DropoutSite, path: str, call: DropoutCall) -> DropoutSite:
-    dataflow = _in_model_order(model, set(call.parameters))
+    dataflow = _in_model_order(model, set(call.parameters)) or site.parameters
     kind = site.kind if site.kind != "attention" else "attention" if call.on_attention else "module"
     return replace(site, path=path, kind=kind, calls=1, parameters=dataflow, dataflow=dataflow)
 
 
-def _check_separable(
+def _holders(
     model: nn.Module,
     inputs: Mapping[str, Any] | None,
-    several: Mapping[str, Knob],
+    knobs: Mapping[str, Knob],
     heard: Mapping[str, list[DropoutCall]],
-) -> None:
-    """Make sure that each dropout call of these knobs has a forward of the knob's module to itself."""
-    forwards = dict.fromkeys(several, 0)
+) -> dict[str, nn.Module]:
+    """For each of these knobs the module that has one forward for each of its dropout calls: its own, or its owner."""
+    candidates = {path: (knob.module, _owner(model, knob)) for path, knob in knobs.items()}
+    forwards: Counter[nn.Module] = Counter()
 
     @contextlib.contextmanager
-    def counted(path: str, module: nn.Module) -> Iterator[None]:
-        def count(*_: Any) -> None:
-            forwards[path] += 1
-
-        hook = module.register_forward_pre_hook(count)
+    def counted(module: nn.Module) -> Iterator[None]:
+        hook = module.register_forward_pre_hook(lambda *_: forwards.update([module]))
         try:
             yield
         finally:
             hook.remove()
 
-    run_once(model, inputs, *(counted(path, knob.module) for path, knob in several.items()))
-    for path, number in forwards.items():
-        if number != len(heard[path]):
+    run_once(model, inputs, *map(counted, {module for modules in candidates.values() for module in modules}))
+    holders: dict[str, nn.Module] = {}
+    for path, modules in candidates.items():
+        holder = next((module for module in modules if forwards[module] == len(heard[path])), None)
+        if holder is None:
             raise SiteError(
-                f"{path} is used in {len(heard[path])} dropout calls and {number} forwards of its module; expected one "
-                "call in each, so that calls can be told apart: make the schedule without per_call"
+                f"{path} is used in {len(heard[path])} dropout calls and {max(forwards[m] for m in modules)} forwards "
+                "of its module; expected one call in each, so that calls can be told apart: make the schedule without "
+                "per_call"
             )
+        holders[path] = holder
+    return holders
 
 
 def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set[str]:

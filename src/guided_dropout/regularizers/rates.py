@@ -45,10 +45,11 @@ class DropoutHandle(Handle):
         rates: path of each site on this model → the rate that the schedule gives it.
     """
 
-    def __init__(self, model: nn.Module, rates: Mapping[str, float]):
+    def __init__(self, model: nn.Module, rates: Mapping[str, float], holders: Mapping[str, nn.Module] | None = None):
         super().__init__()
         self.model = model
         self.rates = dict(rates)
+        self._holders = dict(holders or {})
         self._calls: dict[str, list[float]] = {}
         for path, rate in rates.items():
             self._calls.setdefault(knob_path(path), []).append(rate)
@@ -77,7 +78,7 @@ class DropoutHandle(Handle):
             knob.turn(self._standing[path])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
-            hooks = set_by_call(self.model, several)
+            hooks = set_by_call(self.model, several, self._holders)
             self.on_remove(hooks.close)
 
 
@@ -107,9 +108,9 @@ def apply_dropout(
     before = trace(model, inputs, per_call=schedule.per_call)
     rates = rates_on(model, schedule, before.sites)
     _check_attention(model, before.sites, rates)
-    handle = DropoutHandle(model, rates)
-    handle._put_on()
+    handle = DropoutHandle(model, rates, before.holders)
     try:
+        handle._put_on()
         verify_rates(model, before, rates, inputs)
     except BaseException:
         handle.remove()
