@@ -10,13 +10,15 @@ from typing import Any
 
 from torch import nn
 
+from guided_dropout.adapters import name_before
+
 
 def backbone_prefix(model: nn.Module) -> str:
     """``"bert."`` for a model with a head around ``model.bert``; ``""`` where the model is its own backbone.
 
     Of a model that PEFT has wrapped, the wrapper's own prefix comes before it: ``"base_model.model.bert."``.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     prefix = getattr(inner, "base_model_prefix", "")
     outer = next(f"{name}." if name else "" for name, m in model.named_modules() if m is inner)
     return outer + (f"{prefix}." if prefix and isinstance(getattr(inner, prefix, None), nn.Module) else "")
@@ -24,7 +26,12 @@ def backbone_prefix(model: nn.Module) -> str:
 
 def backbone_name(model: nn.Module, name: str) -> str:
     """`name` (of a module, parameter or knob) relative to the backbone; names outside of it stay as they are."""
-    return name.removeprefix(backbone_prefix(model))
+    return relative_name(name, backbone_prefix(model))
+
+
+def relative_name(name: str, prefix: str) -> str:
+    """`name` without the backbone's `prefix` and without what adapters have put around its layers."""
+    return name_before(name.removeprefix(prefix))
 
 
 def in_head(model: nn.Module, name: str) -> bool:
@@ -36,7 +43,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     """What is written into artefacts about the model: class, type, where it came from, backbone prefix, size."""
     config = getattr(model, "config", None)
     return {
-        "architecture": type(_unwrapped(model)).__name__,
+        "architecture": type(unwrapped(model)).__name__,
         "model_type": getattr(config, "model_type", None),
         "name_or_path": getattr(config, "name_or_path", None) or None,
         "backbone_prefix": backbone_prefix(model),
@@ -44,7 +51,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model inside a PEFT model; any other model as it is."""
     inner: Any = getattr(model, "get_base_model", None)
     return inner() if inner is not None and hasattr(model, "peft_config") else model

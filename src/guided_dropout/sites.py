@@ -8,15 +8,21 @@ table of architectures is needed, and a knob that nothing listens to cannot pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
+from guided_dropout.adapters import adapted_layer, adapter_parts
 from guided_dropout.errors import SiteError
 from guided_dropout.identity import in_head
-from guided_dropout.probe import DropoutCall, Knob, find_knobs, observe
+from guided_dropout.knobs import ConfigKnob, Knob, find_knobs
+from guided_dropout.probe import DropoutCall, observe, run_once
+from guided_dropout.residual import ATTRIBUTE as RESIDUAL
+from guided_dropout.residual import residual_owners
 
 GROUPINGS = ("owner", "dataflow")
 _PROBE = 1e-9  # so small that layer drop, whose rate is a knob too, all but never fires during a probe
@@ -35,9 +41,10 @@ class DropoutSite:
         calls: dropout calls in one forward.
         parameters: what feeds it, by owner: the parameters of the module that owns the dropout, as in the paper. Where
             the owner is a whole stack of layers or has no parameters, the same as `dataflow`. Names as in
-            ``model.named_parameters()``.
+            ``model.named_parameters()``; an adapter's own are never among them.
         dataflow: what feeds it, by dataflow: the parameters used since the dropout call before, over all of its calls.
         in_head: whether it lies outside the backbone.
+        in_adapter: whether an adapter brought it, such as LoRA's dropout; it is fed by the layer that it adapts.
     """
 
     path: str
@@ -47,6 +54,7 @@ class DropoutSite:
     parameters: tuple[str, ...]
     dataflow: tuple[str, ...]
     in_head: bool
+    in_adapter: bool = False
 
     def parameters_by(self, grouping: str) -> tuple[str, ...]:
         """`parameters` for ``"owner"``, `dataflow` for ``"dataflow"``."""
@@ -60,28 +68,37 @@ class DropoutTrace:
     Attributes:
         sites: in the order of their first call.
         calls: path of the site behind each dropout call, in order.
-        dead: paths of the knobs that reach no dropout call: layer drop, leftovers.
+        dead: paths of the knobs that reach no dropout call: layer drop, leftovers. Rates in a configuration are not
+            among them: most modules never look at theirs.
+        holders: path of each knob whose calls are told apart → the module that has a forward for each of them.
     """
 
     sites: tuple[DropoutSite, ...]
     calls: tuple[str, ...]
     dead: tuple[str, ...]
+    holders: Mapping[str, nn.Module] = field(default_factory=dict)
 
 
-def find_sites(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[DropoutSite]:
+def find_sites(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call: bool = False
+) -> list[DropoutSite]:
     """The model's dropout sites in the order of their first call; arguments and errors as for `trace`."""
-    return list(trace(model, inputs).sites)
+    return list(trace(model, inputs, per_call=per_call).sites)
 
 
-def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> DropoutTrace:
+def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call: bool = False) -> DropoutTrace:
     """Run the model once on a tiny batch and see which knob reaches which dropout call.
 
     Args:
         model: any model; it is left as it was (rates, modes, buffers, random states).
-        inputs: keyword arguments of its forward; by default a tiny batch of token ids made from its configuration.
+        inputs: keyword arguments of its forward; by default a tiny batch made from its configuration.
+        per_call: list each call of a knob that is used several times as a site of its own, ``path[0]``, ``path[1]``,
+            …, fed by what was used since the dropout call before. By default a knob has one rate, and is fed by what
+            feeds any of its calls.
 
     Raises:
-        SiteError: a dropout call receives a rate that is no knob's, or the model does not run on the tiny batch.
+        SiteError: a dropout call receives a rate that is no knob's, or the model does not run on the tiny batch; with
+            `per_call`, a knob that is used several times within one forward of its module.
     """
     knobs = find_knobs(model)
     by_rate = {_PROBE * (i + 1): path for i, path in enumerate(knobs)}
@@ -90,11 +107,29 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> DropoutT
     heard: dict[str, list[DropoutCall]] = {}
     for call in calls:
         heard.setdefault(by_rate[call.rate], []).append(call)
+    sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
+    order = [by_rate[call.rate] for call in calls]
+    holders: dict[str, nn.Module] = {}
+    if per_call:
+        several = {path: knobs[path] for path, its_calls in heard.items() if len(its_calls) > 1}
+        holders = _holders(model, inputs, several, heard)
+        seen = dict.fromkeys(several, 0)
+        for place, (path, call) in enumerate(zip(list(order), calls, strict=True)):
+            if path in several:
+                order[place] = f"{path}[{seen[path]}]"
+                sites[order[place]] = _site_of_call(model, sites[path], order[place], call)
+                seen[path] += 1
     return DropoutTrace(
-        sites=tuple(_site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()),
-        calls=tuple(by_rate[call.rate] for call in calls),
-        dead=tuple(path for path in knobs if path not in heard),
+        sites=tuple(sites[path] for path in dict.fromkeys(order)),
+        calls=tuple(order),
+        dead=tuple(path for path, knob in knobs.items() if path not in heard and not isinstance(knob, ConfigKnob)),
+        holders=holders,
     )
+
+
+def knob_path(path: str) -> str:
+    """``encoder.dropout[1]``, a site of one call, → ``encoder.dropout``; other paths as they are."""
+    return path[: path.rindex("[")] if path.endswith("]") else path
 
 
 def verify_rates(
@@ -114,7 +149,7 @@ def verify_rates(
     wanted = {site.path: site.rate for site in before.sites} | dict(rates)
     expected = [(path, wanted[path]) for path in before.calls if wanted[path] != 0]
     # Layer drop at its own rate would make calls go missing by chance.
-    quiet = dict.fromkeys(before.dead, _PROBE)
+    quiet = dict.fromkeys(find_knobs(model).keys() - set(map(knob_path, wanted)), _PROBE)
     received = [call.rate for call in observe(model, inputs, rates=quiet)]
     todo = "the model does not use the rates that stand on its modules; leave it out or change its attn_implementation"
     for (path, rate), got in zip(expected, received, strict=False):
@@ -135,20 +170,68 @@ def _site(model: nn.Module, knob: Knob, calls: list[DropoutCall], heard: Iterabl
         parameters=_in_model_order(model, owned or dataflow),
         dataflow=_in_model_order(model, dataflow),
         in_head=in_head(model, knob.path),
+        in_adapter=adapted_layer(model, knob.path) is not None,
     )
+
+
+def _site_of_call(model: nn.Module, site: DropoutSite, path: str, call: DropoutCall) -> DropoutSite:
+    dataflow = _in_model_order(model, set(call.parameters)) or site.parameters
+    kind = site.kind if site.kind != "attention" else "attention" if call.on_attention else "module"
+    return replace(site, path=path, kind=kind, calls=1, parameters=dataflow, dataflow=dataflow)
+
+
+def _holders(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    knobs: Mapping[str, Knob],
+    heard: Mapping[str, list[DropoutCall]],
+) -> dict[str, nn.Module]:
+    """For each of these knobs the module that has one forward for each of its dropout calls: its own, or its owner."""
+    candidates = {path: (knob.module, _owner(model, knob)) for path, knob in knobs.items()}
+    forwards: Counter[nn.Module] = Counter()
+
+    @contextlib.contextmanager
+    def counted(module: nn.Module) -> Iterator[None]:
+        hook = module.register_forward_pre_hook(lambda *_: forwards.update([module]))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    run_once(model, inputs, *map(counted, {module for modules in candidates.values() for module in modules}))
+    holders: dict[str, nn.Module] = {}
+    for path, modules in candidates.items():
+        holder = next((module for module in modules if forwards[module] == len(heard[path])), None)
+        if holder is None:
+            raise SiteError(
+                f"{path} is used in {len(heard[path])} dropout calls and {max(forwards[m] for m in modules)} forwards "
+                "of its module; expected one call in each, so that calls can be told apart: make the schedule without "
+                "per_call"
+            )
+        holders[path] = holder
+    return holders
 
 
 def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set[str]:
     """Names of the parameters of the module that owns the knob; none where that is a stack of layers with sites."""
-    owner_path = knob.path.rpartition(".")[0]
-    owner = model.get_submodule(owner_path)
-    prefix = f"{owner_path}." if owner_path else ""
-    stacks = [f"{prefix}{name}." for name, m in owner.named_modules() if name and isinstance(m, _STACKS)]
-    if any(path.startswith(stack) for path in heard for stack in stacks):
+    adapted = adapted_layer(model, knob.path)
+    written_by = residual_owners(knob.module) if knob.attribute == RESIDUAL else None
+    owners = (adapted,) if adapted is not None else written_by or (_owner(model, knob),)
+    names = {id(module): name for name, module in model.named_modules()}
+    stacks = [
+        f"{names[id(m)]}." for owner in owners for m in owner.modules() if m is not owner and isinstance(m, _STACKS)
+    ]
+    if any(path.startswith(stack) and not adapted_layer(model, path) for path in heard for stack in stacks):
         return set()
-    owned = {id(parameter) for parameter in owner.parameters()}
+    owned = {id(parameter) for owner in owners for parameter in owner.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in owned}
 
 
+def _owner(model: nn.Module, knob: Knob) -> nn.Module:
+    return model.get_submodule(knob.path.rpartition(".")[0]) if knob.kind == "module" else knob.module
+
+
 def _in_model_order(model: nn.Module, names: set[str]) -> tuple[str, ...]:
-    return tuple(name for name, _ in model.named_parameters() if name in names)
+    """The names in the order of the model's parameters, without those that adapters have added."""
+    parts = adapter_parts(model)
+    return tuple(n for n, _ in model.named_parameters() if n in names and not (parts and n.startswith(parts)))

@@ -10,6 +10,7 @@ from guided_dropout.regularizers.llrd import LayerwiseDecay
 from guided_dropout.regularizers.mixout import Mixout
 from guided_dropout.regularizers.r_drop import RDrop
 from guided_dropout.regularizers.rates import DropoutHandle, apply_dropout, dropout_table
+from guided_dropout.regularizers.residual import add_residual_sites
 from guided_dropout.regularizers.surgical import Surgical
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RDrop",
     "Regularizer",
     "Surgical",
+    "add_residual_sites",
     "apply_dropout",
     "dropout_table",
 ]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from guided_dropout.errors import SiteError
-from guided_dropout.probe import Knob, find_knobs, observe
+from guided_dropout.knobs import Knob, find_knobs
+from guided_dropout.probe import observe
 from guided_dropout.regularizers.base import Context, Handle, Regularizer
 from guided_dropout.regularizers.forwards import wrap_forward
 from guided_dropout.sites import trace

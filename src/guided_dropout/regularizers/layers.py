@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from guided_dropout.errors import ModelError
 from guided_dropout.identity import in_head
-from guided_dropout.probe import tiny_batch
+from guided_dropout.tiny_batch import tiny_batch
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def find_layers(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> La
 
     Raises:
         ModelError: no list of layers in the backbone.
-        SiteError: as for `probe.tiny_batch`.
+        SiteError: as for `tiny_batch.tiny_batch`.
     """
     stacks = tuple(f"{path}." for path in stack_entries(model))
     begun: list[str] = []
@@ -77,7 +77,7 @@ def parameters_in_order(model: nn.Module, inputs: Mapping[str, Any] | None = Non
     """Names of the parameters that one forward in evaluation mode uses, in the order of their first use.
 
     Raises:
-        SiteError: as for `probe.tiny_batch`.
+        SiteError: as for `tiny_batch.tiny_batch`.
     """
     recorder = _Recorder(model)
     modes = {module: module.training for module in model.modules()}

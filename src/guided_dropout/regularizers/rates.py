@@ -9,13 +9,15 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from guided_dropout.errors import ScheduleError
+from guided_dropout.attention import attention_implementations, takes_dropout
+from guided_dropout.errors import ScheduleError, SiteError
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import backbone_name, model_identity
-from guided_dropout.probe import find_knobs
+from guided_dropout.identity import backbone_name, model_identity, relative_name
+from guided_dropout.knobs import find_knobs
 from guided_dropout.regularizers.base import Handle
+from guided_dropout.regularizers.per_call import set_by_call
 from guided_dropout.schedule import DropoutSchedule, site_scores
-from guided_dropout.sites import DropoutSite, find_sites, trace, verify_rates
+from guided_dropout.sites import DropoutSite, find_sites, knob_path, trace, verify_rates
 
 
 @dataclass
@@ -43,15 +45,21 @@ class DropoutHandle(Handle):
         rates: path of each site on this model → the rate that the schedule gives it.
     """
 
-    def __init__(self, model: nn.Module, rates: Mapping[str, float]):
+    def __init__(self, model: nn.Module, rates: Mapping[str, float], holders: Mapping[str, nn.Module] | None = None):
         super().__init__()
         self.model = model
         self.rates = dict(rates)
-        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in rates}
+        self._holders = dict(holders or {})
+        self._calls: dict[str, list[float]] = {}
+        for path, rate in rates.items():
+            self._calls.setdefault(knob_path(path), []).append(rate)
+        # What stands on a knob between forwards; it also tells this handle's layer from others'.
+        self._standing = {path: calls[0] for path, calls in self._calls.items()}
+        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in self._standing}
 
     def _take_off(self) -> None:
         applied = _applied[self.model]
-        applied.layers = [layer for layer in applied.layers if layer is not self.rates]
+        applied.layers = [layer for layer in applied.layers if layer is not self._standing]
         for path, knob in self._knobs.items():
             knob.turn(applied.current(path))
         applied.own = {
@@ -64,10 +72,14 @@ class DropoutHandle(Handle):
         applied = _applied.setdefault(self.model, _Rates())
         for path, knob in self._knobs.items():
             applied.own.setdefault(path, knob.rate)
-        applied.layers.append(self.rates)
+        applied.layers.append(self._standing)
         self.on_remove(self._take_off)
         for path, knob in self._knobs.items():
-            knob.turn(self.rates[path])
+            knob.turn(self._standing[path])
+        several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
+        if several:
+            hooks = set_by_call(self.model, several, self._holders)
+            self.on_remove(hooks.close)
 
 
 def apply_dropout(
@@ -76,7 +88,9 @@ def apply_dropout(
     """Give each dropout site of a model its rate, and prove by running the model that each dropout call receives it.
 
     The schedule may come from a model with another head around the same backbone; sites in a head that the schedule
-    does not name keep their rates. Modes, buffers and random states are left as they are.
+    does not name keep their rates, and so do those that an adapter brought. Modes, buffers and random
+    states are left as they are. A schedule with a rate for each call (``per_call=True``) sets the rates while the model
+    runs, which holds neither under gradient checkpointing nor under ``torch.compile``: both are refused.
 
     Args:
         model: the model to regularise, in any mode.
@@ -88,18 +102,30 @@ def apply_dropout(
 
     Raises:
         ScheduleError: the schedule was made for another model.
-        SiteError: a rate does not arrive; the model has its former rates again.
+        SiteError: a rate does not arrive, or one above 0 is for attention that takes none; the model has its former
+            rates again.
     """
-    before = trace(model, inputs)
+    before = trace(model, inputs, per_call=schedule.per_call)
     rates = rates_on(model, schedule, before.sites)
-    handle = DropoutHandle(model, rates)
-    handle._put_on()
+    _check_attention(model, before.sites, rates)
+    handle = DropoutHandle(model, rates, before.holders)
     try:
+        handle._put_on()
         verify_rates(model, before, rates, inputs)
     except BaseException:
         handle.remove()
         raise
     return handle
+
+
+def _check_attention(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapping[str, float]) -> None:
+    without = [name for name in attention_implementations(model) if not takes_dropout(name)]
+    wanted = [site.path for site in sites if site.kind == "attention" and rates.get(site.path, site.rate) > 0]
+    if without and wanted:
+        raise SiteError(
+            f"{without[0]} takes no dropout, and {wanted[0]} has a rate above 0; expected eager, sdpa or flash "
+            'attention, or a rate of 0: call model.set_attn_implementation("sdpa"), or give attention sites rate 0'
+        )
 
 
 def dropout_table(
@@ -124,7 +150,7 @@ def dropout_table(
         ScheduleError: the schedule or the profile belongs to another model; an unknown grouping.
         SiteError: as for `sites.trace`.
     """
-    sites = find_sites(model)
+    sites = find_sites(model, per_call=schedule is not None and schedule.per_call)
     rates = rates_on(model, schedule, sites) if schedule else {}
     scores = site_scores(profile, model, sites, grouping) if profile else {}
     return [
@@ -163,13 +189,13 @@ def rates_on(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[Dropou
 def _matched_rates(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[DropoutSite]) -> dict[str, float]:
     """Match sites by their place relative to the backbone, each side with its own prefix."""
     prefix = schedule.model["backbone_prefix"]
-    left = {(not path.startswith(prefix), path.removeprefix(prefix)): path for path in schedule.rates}
+    left = {(not path.startswith(prefix), relative_name(path, prefix)): path for path in schedule.rates}
     rates = {}
     for site in sites:
         path = left.pop((site.in_head, backbone_name(model, site.path)), None)
         if path is not None:
             rates[site.path] = schedule.rates[path]
-        elif not site.in_head:
+        elif not (site.in_head or site.in_adapter):
             raise _another_model(f"it has no rate for {site.path}, a dropout site of {type(model).__name__}")
     for path in left.values():
         raise _another_model(f"{path} is no dropout site of {type(model).__name__}")

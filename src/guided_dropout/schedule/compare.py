@@ -7,6 +7,7 @@ from typing import Any
 
 from scipy.stats import kendalltau, rankdata
 
+from guided_dropout.identity import relative_name
 from guided_dropout.schedule.schedule import DropoutSchedule
 
 
@@ -69,4 +70,4 @@ def _tau(pairs: list[tuple[float, float]]) -> float:
 def _by_name(schedule: DropoutSchedule) -> dict[tuple[bool, str], float]:
     """(In the head, path relative to the backbone) → rate."""
     prefix = schedule.model["backbone_prefix"]
-    return {(not path.startswith(prefix), path.removeprefix(prefix)): rate for path, rate in schedule.rates.items()}
+    return {(not path.startswith(prefix), relative_name(path, prefix)): rate for path, rate in schedule.rates.items()}

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from guided_dropout.errors import ScheduleError
-from guided_dropout.identity import backbone_name, model_identity
+from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.schedule.schedule import DropoutSchedule
 from guided_dropout.schedule.scores import weight_scores
 from guided_dropout.schedule.shapes import place_rates, with_mean
@@ -84,11 +84,11 @@ def magnitude(schedule: DropoutSchedule, model: nn.Module) -> DropoutSchedule:
         SiteError: as for `sites.trace`.
     """
     found, expected = model_identity(model)["model_type"], schedule.model["model_type"]
-    sites = [site for site in find_sites(model) if not site.in_head]
+    sites = [site for site in find_sites(model, per_call=schedule.per_call) if not site.in_head]
     by_name = weight_scores(model, sites, schedule.grouping, schedule.aggregate)
     scores = {backbone_name(model, path): score for path, score in by_name.items()}
     prefix = schedule.model["backbone_prefix"]
-    wanted = {path: path.removeprefix(prefix) for path in schedule.rates if path.startswith(prefix)}
+    wanted = {path: relative_name(path, prefix) for path in schedule.rates if path.startswith(prefix)}
     if found != expected or set(wanted.values()) != set(scores):
         raise ScheduleError(
             f"{type(model).__name__} (model type {found!r}) has other dropout sites than the schedule, which was made "

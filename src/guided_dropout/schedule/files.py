@@ -51,13 +51,21 @@ def read_schedule(path: str | Path) -> dict[str, Any]:
     Raises:
         ArtefactError: no such file, another kind of file or schema version, or something is missing in it.
     """
-    facts = read_json(path, kind=KIND, schema=(SCHEMA, 1))
+    return arguments_of(read_json(path, kind=KIND, schema=(SCHEMA, 1)), str(path))
+
+
+def arguments_of(facts: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The arguments of `DropoutSchedule` from what `facts_of` gave, now or in schema 1, and `source` kept.
+
+    Raises:
+        ArtefactError: something is missing in it.
+    """
     try:
         return _from_schema_1(facts) if facts["schema"] == 1 else _from_schema_2(facts)
     except KeyError as e:
-        raise ArtefactError(f"{path} has no {e}; expected a whole {KIND} file: make it again") from e
+        raise ArtefactError(f"{source} has no {e}; expected a whole {KIND} file: make it again") from e
     except (AttributeError, TypeError) as e:
-        raise ArtefactError(f"{path} is damaged ({e}); expected a whole {KIND} file: make it again") from e
+        raise ArtefactError(f"{source} is damaged ({e}); expected a whole {KIND} file: make it again") from e
 
 
 def digest(facts: Mapping[str, Any]) -> str:

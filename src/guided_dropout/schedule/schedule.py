@@ -70,6 +70,11 @@ class DropoutSchedule:
         return math.fsum(self.rates.values()) / len(self.rates)
 
     @property
+    def per_call(self) -> bool:
+        """Whether there are rates for single calls of a site, ``path[0]``, ``path[1]``, …."""
+        return any(path.endswith("]") for path in self.rates)
+
+    @property
     def digest(self) -> str:
         """16 hexadecimal digits that stand for the rates and everything they were made from."""
         return digest(facts_of(self))
@@ -87,6 +92,7 @@ class DropoutSchedule:
         aggregate: str = "tensor_mean",
         mean_rate: float | None = None,
         include_head: bool = False,
+        per_call: bool = False,
     ) -> DropoutSchedule:
         """Guided dropout: the rates fall from `upper` to `lower` as the Fisher information of the sites rises.
 
@@ -102,6 +108,8 @@ class DropoutSchedule:
             mean_rate: multiply all rates, and the two bounds, by one number such that this is the rates' mean.
             include_head: give rates to sites outside the backbone as well. A site there whose parameters the profile
                 does not hold (a new head's) has no score, takes no rank and gets `upper`.
+            per_call: give each call of a knob that is used several times in a forward a rate of its own; see
+                `sites.trace`.
 
         Raises:
             ScheduleError: rates outside [0, 1) or in the wrong order, an unknown shape, grouping or aggregate, values
@@ -109,7 +117,7 @@ class DropoutSchedule:
                 of another backbone.
             SiteError: as for `sites.trace`.
         """
-        sites = _sites(model, include_head)
+        sites = _sites(model, include_head, per_call)
         scores = site_scores(profile, model, sites, grouping, aggregate)
         known = {path: score for path, score in scores.items() if score is not None}
         schedule = cls(
@@ -141,7 +149,7 @@ class DropoutSchedule:
             SiteError: as for `sites.trace`.
         """
         given = rates if isinstance(rates, Mapping) else read_rates(rates)
-        sites = _sites(model, include_head=True)
+        sites = _sites(model, include_head=True, per_call=any(name.endswith("]") for name in given))
         known = {site.path: site.path for site in sites if not site.in_head}
         known = {backbone_name(model, path): path for path in known} | known
         known |= {site.path: site.path for site in sites if site.in_head}
@@ -158,7 +166,7 @@ class DropoutSchedule:
                 raise ScheduleError(f"two rates for the dropout site {known[name]}; expected one")
             found[known[name]] = rate
         for site in sites:
-            if not site.in_head and site.path not in found:
+            if not (site.in_head or site.in_adapter) and site.path not in found:
                 raise ScheduleError(f"no rate for the dropout site {site.path}; each site of the backbone needs one")
         sites = [site for site in sites if site.path in found]
         return cls(
@@ -251,8 +259,8 @@ class DropoutSchedule:
         return cls(**read_schedule(path))
 
 
-def _sites(model: nn.Module, include_head: bool) -> list[DropoutSite]:
-    sites = [site for site in find_sites(model) if include_head or not site.in_head]
+def _sites(model: nn.Module, include_head: bool, per_call: bool = False) -> list[DropoutSite]:
+    sites = [site for site in find_sites(model, per_call=per_call) if include_head or not site.in_head]
     if not sites:
         raise ScheduleError(
             f"{type(model).__name__} has no dropout site in its backbone; expected a dropout call in training mode: "

@@ -12,7 +12,7 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import backbone_name, model_identity
+from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.schedule.shapes import check_choice
 from guided_dropout.sites import GROUPINGS, DropoutSite
 
@@ -163,7 +163,7 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
             "estimate a profile of this model"
         )
     prefix = profile.model.get("backbone_prefix", "")
-    shapes = {name.removeprefix(prefix): shape for name, shape in profile.shapes.items()}
+    shapes = {relative_name(name, prefix): shape for name, shape in profile.shapes.items()}
     sizes = {}
     for name, parameter in model.named_parameters():
         name = backbone_name(model, name)
@@ -173,12 +173,12 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
                 f"a profile of another model: {name} is {list(shapes[name])} in the profile, {list(parameter.shape)} "
                 "in the model: estimate a profile of this model"
             )
-    values = {name.removeprefix(prefix): f for name, f in profile.diagonal.items()}
+    values = {relative_name(name, prefix): f for name, f in profile.diagonal.items()}
     return _Measure(
-        means={name.removeprefix(prefix): mean for name, mean in profile.tensor_means.items()},
+        means={relative_name(name, prefix): mean for name, mean in profile.tensor_means.items()},
         sizes=sizes,
         values=values.__getitem__ if len(values) == len(profile.tensor_means) else None,
-        noise=frozenset(name.removeprefix(prefix) for name in profile.noise),
+        noise=frozenset(relative_name(name, prefix) for name in profile.noise),
     )
 
 
@@ -189,7 +189,7 @@ def _score(
     measure: _Measure,
     model: nn.Module,
 ) -> float | None:
-    names = [backbone_name(model, name) for name in site.parameters_by(grouping)]
+    names = list(dict.fromkeys(backbone_name(model, name) for name in site.parameters_by(grouping)))
     missing = [name for name in names if name not in measure.means]
     known = [name for name in names if name not in measure.noise]
     if site.in_head and (missing or not known):

@@ -1,0 +1,46 @@
+"""Guided dropout with Lightning (2.2 or later), whose Trainer leaves the modes of a module's parts as they are.
+
+Since 2.2 Lightning no longer calls `train()` on the whole module before fitting, and `from_pretrained` gives a model in
+evaluation mode, where nothing drops: call `train()` first.
+"""
+
+import lightning
+import torch
+
+from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher
+from guided_dropout.models import load_lm
+
+
+class Model(lightning.LightningModule):
+    """A language model with a schedule that is on while it is fitted."""
+
+    def __init__(self, model: torch.nn.Module, schedule: DropoutSchedule):
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+
+    def on_fit_start(self) -> None:
+        """Put the schedule on."""
+        self.model.train()
+        self.handle = apply_dropout(self.model, self.schedule)
+
+    def on_fit_end(self) -> None:
+        """Take it off."""
+        self.handle.remove()
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        """The loss of a batch of token ids."""
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW."""
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+
+if __name__ == "__main__":
+    language_model = load_lm("demo")
+    ids = torch.randint(5, 100, (16, 12), generator=torch.Generator().manual_seed(0))
+    profile = estimate_fisher(language_model, [{"input_ids": row, "labels": row} for row in ids], batch_size=8)
+    rates = DropoutSchedule.from_profile(profile, language_model, upper=0.1, lower=0.0)
+    loader = torch.utils.data.DataLoader(ids, batch_size=8)
+    lightning.Trainer(max_steps=2, logger=False).fit(Model(language_model, rates), loader)

@@ -1,0 +1,38 @@
+"""Adapters that PEFT has put into a model's layers: what they have added, and what the same thing was called before."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+_WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+
+
+def name_before(name: str) -> str:
+    """``query.base_layer.weight`` → ``query.weight``: the name before adapters were put in; other names as they are."""
+    return _WRAPPERS.sub("", f".{name}").removeprefix(".")
+
+
+def adapter_parts(model: nn.Module) -> tuple[str, ...]:
+    """Beginnings of the names of what adapters have added to the layers; copies of layers to train are not among it."""
+    parts: list[str] = []
+    for path, module in model.named_modules():
+        names: Any = getattr(module, "adapter_layer_names", ())
+        if isinstance(names, tuple | list):
+            parts += [f"{path}.{name}." for name in names]
+    return tuple(parts)
+
+
+def adapted_layer(model: nn.Module, path: str) -> nn.Module | None:
+    """The layer that the adapter which holds `path` adapts; None where `path` lies in no adapter."""
+    module, adapted = model, None
+    for part in path.split("."):
+        child, base = module._modules.get(part), module._modules.get("base_layer")
+        if child is None:
+            break
+        if base is not None and hasattr(module, "adapter_layer_names"):
+            adapted = None if child is base else base
+        module = child
+    return adapted

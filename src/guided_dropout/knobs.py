@@ -1,0 +1,149 @@
+"""Knobs: the numbers on a model that look like dropout rates, whether or not anything listens to them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig
+
+# Module → the configuration that it shares with others, while a copy of its own with other rates takes its place.
+_shared_configs: WeakKeyDictionary[nn.Module, PreTrainedConfig] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Knob:
+    """A number on a module that looks like a dropout rate.
+
+    Attributes:
+        path: path of the dropout module; for a float, of the module that holds it, a dot and the attribute's name.
+        module: the module that holds the number.
+        attribute: the number's name on it.
+        kind: ``"module"`` or ``"attribute"``.
+    """
+
+    path: str
+    module: nn.Module
+    attribute: str
+    kind: str
+
+    @property
+    def rate(self) -> float:
+        """The number that stands on the module now."""
+        return getattr(self.module, self.attribute)
+
+    def turn(self, rate: float) -> None:
+        """Let `rate` stand on the module from now on; a knob that is gone from its module stays gone."""
+        if hasattr(self.module, self.attribute):
+            setattr(self.module, self.attribute, rate)
+
+
+class ConfigKnob(Knob):
+    """A rate that a module reads from its configuration when it runs, as Falcon's layers do.
+
+    Modules share one configuration; the module gets a copy of its own while its rate is another.
+    """
+
+    @property
+    def rate(self) -> float:
+        """The number in the module's configuration now."""
+        return getattr(getattr(self.module, "config"), self.attribute)  # noqa: B009 (nn.Module has no such name)
+
+    def turn(self, rate: float) -> None:
+        """Let `rate` stand in the module's configuration, and in no other module's."""
+        module: Any = self.module
+        shared = _shared_configs.setdefault(module, module.config)
+        if module.config is shared:
+            module.config = copy.copy(shared)
+        setattr(module.config, self.attribute, rate)
+        if vars(module.config) == vars(shared):
+            module.config = _shared_configs.pop(module)
+
+
+class AbsentKnob(Knob):
+    """A dropout that an adapter layer was built without: an identity where there would be a dropout module.
+
+    `module` is the ``nn.ModuleDict`` that holds it and `attribute` its key. Any rate other than 0 puts a dropout module
+    there, 0 the identity.
+    """
+
+    @property
+    def rate(self) -> float:
+        """0 for the identity, otherwise the rate of what stands in its place."""
+        return getattr(self.module._modules[self.attribute], "p", 0.0)
+
+    def turn(self, rate: float) -> None:
+        """Put a dropout module of this rate there, or the identity."""
+        here = self.module._modules.get(self.attribute)
+        if isinstance(here, FilledDropout):
+            here.p = rate
+            if rate == 0:
+                self.module._modules[self.attribute] = here.identity()
+        elif isinstance(here, nn.Identity) and rate != 0:
+            self.module._modules[self.attribute] = FilledDropout(rate, here)
+
+
+class FilledDropout(nn.Dropout):
+    """Stands where an identity stood, and remembers it."""
+
+    def __init__(self, rate: float, identity: nn.Identity):
+        super().__init__(rate)
+        self.train(identity.training)
+        self._identity = (identity,)  # in a tuple, so that it is no submodule
+
+    def identity(self) -> nn.Identity:
+        """The identity, in this module's mode."""
+        self._identity[0].train(self.training)
+        return self._identity[0]
+
+
+def find_knobs(model: nn.Module) -> dict[str, Knob]:
+    """Every dropout module and every float attribute whose name holds "drop", by path, whether or not it is heard."""
+    knobs = [knob for name, module in model.named_modules() for knob in _knobs_of(name, module)]
+    return {knob.path: knob for knob in knobs}
+
+
+def _knobs_of(name: str, module: nn.Module) -> Iterator[Knob]:
+    if isinstance(module, _DropoutNd):
+        if not isinstance(module, FilledDropout):
+            yield Knob(name, module, "p", "module")
+    elif is_foreign_dropout(module):
+        yield Knob(name, module, foreign_rate(module), "module")
+    else:
+        for key, value in vars(module).items():
+            if "drop" in key.lower() and _is_rate(value):
+                yield Knob(f"{name}.{key}" if name else key, module, key, "attribute")
+        yield from _in_config(name, module)
+        if isinstance(module, nn.ModuleDict) and "drop" in name.rpartition(".")[2].lower():
+            for key, child in module.items():
+                if isinstance(child, nn.Identity | FilledDropout):
+                    yield AbsentKnob(f"{name}.{key}", module, key, "module")
+
+
+def _in_config(name: str, module: nn.Module) -> Iterator[Knob]:
+    config = vars(module).get("config")
+    if isinstance(config, PreTrainedConfig):
+        for key, value in vars(config).items():
+            if "drop" in key.lower() and _is_rate(value):
+                yield ConfigKnob(f"{name}.config.{key}" if name else f"config.{key}", module, key, "attribute")
+
+
+def is_foreign_dropout(module: nn.Module) -> bool:
+    """Whether this is a dropout module that does not derive from PyTorch's, like DeBERTa's ``StableDropout``."""
+    named_so = type(module).__name__.lower().endswith("dropout") and not isinstance(module, _DropoutNd)
+    return named_so and any(_is_rate(vars(module).get(key)) for key in ("p", "drop_prob"))
+
+
+def foreign_rate(module: nn.Module) -> str:
+    """The name of the rate of such a module."""
+    return "drop_prob" if _is_rate(vars(module).get("drop_prob")) else "p"
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether `value` may be a rate. Whole numbers other than 0 are more likely counts."""
+    return (isinstance(value, float) and 0.0 <= value <= 1.0) or (type(value) is int and value == 0)

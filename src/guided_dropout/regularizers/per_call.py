@@ -1,0 +1,83 @@
+"""A rate for each of several dropout calls that share one knob, set while the model runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from guided_dropout.errors import SiteError
+from guided_dropout.knobs import Knob
+
+
+def set_by_call(
+    model: nn.Module, rates: Mapping[Knob, Sequence[float]], holders: Mapping[str, nn.Module]
+) -> contextlib.ExitStack:
+    """Turn each knob to its next rate whenever its holder's forward begins, from the first in each of the model's.
+
+    Args:
+        model: the model whose forward begins the count.
+        rates: knob → the rates of its calls in one forward of the model, in order.
+        holders: path of the knob → the module that has one forward for each of these calls.
+
+    Returns:
+        What takes the hooks off when it is closed.
+
+    Raises:
+        SiteError: gradient checkpointing is on.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise SiteError(
+            "a rate for each call does not hold under gradient checkpointing, which runs calls again out of order; "
+            "expected it off: turn it off, or make the schedule without per_call"
+        )
+    stack = contextlib.ExitStack()
+    for knob, calls in rates.items():
+        count = _Count(knob, calls)
+        stack.callback(model.register_forward_pre_hook(count.begin).remove)
+        stack.callback(holders[knob.path].register_forward_pre_hook(count.next).remove)
+        stack.callback(model.register_forward_hook(count.end).remove)
+    return stack
+
+
+class _Count:
+    """How many forwards of a knob's holder this forward of the model has seen."""
+
+    def __init__(self, knob: Knob, rates: Sequence[float]):
+        self._knob = knob
+        self._rates = tuple(rates)
+        self._done = 0
+
+    def begin(self, *_: Any) -> None:
+        """The model's forward begins."""
+        self._done = 0
+
+    def next(self, module: nn.Module, *_: Any) -> None:
+        """The holder's forward begins."""
+        if not module.training or self._knob.rate not in self._rates:  # somebody else, a probe say, has turned it
+            return
+        if torch.compiler.is_compiling():
+            raise SiteError(
+                f"a rate for each call of {self._knob.path} does not hold under torch.compile, which fixes the order; "
+                "expected a model that is not compiled: make the schedule without per_call"
+            )
+        if self._done == len(self._rates):
+            self._refuse("more")
+        self._knob.turn(self._rates[self._done])
+        self._done += 1
+
+    def end(self, *_: Any) -> None:
+        """The model's forward has ended."""
+        if self._done and self._done != len(self._rates):
+            self._refuse(f"{self._done}")
+        if self._done:
+            self._knob.turn(self._rates[0])
+
+    def _refuse(self, number: str) -> None:
+        raise SiteError(
+            f"{self._knob.path} was called {number} times in a forward, expected {len(self._rates)}, for each of which "
+            "there is a rate: turn gradient checkpointing and layer drop off, or make the schedule without per_call"
+        )

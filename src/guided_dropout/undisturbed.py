@@ -1,0 +1,84 @@
+"""Leaving no trace: what a forward in training mode may change in a model, put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from guided_dropout.knobs import foreign_rate, is_foreign_dropout
+
+_ABSENT: Any = object()
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put the model in training mode, and put back whatever a training-mode forward may change in it."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_same_random_states(model))
+        stack.enter_context(_same_buffers(model))
+        modes = {module: module.training for module in model.modules()}
+        stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
+        model.train()
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                stack.enter_context(replaced(module, "gradient_checkpointing", False))
+            if is_foreign_dropout(module):
+                stack.enter_context(replaced(module, "forward", partial(_foreign_forward, module)))
+        yield
+
+
+def _foreign_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """Stands in for a dropout module that draws its own mask, so that the recorder sees its rate."""
+    return F.dropout(x, getattr(module, foreign_rate(module)), module.training)
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give a module's own attribute another value for a while."""
+    old = vars(module).get(name, _ABSENT)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if old is _ABSENT:
+            delattr(module, name)
+        else:
+            setattr(module, name, old)
+
+
+@contextlib.contextmanager
+def _same_random_states(model: nn.Module) -> Iterator[None]:
+    """Put the random states of Python, NumPy and PyTorch (CPU and the model's devices) back afterwards."""
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device.index for device in devices], device_type=kind):
+            torch.default_generator.manual_seed(0)  # layer drop draws from it; 0 is a seed under which none fires
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Put the buffers back afterwards: a batch norm in training mode updates its running statistics."""
+    saved = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies = {id(b): b.clone() for _, buffers in saved for b in buffers.values() if b is not None}
+    try:
+        yield
+    finally:
+        for module, buffers in saved:
+            module._buffers.update(buffers)
+            for buffer in buffers.values():
+                if buffer is not None:
+                    buffer.copy_(copies[id(buffer)])

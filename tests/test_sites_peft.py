@@ -1,0 +1,150 @@
+"""Dropout sites of models that PEFT has wrapped, and schedules from the base model's profile on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import classifier_of, language_model, profile_of
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_sites_families import random_states, state_of
+from torch import nn
+
+from guided_dropout import DropoutSchedule, add_residual_sites, apply_dropout, find_sites
+from guided_dropout.errors import ScheduleError
+from guided_dropout.schedule import controls
+
+# PEFT reads an attribute that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+LAYERS = {"bert": ["query", "value"], "llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+
+
+def with_lora(family: str, rate: float = 0.1, model: nn.Module | None = None, **options: object) -> PeftModel:
+    config = LoraConfig(r=4, target_modules=LAYERS[family], lora_dropout=rate, init_lora_weights=False, **options)
+    if family == "gpt2":
+        config.fan_in_fan_out = True
+    with torch.random.fork_rng():
+        return get_peft_model(model or language_model(family), config).eval()
+
+
+def inner_name(path: str) -> str:
+    return path.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+@pytest.mark.parametrize("family", LAYERS)
+def test_the_sites_are_the_base_models_and_one_for_each_adapted_layer(family: str, rate: float) -> None:
+    base = {site.path: site for site in find_sites(language_model(family))}
+    model = with_lora(family, rate)
+    sites = find_sites(model)
+    assert {inner_name(site.path) for site in sites if not site.in_adapter} == set(base)
+    adapters = [site for site in sites if site.in_adapter]
+    assert len(adapters) == 2 * (2 if family != "gpt2" else 3)  # two layers; c_proj stands in two places
+    for site in adapters:
+        assert (site.rate, site.kind, site.calls, site.in_head) == (rate, "module", 1, False)
+        layer = site.path.removesuffix(".lora_dropout.default")
+        assert site.parameters == tuple(n for n, _ in model.named_parameters() if n.startswith(f"{layer}.base_layer."))
+        assert site.parameters
+    for site in sites:
+        assert not any("lora_" in name for name in (*site.parameters, *site.dataflow))
+        if not site.in_adapter:
+            assert tuple(map(inner_name, site.parameters)) == base[inner_name(site.path)].parameters
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+@pytest.mark.parametrize("family", LAYERS)
+def test_looking_and_applying_leave_the_model_as_it_was(family: str, rate: float) -> None:
+    model = with_lora(family, rate)
+    before, states = state_of(model), random_states()
+    with apply_dropout(model, DropoutSchedule.uniform(model, 0.3)):
+        assert all(site.rate == 0.3 for site in find_sites(model))
+        assert all(not module.training for module in model.modules())
+    assert state_of(model) == before
+    assert random_states() == states
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_a_schedule_from_the_base_models_profile_scores_each_adapter_by_the_weight_that_it_adapts(family: str) -> None:
+    base = language_model(family)
+    profile = profile_of(base)
+    model = with_lora(family, 0.0)
+    schedule = DropoutSchedule.from_profile(profile, model, upper=0.4, lower=0.05)
+    of_base = DropoutSchedule.from_profile(profile, base)
+    for site in find_sites(model):
+        if site.in_adapter:
+            names = [inner_name(name) for name in site.parameters]
+            assert schedule.scores[site.path] == sum(profile.tensor_means[n] for n in names) / len(names)
+        else:
+            assert schedule.scores[site.path] == of_base.scores[inner_name(site.path)]
+    with apply_dropout(model, schedule):
+        assert {site.path: site.rate for site in find_sites(model)} == schedule.rates
+    assert controls.magnitude(schedule, model).rates.keys() == schedule.rates.keys()
+
+
+def test_a_schedule_of_the_base_model_goes_on_and_leaves_the_adapters_alone() -> None:
+    base, model = language_model("bert"), with_lora("bert", 0.15)
+    schedule = DropoutSchedule.from_profile(profile_of(base), base, upper=0.4, lower=0.05)
+    with apply_dropout(model, schedule):
+        now = {inner_name(site.path): site.rate for site in find_sites(model)}
+        assert {path: now[path] for path in schedule.rates} == schedule.rates
+        assert {site.rate for site in find_sites(model) if site.in_adapter} == {0.15}
+    with pytest.raises(ScheduleError, match=r"lora_dropout\.default is no dropout site"):
+        apply_dropout(base, DropoutSchedule.uniform(model, 0.2))
+
+
+def test_an_adapter_built_without_dropout_trains_as_one_built_with_it() -> None:
+    ids = torch.arange(3, 19).reshape(2, 8)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        without = with_lora("llama", 0.0)
+        torch.manual_seed(3)
+        built = with_lora("llama", 0.4)
+    built.load_state_dict(without.state_dict())
+    rates = {site.path: 0.4 if site.in_adapter else 0.2 for site in find_sites(without)}
+    with apply_dropout(without, DropoutSchedule.from_rates(rates, without)):
+        outputs = []
+        for model in (without, built):
+            torch.manual_seed(0)
+            outputs.append(model.train()(input_ids=ids).logits)
+        assert torch.equal(*outputs)
+    assert all(isinstance(m, nn.Identity) for n, m in without.named_modules() if n.endswith("lora_dropout.default"))
+
+
+def test_two_schedules_come_off_in_any_order() -> None:
+    for first_off in (0, 1):
+        model = with_lora("bert", 0.0)
+        before = state_of(model)
+        handles = [apply_dropout(model, DropoutSchedule.uniform(model, rate)) for rate in (0.2, 0.3)]
+        handles[first_off].remove()
+        assert {site.rate for site in find_sites(model)} == {0.3 if first_off == 0 else 0.2}
+        handles[1 - first_off].remove()
+        assert state_of(model) == before
+
+
+def test_a_classifier_with_a_head_to_train() -> None:
+    profile = profile_of(language_model("bert"))
+    model = with_lora("bert", 0.1, classifier_of("bert"), modules_to_save=["classifier"], task_type="SEQ_CLS")
+    schedule = DropoutSchedule.from_profile(profile, model, include_head=True)
+    with apply_dropout(model, schedule):
+        assert {site.path: site.rate for site in find_sites(model)} == schedule.rates
+
+
+def test_residual_sites_drop_what_the_adapter_writes_too() -> None:
+    model = with_lora("llama", 0.0)
+    handle = add_residual_sites(model, 0.2)
+    assert [path.split(".", 5)[-1] for path in handle.sites[:2]] == [
+        "self_attn.o_proj.residual_dropout",
+        "mlp.down_proj.residual_dropout",
+    ]
+    sites = {site.path: site for site in find_sites(model)}
+    layer = "base_model.model.model.layers.0.mlp."
+    assert sites[handle.sites[1]].parameters == (
+        f"{layer}gate_proj.weight",
+        f"{layer}up_proj.weight",
+        f"{layer}down_proj.base_layer.weight",
+    )
+    base = language_model("llama")
+    with add_residual_sites(base):
+        schedule = DropoutSchedule.from_profile(profile_of(base), base)
+        with apply_dropout(model, schedule) as applied:
+            assert set(map(inner_name, applied.rates)) == set(schedule.rates)

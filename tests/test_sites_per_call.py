@@ -1,0 +1,124 @@
+"""A rate for each call of a knob that is used several times in a forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import classifier_of, language_model, profile_of
+from test_sites_families import build, state_of
+
+from guided_dropout import DropoutSchedule, apply_dropout, find_sites
+from guided_dropout.errors import SiteError
+from guided_dropout.probe import observe
+from guided_dropout.schedule import controls
+from guided_dropout.sites import trace
+
+SEVERAL = ["t5", "mt5", "albert", "xlnet", "vit"]
+IDS = {"input_ids": torch.arange(3, 19).reshape(2, 8)}
+
+
+@pytest.mark.parametrize("family", SEVERAL)
+def test_each_call_is_a_site_and_receives_its_rate(family: str) -> None:
+    model = build(family)
+    before = state_of(model)
+    sites = find_sites(model, per_call=True)
+    assert [site.path for site in sites] == list(trace(model, per_call=True).calls)
+    assert all(site.calls == 1 and site.parameters for site in sites)
+    rates = {site.path: 0.01 * (i + 1) for i, site in enumerate(sites)}
+    schedule = DropoutSchedule.from_rates(rates, model)
+    assert schedule.per_call
+    with apply_dropout(model, schedule) as handle:
+        assert handle.rates == rates
+        for _ in range(2):
+            assert [call.rate for call in observe(model, rates={})] == list(rates.values())
+        assert len(find_sites(model)) < len(sites)
+        with torch.no_grad():
+            model.train()
+            assert len(find_sites(model, per_call=True)) == len(sites)
+            model.eval()
+    assert state_of(model) == before
+
+
+def test_each_call_is_fed_by_what_came_before_it() -> None:
+    sites = {site.path: site for site in find_sites(language_model("t5"), per_call=True)}
+    assert sites["encoder.dropout[0]"].parameters == ("shared.weight",)
+    assert sites["encoder.dropout[1]"].parameters == ("encoder.final_layer_norm.weight",)
+    schedule = DropoutSchedule.from_profile(
+        profile_of(language_model("t5")), language_model("t5"), upper=0.4, lower=0.1, per_call=True
+    )
+    assert schedule.rates["encoder.dropout[0]"] > schedule.rates["encoder.dropout[1]"]
+    assert "encoder.dropout" not in schedule.rates
+    assert controls.magnitude(schedule, language_model("t5")).rates.keys() == schedule.rates.keys()
+
+
+def test_training_drops_at_the_rates_of_the_calls() -> None:
+    """Against the model's own dropout modules, called by a hand that turns them."""
+    model, by_hand = language_model("albert").train(), language_model("albert").train()
+    rates = {site.path: 0.05 * (i + 1) for i, site in enumerate(find_sites(model, per_call=True))}
+    modules = dict(by_hand.named_modules())
+    attention = by_hand.albert.encoder.albert_layer_groups[0].albert_layers[0].attention
+    for knob in {path.split("[")[0] for path in rates}:
+        its = [rate for path, rate in rates.items() if path.split("[")[0] == knob]
+        turns = iter(its)
+        called = attention if knob.endswith("attention_dropout") else modules[knob]
+        called.register_forward_pre_hook(lambda *_, at=modules[knob], turns=turns: setattr(at, "p", next(turns)))
+    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)):
+        torch.manual_seed(0)
+        found = model(**IDS).logits
+    torch.manual_seed(0)
+    assert torch.equal(found, by_hand(**IDS).logits)
+
+
+def test_a_schedule_by_call_of_the_language_model_serves_the_classifier() -> None:
+    base, model = language_model("albert"), classifier_of("albert")
+    schedule = DropoutSchedule.from_profile(profile_of(base), base, upper=0.4, lower=0.1, per_call=True)
+    with apply_dropout(model, schedule) as handle:
+        assert list(handle.rates.values()) == list(schedule.rates.values())
+
+
+def test_a_plain_schedule_on_top_rules() -> None:
+    model = language_model("albert")
+    before = state_of(model)
+    lower = apply_dropout(model, DropoutSchedule.from_profile(profile_of(model), model, upper=0.4, per_call=True))
+    upper = apply_dropout(model, DropoutSchedule.uniform(model, 0.3))
+    assert {call.rate for call in observe(model, rates={})} == {0.3}
+    lower.remove()
+    assert {call.rate for call in observe(model, rates={})} == {0.3}
+    upper.remove()
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("family", ["opt", "bart", "pegasus"])
+def test_calls_within_one_forward_of_a_module_cannot_be_told_apart(family: str) -> None:
+    with pytest.raises(SiteError, match=r"layers.0.dropout is used in [23] dropout calls and 1 forwards"):
+        find_sites(language_model(family), per_call=True)
+
+
+def test_gradient_checkpointing_is_refused_before_and_after() -> None:
+    model = language_model("t5").train()
+    schedule = DropoutSchedule.from_profile(profile_of(model), model, per_call=True)
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    before = state_of(model)
+    with pytest.raises(SiteError, match="gradient checkpointing"):
+        apply_dropout(model, schedule)
+    assert state_of(model) == before
+
+
+def test_more_calls_than_rates_is_an_error() -> None:
+    model = language_model("albert").train()
+    site = next(site for site in find_sites(model, per_call=True) if site.path.endswith("output_dropout[1]"))
+    module = model.get_submodule(site.path[:-3])
+    with apply_dropout(model, DropoutSchedule.from_profile(profile_of(model), model, per_call=True)):
+        model(**IDS)
+        with pytest.raises(SiteError, match="was called more times in a forward, expected 2"):
+            module(torch.ones(3))
+
+
+def test_torch_compile_is_refused() -> None:
+    model = language_model("albert").train()
+    with apply_dropout(model, DropoutSchedule.from_profile(profile_of(model), model, per_call=True)):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda ids: model(input_ids=ids).logits, backend="eager", fullgraph=True)
+        with pytest.raises(Exception, match=r"torch\.compile"):
+            compiled(IDS["input_ids"])
+        torch._dynamo.reset()
