@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
+from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import UNSUITED, make_plan, sequences, turned
 from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample, has_target
@@ -31,6 +32,14 @@ def checked_plan(
     What differs takes the reference loop. What is computed differently each time it is computed, in a batch or alone,
     has no gradient but rounding noise (attention's key biases, which softmax does not see), and is named in the plan.
     """
+    plan = _checked(model, objective, parameters, samples)
+    release_memory()  # with what the check took still held, all that follows would have a higher peak
+    return plan
+
+
+def _checked(
+    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
+) -> Plan:
     objective = replace(objective, labels="data")  # a label drawn on the edge may differ, and is not what is checked
     few = [shortened(objective, s) for s in (samples[0], samples[1 % len(samples)])]
     # Some models treat batches with and without padding apart: one of each. With a target at each position, so that no

@@ -5,6 +5,7 @@ Without a compiler, or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `t
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -96,6 +97,12 @@ def _built(compiler: list[str], tuning: tuple[str, ...]) -> Path:
         with staged_file(library) as tmp:
             subprocess.run([*command, "-o", str(tmp), str(_SOURCE)], check=True, capture_output=True, timeout=120)
     return library
+
+
+def release_memory() -> None:
+    """Give what the allocator keeps for later back to the system, where it can (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def cache_folder() -> Path:
