@@ -61,7 +61,7 @@ def test_float32_agrees_with_float64(family):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "t5", "mixtral", "mamba"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gemma2", "t5", "mixtral", "mamba"])
 def test_half_precision_runs(family, dtype):
     model = language_model(family).to(dtype)
     profile = estimate_fisher(model, draw_samples([9, 5, 7]), batch_size=2)
