@@ -1,5 +1,7 @@
 """The batched Fisher of each family of language models, in float64, against the loop and the model's own loss."""
 
+import gc
+
 import pytest
 import torch
 from families import FAMILIES, FISHER_ONLY, PARTLY_FLOAT32, language_model, objective_of
@@ -43,6 +45,18 @@ def test_each_family_agrees_with_the_models_own_loss(family):
     profile = estimate_fisher(model.double(), samples, batch_size=3)
     assert set(profile.diagonal) == {n for n, p in model.named_parameters() if p.is_floating_point()}
     assert_exact(profile.diagonal, own_loss_oracle(model, samples))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_a_batch_leaves_nothing_behind(family):
+    """A cycle through autograd's graph would never be freed, and memory would grow with each batch."""
+    model, samples = language_model(family), samples_of(family)
+    live = []
+    for batches in (1, 1, 3):
+        estimate_fisher(model, samples[:2] * batches, batch_size=2)
+        gc.collect()
+        live.append(sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+    assert live[1] == live[2]
 
 
 @pytest.mark.parametrize("family", ["longformer", "mixtral", "qwen2_moe", "gemma2"])

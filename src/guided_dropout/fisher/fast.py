@@ -22,7 +22,7 @@ from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.dense import OneByOne, add_dense_squares, swapped
 from guided_dropout.fisher.gathered import GatheredRows
 from guided_dropout.fisher.layout import Layout
-from guided_dropout.fisher.operations import Operation, Origin, ParameterOperations, View
+from guided_dropout.fisher.operations import Operation, Origin, ParameterOperations, View, replaced
 from guided_dropout.fisher.places import Place, Plan, head_at
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.rowwise import RowByRow
@@ -240,14 +240,16 @@ class Capture:
         origins = list(operation.origins.values())
         self._expect(origins)
         out = _begun(operation.run())
-        dims = {id(t): d for t, d in zip(operation.tensors(), place.dims, strict=True) if d is not None}
+        # Values only: a graph's tensor that one of the graph's own hooks holds would never be freed.
+        values = {id(t): t if operation.origin_of(t) else t.detach() for t in operation.tensors()}
+        args, kwargs = replaced((operation.args, operation.kwargs), lambda t: values[id(t)])
+        dims = {id(values[id(t)]): d for t, d in zip(operation.tensors(), place.dims, strict=True) if d is not None}
 
         def hook(gradient: Tensor) -> None:
             for origin in origins:
                 use = OneByOne(
-                    operation.function, operation.args, operation.kwargs, origin.tensor, dims, gradient, place.dim,
-                    len(self.batch),
-                )  # fmt: skip
+                    operation.function, args, kwargs, origin.tensor, dims, gradient, place.dim, len(self.batch)
+                )
                 self.take({"": use}, {"": origin})
 
         out.register_hook(hook)
