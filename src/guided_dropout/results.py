@@ -100,6 +100,11 @@ class RunResult:
         return path
 
     @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> RunResult:
+        """The result whose `dataclasses.asdict` is `facts`."""
+        return cls(**{**facts, "seeds": Seeds(**facts["seeds"])})
+
+    @classmethod
     def load(cls, path: str | Path) -> RunResult:
         """Read what `save` wrote.
 
@@ -114,6 +119,6 @@ class RunResult:
         facts = read_json(file, kind=KIND, schema=SCHEMA)
         del facts["kind"], facts["schema"]
         try:
-            return cls(**{**facts, "seeds": Seeds(**facts["seeds"])})
+            return cls.of(facts)
         except (KeyError, TypeError) as e:
             raise ArtefactError(f"{file} is not a whole {KIND} ({e}); expected what a run wrote: run it again") from e

@@ -1,0 +1,169 @@
+"""The folder of an experiment: what all of its runs share, and one JSON file for each run.
+
+- ``experiment.json``: what every run is made with; runs of anything else are refused.
+- ``runs/<RunKey.name>.json``: a result, or the failure of a run.
+- ``claims/``: which runs are being made, by whichever process.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from guided_dropout.artefacts import check_output_folder, read_json, write_json
+from guided_dropout.bench.grid import RunKey
+from guided_dropout.errors import ArtefactError
+from guided_dropout.provenance import provenance
+from guided_dropout.results import RunResult
+
+EXPERIMENT = "experiment.json"
+KIND, RUN_KIND, SCHEMA = "bench-experiment", "bench-run", 1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has no result.
+
+    Attributes:
+        error: type of the exception, or what became of the process.
+        message: its text.
+        traceback: as Python prints it.
+    """
+
+    error: str
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """What is kept of an exception."""
+        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of an experiment: either `result` or `failure` is there.
+
+    Attributes:
+        key: which.
+        result: what it gave.
+        failure: why it gave nothing.
+    """
+
+    key: RunKey
+    result: RunResult | None = None
+    failure: Failure | None = None
+
+    @property
+    def status(self) -> str:
+        """``"failed"``, ``"diverged"``, ``"collapsed"`` (all predictions one class) or ``"ok"``."""
+        if self.result is None:
+            return "failed"
+        return "diverged" if self.result.diverged else "collapsed" if self.result.collapsed else "ok"
+
+
+class Experiment:
+    """An experiment's folder.
+
+    Args:
+        path: the folder.
+
+    Attributes:
+        path: likewise.
+        facts: what all runs share: ``recipe`` and whatever else was given to `start`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.facts = read_json(self.path / EXPERIMENT, kind=KIND, schema=SCHEMA)
+
+    @classmethod
+    def start(cls, path: str | Path, facts: Mapping[str, Any]) -> Experiment:
+        """Begin an experiment in a new folder, or go on with one that was begun with the same facts.
+
+        Args:
+            path: the folder.
+            facts: what all runs share, as plain data.
+
+        Raises:
+            ArtefactError: the folder holds other things, or runs of another recipe; both sides are shown.
+        """
+        path = check_output_folder(path, marker=EXPERIMENT)
+        path.mkdir(parents=True, exist_ok=True)
+        file = path / EXPERIMENT
+        with FileLock(path / ".experiment.lock"):
+            if not file.exists():
+                write_json(file, {"kind": KIND, "schema": SCHEMA, **facts, "provenance": provenance()})
+        experiment = cls(path)
+        different = differences({k: experiment.facts.get(k) for k in facts}, facts)
+        if different:
+            raise ArtefactError(
+                f"{path} holds an experiment with another recipe ({'; '.join(different)}); expected the same one: "
+                "choose another --out, or the recipe that it was begun with"
+            )
+        return experiment
+
+    def file(self, key: RunKey) -> Path:
+        """Where a run is written."""
+        return self.path / "runs" / f"{key.name}.json"
+
+    def write(self, run: Run) -> Path:
+        """Write a run, all or nothing."""
+        result = None if run.result is None else asdict(run.result)
+        failure = None if run.failure is None else asdict(run.failure)
+        facts = {"kind": RUN_KIND, "schema": SCHEMA, "key": asdict(run.key), "failure": failure, "result": result}
+        write_json(self.file(run.key), facts)
+        return self.file(run.key)
+
+    def read(self, file: Path) -> Run:
+        """Read a run.
+
+        Raises:
+            ArtefactError: not a whole run.
+        """
+        facts = read_json(file, kind=RUN_KIND, schema=SCHEMA)
+        try:
+            result = None if facts["result"] is None else RunResult.of(facts["result"])
+            failure = None if facts["failure"] is None else Failure(**facts["failure"])
+            return Run(RunKey(**facts["key"]), result, failure)
+        except (KeyError, TypeError) as e:
+            raise ArtefactError(f"{file} is not a whole run ({e}); expected what `bench run` wrote: delete it") from e
+
+    def runs(self) -> list[Run]:
+        """All runs that are there, by key."""
+        return sorted((self.read(f) for f in sorted((self.path / "runs").glob("[!.]*.json"))), key=lambda r: r.key)
+
+    @contextmanager
+    def claim(self, key: RunKey) -> Iterator[bool]:
+        """Within, the run is this process's own; False where another process has it, and nothing is held then.
+
+        A claim ends with the process, however that ends.
+        """
+        claims = self.path / "claims"
+        claims.mkdir(exist_ok=True)
+        lock = FileLock(claims / f"{key.name}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+
+def differences(there: Any, given: Any, name: str = "") -> list[str]:
+    """Where two nested mappings differ: ``"recipe.epochs: 3 there, 5 given"``."""
+    if isinstance(there, Mapping) and isinstance(given, Mapping):
+        keys = [*there, *(k for k in given if k not in there)]
+        return [d for k in keys for d in differences(there.get(k), given.get(k), f"{name}.{k}".lstrip("."))]
+    sequences = isinstance(there, list | tuple) and isinstance(given, list | tuple)
+    same = [*there] == [*given] if sequences else there == given
+    return [] if same else [f"{name}: {there!r} there, {given!r} given"]
