@@ -12,12 +12,12 @@ from tiny import COLOUR, VOCABULARY, colour_examples, save, save_tiny_bert, tiny
 from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from guided_dropout import finetune as module
+from guided_dropout.encoding import encode
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.finetune import RunResult, Seeds, finetune
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.tasks import Examples, Task
-from guided_dropout.training import encode
 
 DATA = (colour_examples(48, seed=1), colour_examples(20, seed=2))
 RATE_ARMS = ("guided", "uniform", "dropout", "none")  # the others: test_arms.py

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table
 from guided_dropout.errors import DataError, GuidedDropoutError, unknown
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 
 app.add_typer(schedule_app, name="schedule")
+app.add_typer(bench_app, name="bench")
 
 PROFILE_HELP = "a folder that `fisher` wrote, or user/name on the hub"
 MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"

@@ -39,25 +39,57 @@ class _Speed(ProgressColumn):
         return Text(speed, style="dim")
 
 
+class _Left(ProgressColumn):
+    """Time left: as told, or inferred from the speed so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inferred = TimeRemainingColumn()
+
+    def render(self, task: Task) -> Text:
+        told = task.fields.get("left")
+        return self._inferred.render(task) if told is None else Text(f"{duration(told)} left", style="cyan")
+
+
 class Update(Protocol):
     """Tells a bar how far things are."""
 
-    def __call__(self, done: int, total: int | None = None, *, tokens: float | None = None) -> None:
-        """Steps done and their total, None where it stays as it was; tokens per step, where those are counted."""
+    def __call__(
+        self, done: int, total: int | None = None, *, tokens: float | None = None, left: float | None = None
+    ) -> None:
+        """Tell it.
+
+        Args:
+            done: steps.
+            total: all steps; None where it stays as it was.
+            tokens: per step, where those are counted.
+            left: seconds, where they are known better than by the speed so far.
+        """
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None, *, shown: bool = True) -> Iterator[Update]:
     """A bar that shows speed and time left, if the total is known; yields its update."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), _Left())
     shown = shown and errors.is_terminal
     with Progress(*columns, console=errors, transient=True, disable=not shown, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total)
 
-        def update(done: int, total: int | None = None, *, tokens: float | None = None) -> None:
-            bar.update(task, completed=done, total=total, tokens=tokens)
+        def update(
+            done: int, total: int | None = None, *, tokens: float | None = None, left: float | None = None
+        ) -> None:
+            bar.update(task, completed=done, total=total, tokens=tokens, left=left)
 
         yield update
+
+
+def duration(seconds: float) -> str:
+    """``"40 s"``, ``"12 min"``, ``"3.5 h"``, ``"4.2 days"``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def arms_help() -> str:

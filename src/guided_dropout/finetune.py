@@ -16,19 +16,20 @@ from guided_dropout.artefacts import check_output_folder
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
-from guided_dropout.models import drawn_parameters, load_classifier, load_tokenizer
+from guided_dropout.models import drawn_parameters
 from guided_dropout.provenance import provenance
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.tasks import Examples, Task, get_task, load_task, subset
-from guided_dropout.training import Recipe, encode, kept_random_state, train_classifier
+from guided_dropout.tasks import Examples, Task, get_task, subset
+from guided_dropout.training import Recipe, kept_random_state, train_classifier
+from guided_dropout.workbench import Workbench
 
 __all__ = ["ARMS", "RunResult", "Seeds", "finetune"]
 
 
 def finetune(
-    model: str | Path,
+    model: str | Path | Workbench,
     task: Task | str,
     *,
     data: str | Path | tuple[Examples, Examples] | None = None,
@@ -47,18 +48,20 @@ def finetune(
     max_length: int = 128,
     rate: float = 0.1,
     device: str = "auto",
+    precision: str = "auto",
+    evaluate: str = "epoch",
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
-    """Fine-tune a pretrained model on a task under one arm, and evaluate it after each epoch.
+    """Fine-tune a pretrained model on a task under one arm, and evaluate it.
 
-    AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, float32, dynamic
-    padding. The arms put their rates on the same sites of the backbone; the head's own dropout is left as it is in all
-    of them. Runs with the same seeds start from the same weights and see the same batches, whatever their arm, and as
-    far as it draws the same numbers, with the same noise.
+    AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, batches of like
+    lengths (`encoding.LengthGroups`). The arms put their rates on the same sites of the backbone; the head's own dropout
+    is left as it is in all of them. Runs with the same seeds start from the same weights and see the same batches,
+    whatever their arm, and as far as it draws the same numbers, with the same noise.
 
     Args:
-        model: ``"demo"``, a folder or a hub name.
+        model: ``"demo"``, a folder or a hub name; or a `Workbench`, which keeps what several runs share.
         task: a task, or the name of one in `tasks.TASKS`.
         data: a GLUE folder or data set (see `tasks.load_task`), or a pair (train, validation) of examples.
         arm: a name in `arms.ARMS`, such as ``"guided"`` (the schedule), ``"uniform"`` (the schedule's mean rate at each
@@ -78,6 +81,8 @@ def finetune(
         max_length: tokens at which a text is cut, or the model's own limit where that is less.
         rate: of plain dropout, in all arms that do not set the rates themselves.
         device: ``"auto"`` or ``"cpu"``.
+        precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``: bfloat16 on a GPU that has it.
+        evaluate: after each ``"epoch"``, or at the ``"end"`` alone.
         out: folder for ``result.json``, checked before training and written after it; None writes nothing.
         progress: called after each step with the steps done and the steps in all.
 
@@ -94,23 +99,24 @@ def finetune(
     if out is not None:
         check_output_folder(out, marker=JSON_NAME)
     recipe = Recipe(
-        train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate, device
-    )
+        train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate, device,
+        precision, evaluate,
+    )  # fmt: skip
     seeds = seeds or Seeds.derive(seed)
 
-    train, validation = data if isinstance(data, tuple) else (load_task(task, data, s) for s in ("train", "validation"))
-    train = subset(train, train_fraction, seeds.subset)
-    tokenizer = load_tokenizer(model)
-    classifier = load_classifier(model, task.num_labels, head_seed=seeds.head)
-    recipe = replace(recipe, max_length=_fitting_length(max_length, tokenizer, classifier))
-    encoded, held_out = (encode(examples, task, tokenizer, recipe.max_length) for examples in (train, validation))
+    bench = model if isinstance(model, Workbench) else Workbench(model)
+    given = data if isinstance(data, tuple) else [bench.examples(task, data, s) for s in ("train", "validation")]
+    train, validation = subset(given[0], train_fraction, seeds.subset), given[1]
+    classifier = bench.classifier(task.num_labels, head_seed=seeds.head)
+    recipe = replace(recipe, max_length=_fitting_length(max_length, bench.tokenizer, classifier))
+    encoded, held_out = (bench.encoded(examples, task, recipe.max_length) for examples in (train, validation))
     _check_vocabulary(max(encoded.largest_id(), held_out.largest_id()), classifier)
 
     context = replace(context, new=drawn_parameters(classifier))
     rates = chosen.rates(classifier, context)
     digest = _digest_weights(classifier)
     with kept_random_state(), apply_dropout(classifier, rates), chosen.apply(classifier, context) as handle:
-        run = train_classifier(classifier, tokenizer, task, encoded, held_out, recipe, seeds, progress, handle)
+        run = train_classifier(classifier, bench.tokenizer, task, encoded, held_out, recipe, seeds, progress, handle)
 
     last = run.history[-1]
     result = RunResult(
@@ -118,12 +124,12 @@ def finetune(
         arm=chosen.label,
         metric=task.main_metric,
         value=None if run.diverged else last["metrics"][task.main_metric],
-        metrics=last["metrics"],
+        metrics=last.get("metrics", dict.fromkeys(task.metrics)),
         history=run.history,
         diverged=run.diverged,
         collapsed=run.collapsed,
         seeds=seeds,
-        recipe=_recipe_facts(recipe, train, validation),
+        recipe=_recipe_facts(recipe, train, validation) | {"precision": run.precision},
         rates=_summary(rates),
         pairing={"weights": digest, "batches": encoded.digest()},
         model=model_identity(classifier),
@@ -157,7 +163,7 @@ def _recipe_facts(recipe: Recipe, train: Examples, validation: Examples) -> dict
         "optimizer": "adamw(0.9, 0.999)",
         "decay": "linear",
         "max_grad_norm": 1.0,
-        "dtype": "float32",
+        "order": "batches of like lengths",
         "n_train": len(train),
         "n_eval": len(validation),
         "train_data": train.source,

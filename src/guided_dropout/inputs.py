@@ -114,7 +114,7 @@ def task_inputs(
         DataError: no such task or data, or the model has another number of classes.
         ModelError: the model is a language model.
     """
-    from guided_dropout.training import encode
+    from guided_dropout.encoding import encode
 
     check_length(model, max_length)
     chosen = get_task(task)

@@ -56,7 +56,7 @@ class RunResult:
             that would be chosen on the split that it is reported on.
         metrics: all of the task's metrics after the last epoch.
         history: for each epoch ``epoch``, ``train_loss`` (mean over its steps, with what the
-            arm adds to it), ``eval_loss`` and ``metrics``.
+            arm adds to it) and, where it was evaluated after that epoch, ``eval_loss`` and ``metrics``.
         diverged: a loss became infinite or NaN; the run was stopped at the end of that epoch.
         collapsed: all predictions after the last epoch were one class. Always false for regression.
         seeds: see `Seeds`.

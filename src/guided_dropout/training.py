@@ -1,9 +1,8 @@
-"""Tokenised examples and one training of a classifier on them, on the transformers Trainer."""
+"""One training of a classifier, on the transformers Trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import random
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -29,12 +28,15 @@ from transformers import (
     TrainingArguments,
 )
 
-from guided_dropout.errors import DataError, GuidedDropoutError
+from guided_dropout.encoding import Encoded, LengthGroups
+from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.models import quiet
 from guided_dropout.regularizers import Handle
 from guided_dropout.results import Seeds
-from guided_dropout.tasks import Examples, Task, compute_metrics
+from guided_dropout.tasks import Task, compute_metrics
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+EVALUATE = ("epoch", "end")
 _EVAL_BATCH = 64
 
 
@@ -55,6 +57,8 @@ class Recipe:
     max_length: int
     rate: float
     device: str = "auto"
+    precision: str = "auto"
+    evaluate: str = "epoch"
 
     def __post_init__(self) -> None:
         rules = {
@@ -65,67 +69,12 @@ class Recipe:
             "weight_decay": (0.0 <= self.weight_decay < math.inf, "at least 0"),
             "max_length": (self.max_length >= 4, "at least 4 tokens"),
             "device": (self.device in ("auto", "cpu"), "'auto' or 'cpu'"),
+            "precision": (self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
+            "evaluate": (self.evaluate in EVALUATE, " or ".join(map(repr, EVALUATE))),
         }
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise GuidedDropoutError(f"{name} is {getattr(self, name)}; expected {wanted}")
-
-
-class Encoded(Dataset[dict[str, Any]]):
-    """Tokenised examples, which remember in what order they were read."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self._rows = rows
-        self._read = hashlib.sha256()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self._rows[index]
-        self._read.update(repr((row["input_ids"], row["label"])).encode())
-        return row
-
-    def by_length(self) -> Encoded:
-        """The same examples, shortest first: batches in that order hold the least padding."""
-        return Encoded(sorted(self._rows, key=lambda row: len(row["input_ids"])))
-
-    def largest_id(self) -> int:
-        """The largest token among all examples."""
-        return max(max(row["input_ids"]) for row in self._rows)
-
-    def digest(self) -> str:
-        """Digest of the examples read so far (tokens and label), in the order in which they were read."""
-        return self._read.hexdigest()[:16]
-
-
-def encode(examples: Examples, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Tokenise all examples once, without padding.
-
-    Raises:
-        DataError: no examples, not one text, or two, in each of them, or a label that the task does not have.
-    """
-    _check_examples(examples, task)
-    first = [text[0] for text in examples.texts]
-    second = [text[1] for text in examples.texts] if len(examples.texts[0]) == 2 else None
-    batch = tokenizer(first, second, truncation=True, max_length=max_length)
-    kind = float if task.is_regression else int
-    rows = [
-        {**{name: batch[name][i] for name in batch}, "label": kind(label)} for i, label in enumerate(examples.labels)
-    ]
-    return Encoded(rows)
-
-
-def _check_examples(examples: Examples, task: Task) -> None:
-    if not len(examples):
-        raise DataError(f"{examples.source}: found no examples; expected at least one")
-    sizes = {len(text) for text in examples.texts}
-    if sizes not in ({1}, {2}):
-        raise DataError(f"{examples.source}: found examples of {sorted(sizes)} texts; expected 1 or 2 in all of them")
-    for label in examples.labels:
-        if not math.isfinite(label) or (not task.is_regression and label not in range(task.num_labels)):
-            wanted = "a finite number" if task.is_regression else f"a class index below {task.num_labels}"
-            raise DataError(f"{examples.source}: found the label {label}; expected {wanted}, as {task.name} has")
 
 
 @dataclass(frozen=True)
@@ -136,12 +85,14 @@ class Training:
     collapsed: bool
     times: dict[str, float]
     device: str
+    precision: str
 
     @property
     def diverged(self) -> bool:
         """Whether a loss or metric was not a finite number."""
         return any(
-            None in (epoch["train_loss"], epoch["eval_loss"], *epoch["metrics"].values()) for epoch in self.history
+            None in (epoch["train_loss"], epoch.get("eval_loss", 0.0), *epoch.get("metrics", {}).values())
+            for epoch in self.history
         )
 
 
@@ -185,7 +136,7 @@ class _Steps(TrainerCallback):
 
 
 class _Trainer(Trainer):
-    """Asks a regularizer's handle for the loss of training batches and for the optimizer's parameter groups."""
+    """Asks a regularizer's handle for the loss and for the optimizer's parameter groups; batches have like lengths."""
 
     def __init__(self, handle: Handle, *args: Any, **options: Any) -> None:
         self._handle = handle
@@ -203,6 +154,11 @@ class _Trainer(Trainer):
         if model.training:
             loss = self._handle.loss(loss, model, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
+        encoded = train_dataset or self.train_dataset
+        assert isinstance(encoded, Encoded)
+        return LengthGroups(encoded.lengths(), self.args.train_batch_size, self.args.data_seed or 0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The usual optimizer, with the handle's parameter groups."""
@@ -257,19 +213,26 @@ def train_classifier(
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
+        log = trainer.state.log_history
+        if recipe.evaluate == "end" and all(math.isfinite(entry.get("loss", 0.0)) for entry in log):
+            trainer.evaluate()
         seconds = time.perf_counter() - start
-    log = trainer.state.log_history
     evaluation = sum(entry["eval_runtime"] for entry in log if "eval_runtime" in entry)
     return Training(
         history=_history(log, task),
         collapsed=evaluator.collapsed,
         times={"train": seconds - evaluation, "eval": evaluation},
         device=str(args.device),
+        precision="bfloat16" if args.bf16 else "float32",
     )
 
 
 def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> TrainingArguments:
     steps = recipe.epochs * math.ceil(n_train / recipe.batch_size)
+    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    half = recipe.precision == "bfloat16" or (
+        recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     args = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=recipe.epochs,
@@ -283,33 +246,30 @@ def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> Trai
         adam_beta1=0.9,
         adam_beta2=0.999,
         max_grad_norm=1.0,
+        bf16=half,
         seed=seeds.noise,
         data_seed=seeds.order,
-        eval_strategy="epoch",
+        eval_strategy="epoch" if recipe.evaluate == "epoch" else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         use_cpu=recipe.device == "cpu",
-        dataloader_pin_memory=recipe.device != "cpu" and torch.cuda.is_available(),
+        dataloader_pin_memory=on_gpu,
     )
     args._n_gpu = min(args.n_gpu, 1)  # Several GPUs would silently multiply the batch size.
     return args
 
 
 def _history(log: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
-    losses = [entry["loss"] for entry in log if "loss" in entry]
+    losses = [entry for entry in log if "loss" in entry]
+    history = [{"epoch": n, "train_loss": _finite(entry["loss"])} for n, entry in enumerate(losses, start=1)]
     evaluations = [entry for entry in log if "eval_loss" in entry]
-    return [
-        {
-            "epoch": number,
-            "train_loss": _finite(loss),
-            "eval_loss": _finite(evaluation["eval_loss"]),
-            "metrics": {name: _finite(evaluation[f"eval_{name}"]) for name in task.metrics},
-        }
-        for number, (loss, evaluation) in enumerate(zip(losses, evaluations, strict=True), start=1)
-    ]
+    for epoch, evaluation in zip(history[len(history) - len(evaluations) :], evaluations, strict=True):
+        epoch["eval_loss"] = _finite(evaluation["eval_loss"])
+        epoch["metrics"] = {name: _finite(evaluation[f"eval_{name}"]) for name in task.metrics}
+    return history
 
 
 def _finite(value: float) -> float | None:

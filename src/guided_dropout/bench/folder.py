@@ -1,6 +1,7 @@
 """The folder of an experiment: what all of its runs share, and one JSON file for each run.
 
 - ``experiment.json``: what every run is made with; runs of anything else are refused.
+- ``grid.json``: which runs were asked for so far.
 - ``runs/<RunKey.name>.json``: a result, or the failure of a run.
 - ``claims/``: which runs are being made, by whichever process.
 """
@@ -17,13 +18,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from guided_dropout.artefacts import check_output_folder, read_json, write_json
-from guided_dropout.bench.grid import RunKey
+from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.errors import ArtefactError
 from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult
 
-EXPERIMENT = "experiment.json"
-KIND, RUN_KIND, SCHEMA = "bench-experiment", "bench-run", 1
+EXPERIMENT, GRID = "experiment.json", "grid.json"
+KIND, GRID_KIND, RUN_KIND, SCHEMA = "bench-experiment", "bench-grid", "bench-run", 1
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,35 @@ class Experiment:
                 "choose another --out, or the recipe that it was begun with"
             )
         return experiment
+
+    def note_grid(self, grid: Grid) -> None:
+        """Add to what is to be run: ``facts["grid"]``, the union of all that was asked for, axis by axis."""
+        file = self.path / GRID
+        with FileLock(self.path / ".experiment.lock"):
+            before = read_json(file, kind=GRID_KIND, schema=SCHEMA) if file.exists() else {}
+            union = {k: list(dict.fromkeys([*before.get(k, []), *v])) for k, v in asdict(grid).items()}
+            union |= {k: sorted(union[k], reverse=k == "fractions") for k in ("fractions", "seeds")}
+            write_json(file, {"kind": GRID_KIND, "schema": SCHEMA, **union})
+
+    @property
+    def grid(self) -> Grid | None:
+        """All that was asked for, axis by axis; None where nothing was."""
+        file = self.path / GRID
+        if not file.exists():
+            return None
+        facts = read_json(file, kind=GRID_KIND, schema=SCHEMA)
+        return Grid(**{k: v for k, v in facts.items() if k not in ("kind", "schema")})
+
+    def is_done(self, key: RunKey) -> bool:
+        """Whether the run is there, be it as a failure."""
+        return self.file(key).exists()
+
+    def forget_failures(self) -> int:
+        """Delete the runs that failed, so that they are made again; returns how many."""
+        failed = [run for run in self.runs() if run.failure]
+        for run in failed:
+            self.file(run.key).unlink(missing_ok=True)
+        return len(failed)
 
     def file(self, key: RunKey) -> Path:
         """Where a run is written."""

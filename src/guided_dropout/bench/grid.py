@@ -71,7 +71,7 @@ class Grid:
             if seed < 0:
                 raise GuidedDropoutError(f"the seed {seed}; expected 0 or more")
 
-    def keys(self) -> Iterator[RunKey]:
+    def __iter__(self) -> Iterator[RunKey]:
         """All runs, seed after seed, so that what is there at any moment is paired, with all arms side by side."""
         axes = (self.seeds, self.models, self.tasks, self.fractions, self.arms)
         for seed, model, task, fraction, arm in itertools.product(*axes):

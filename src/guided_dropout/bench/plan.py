@@ -1,0 +1,183 @@
+"""What an experiment is made with: models, what is known about them, how they are trained; checked before any run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from guided_dropout.arms import choose_arm
+from guided_dropout.bench.grid import Grid, RunKey
+from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.finetune import finetune
+from guided_dropout.fisher import FisherProfile
+from guided_dropout.models import load_classifier
+from guided_dropout.regularizers import Context
+from guided_dropout.results import RunResult
+from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.tasks import get_task
+from guided_dropout.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A pretrained model of an experiment.
+
+    Attributes:
+        source: ``"demo"``, a folder or a hub name.
+        profile: folder of its Fisher profile; None where no arm needs one.
+        schedule: file of its schedule; None for the paper's linear one, made from the profile.
+    """
+
+    source: str
+    profile: str | None = None
+    schedule: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What it is called in results: the last part of `source`."""
+        return Path(self.source).name or self.source
+
+    def known(self) -> tuple[FisherProfile | None, DropoutSchedule | None]:
+        """The profile and the schedule, read from disk; a missing schedule is made from the profile."""
+        profile = None if self.profile is None else FisherProfile.from_pretrained(self.profile)
+        if self.schedule is not None:
+            return profile, DropoutSchedule.load(self.schedule)
+        if profile is None:
+            return None, None
+        return profile, DropoutSchedule.from_profile(profile, load_classifier(self.source, 2, head_seed=0))
+
+
+@dataclass(frozen=True)
+class Training:
+    """The recipe of all runs: what `finetune` takes, but for what the grid says."""
+
+    epochs: int = 3
+    batch_size: int = 16
+    learning_rate: float = 2e-5
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_length: int = 128
+    rate: float = 0.1
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment, as plain data that a process can be sent.
+
+    Attributes:
+        grid: which runs.
+        models: by label.
+        data: where labelled data are, as `finetune` takes it.
+        training: the recipe.
+        device: ``"auto"`` or ``"cpu"``.
+
+    Raises:
+        GuidedDropoutError: two models of the same label.
+    """
+
+    grid: Grid
+    models: Mapping[str, BenchModel]
+    data: str | None = None
+    training: Training = field(default_factory=Training)
+    device: str = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        models: Sequence[BenchModel],
+        tasks: Sequence[str],
+        arms: Sequence[str],
+        fractions: Sequence[float],
+        seeds: Sequence[int],
+        **options: Any,
+    ) -> Plan:
+        """A plan of all combinations; names are checked, arms get their labels.
+
+        Raises:
+            GuidedDropoutError: an unknown task or arm, an empty axis, or two models of the same label.
+        """
+        by_label: dict[str, BenchModel] = {}
+        for model in models:
+            if model.label in by_label:
+                raise GuidedDropoutError(
+                    f"two models called {model.label!r} ({by_label[model.label].source} and {model.source}); expected "
+                    "names by which results can be told apart: rename a folder"
+                )
+            by_label[model.label] = model
+        names = [get_task(task).name for task in tasks]
+        labels = [choose_arm(arm).label for arm in arms]
+        return cls(Grid(list(by_label), names, labels, list(fractions), list(seeds)), by_label, **options)
+
+    def check(self) -> dict[str, Any]:
+        """Make sure that each arm has what it needs, and say what all runs share.
+
+        Returns:
+            Plain data for `folder.Experiment.start`.
+
+        Raises:
+            ScheduleError: an arm needs a profile or schedule that a model does not have.
+            ArtefactError: one that cannot be read.
+        """
+        models = {}
+        for label, model in self.models.items():
+            profile, schedule = model.known()
+            context = Context(rate=self.training.rate, schedule=schedule, profile=profile)
+            for arm in self.grid.arms:
+                choose_arm(arm).check(context)
+            models[label] = {
+                "source": label,
+                "profile": None if schedule is None else dict(schedule.profile),
+                "schedule": None
+                if schedule is None
+                else {
+                    "digest": schedule.digest,
+                    "shape": schedule.shape,
+                    "grouping": schedule.grouping,
+                    "aggregate": schedule.aggregate,
+                    "mean_rate": schedule.mean_rate,
+                    "rates": dict(schedule.rates),
+                },
+            }
+        data = None if self.data is None else Path(self.data).name
+        return {"recipe": {**asdict(self.training), "data": data, "evaluate": "end"}, "models": models}
+
+
+class Runner:
+    """Makes the runs of a plan, one after the other, keeping what they share.
+
+    Args:
+        plan: which.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self._benches: dict[str, Workbench] = {}
+        self._known: dict[str, tuple[FisherProfile | None, DropoutSchedule | None]] = {}
+
+    def run(self, key: RunKey) -> RunResult:
+        """One run.
+
+        Raises:
+            GuidedDropoutError: whatever `finetune` raises.
+        """
+        model = self.plan.models[key.model]
+        bench = self._benches.get(key.model) or self._benches.setdefault(key.model, Workbench(model.source))
+        if key.model not in self._known:
+            self._known[key.model] = model.known()
+        profile, schedule = self._known[key.model]
+        return finetune(
+            bench,
+            key.task,
+            data=self.plan.data,
+            arm=key.arm,
+            profile=profile,
+            schedule=schedule,
+            seed=key.seed,
+            train_fraction=key.fraction,
+            device=self.plan.device,
+            evaluate="end",
+            **asdict(self.plan.training),
+        )

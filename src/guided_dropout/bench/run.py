@@ -1,0 +1,164 @@
+"""Runs an experiment: what is missing, in several processes, whatever happens to one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from guided_dropout.bench.folder import Experiment, Failure, Run
+from guided_dropout.bench.grid import RunKey
+from guided_dropout.bench.plan import Plan, Runner
+
+_ELSEWHERE = "elsewhere"
+
+
+@dataclass(frozen=True)
+class Done:
+    """A run that has ended.
+
+    Attributes:
+        key: which.
+        status: as `Run.status`; ``"elsewhere"`` where another process has it or had it.
+        value: the main metric, if there is one.
+        seconds: how long it took here.
+    """
+
+    key: RunKey
+    status: str
+    value: float | None
+    seconds: float
+
+
+def run_experiment(
+    plan: Plan,
+    experiment: Experiment,
+    keys: Sequence[RunKey],
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    told: Callable[[Done], None] = lambda done: None,
+) -> None:
+    """Make the runs of `keys`, each written when it is done.
+
+    A run that raises is written as a failure, and so is one whose process dies; the rest goes on. Runs that another
+    invocation is making, or has made since, are left to it.
+
+    Args:
+        plan: what they are made with.
+        experiment: where they are written.
+        keys: which, in order.
+        jobs: processes; each keeps a model of its own.
+        threads: of torch, in each process; by default the processors shared out.
+        told: called after each run.
+    """
+    threads = threads or max(1, processors() // jobs)
+    waiting = deque(keys)
+    workers: list[_Worker] = []
+    try:
+        while waiting or any(w.key for w in workers):
+            while waiting and len(workers) < min(jobs, len(keys)):
+                workers.append(_Worker(plan, experiment, threads))
+            for w in workers:
+                if w.key is None and waiting:
+                    w.begin(waiting.popleft())
+            busy = {w.channel: w for w in workers if w.key}
+            for ready in wait(list(busy)):
+                w = busy[ready]  # pyright: ignore[reportArgumentType]
+                done = w.end()
+                if done is None:
+                    workers.remove(w)
+                    done = w.died(experiment)
+                told(done)
+    finally:
+        for w in workers:
+            w.stop()
+
+
+def processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Worker:
+    """A process that makes one run after the other."""
+
+    def __init__(self, plan: Plan, experiment: Experiment, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.channel, theirs = context.Pipe()
+        self.key: RunKey | None = None
+        self.begun = 0.0
+        arguments = (theirs, plan, str(experiment.path), threads)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def begin(self, key: RunKey) -> None:
+        self.key, self.begun = key, time.perf_counter()
+        with contextlib.suppress(OSError):  # it has died: `end` will see
+            self.channel.send(key)
+
+    def end(self) -> Done | None:
+        """What became of its run; None if the process died."""
+        assert self.key is not None
+        try:
+            status, value = self.channel.recv()
+        except (EOFError, OSError):
+            return None
+        done = Done(self.key, status, value, time.perf_counter() - self.begun)
+        self.key = None
+        return done
+
+    def died(self, experiment: Experiment) -> Done:
+        """Write that the process died in its run."""
+        assert self.key is not None
+        self.process.join(10)
+        code = self.process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        message = f"the process of the run died ({how}); often for want of memory: try fewer jobs or smaller batches"
+        experiment.write(Run(self.key, failure=Failure("ProcessDied", message, "")))
+        return Done(self.key, "failed", None, time.perf_counter() - self.begun)
+
+    def stop(self) -> None:
+        self.channel.close()
+        if self.key is None:
+            self.process.join(5)
+        self.process.terminate()
+
+
+def _work(channel: Connection, plan: Plan, folder: str, threads: int) -> None:
+    """The life of a process: runs until its channel closes, as it does when the parent is gone, however that went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
+    torch.set_num_threads(threads)
+    experiment, runner = Experiment(folder), Runner(plan)
+    while True:
+        try:
+            key = channel.recv()
+        except (EOFError, OSError):
+            return
+        answer = _make(experiment, runner, key)
+        try:
+            channel.send(answer)
+        except OSError:
+            return
+
+
+def _make(experiment: Experiment, runner: Runner, key: RunKey) -> tuple[str, Any]:
+    with experiment.claim(key) as mine:
+        if not mine or experiment.is_done(key):
+            return _ELSEWHERE, None
+        try:
+            run = Run(key, result=runner.run(key))
+        except Exception as error:
+            run = Run(key, failure=Failure.of(error))
+        experiment.write(run)
+    return run.status, run.result and run.result.value

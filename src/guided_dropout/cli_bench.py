@@ -1,0 +1,221 @@
+"""The command line's `bench`: run an experiment, report on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guided_dropout.console import console, duration, progress_bar
+from guided_dropout.errors import GuidedDropoutError
+
+if TYPE_CHECKING:
+    from guided_dropout.bench.cost import Clock
+    from guided_dropout.bench.folder import Experiment
+    from guided_dropout.bench.grid import RunKey
+    from guided_dropout.bench.plan import Plan
+    from guided_dropout.bench.recipes import Recipe
+
+bench_app = typer.Typer(
+    help="Does guidance help, where, by how much, and how sure are we?",
+    short_help="Run experiments over models, tasks, arms, fractions and seeds; report on them.",
+    no_args_is_help=True,
+)
+
+_LIST = "Several: with commas between them, or the option several times."
+
+
+@bench_app.command()
+def run(
+    models: Annotated[list[str], typer.Option(help=f"'demo', folders or hub names. {_LIST}")],
+    out: Annotated[Path, typer.Option(help="Folder of the experiment; what is there already is not run again.")],
+    tasks: Annotated[list[str] | None, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli.")] = None,
+    arms: Annotated[
+        list[str] | None, typer.Option(help="As in `finetune --arm`; the first is what others are compared with.")
+    ] = None,
+    fractions: Annotated[
+        list[str] | None, typer.Option(help="Parts of the training data, such as 1.0,0.5,0.1. [default: 1.0]")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Paired seeds, from 0 on. [default: 5]")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A whole experiment: paper_table2, paper_figure4, paper_a5, lodha or controls. "
+            "Options given beside it come before it."
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="GLUE folder, or a data set like the hub's nyu-mll/glue.")] = None,
+    profile: Annotated[
+        list[str] | None, typer.Option(help="Fisher profile of the model; for several models in their order.")
+    ] = None,
+    schedule: Annotated[
+        list[Path] | None,
+        typer.Option(help="Its schedule. [default: the paper's linear one from 0.1 to 0, made from the profile]"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, each in a process with a model of its own.")] = 1,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data. [default: 3]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step. [default: 16]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 2e-5]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. [default: 128]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Rate of plain dropout. [default: 0.1]")] = None,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Make runs that failed once more.")] = False,
+) -> None:
+    """Fine-tune every combination, as far as it is not there yet; kill it and start it again as you like."""
+    from guided_dropout.bench.folder import Experiment
+    from guided_dropout.bench.run import run_experiment
+
+    given = {
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "max_length": max_length,
+        "rate": rate,
+    }
+    chosen = _recipe(recipe, _parts(tasks), _arms(arms), _numbers("fractions", fractions), seeds, given)
+    plan = _plan(chosen, _parts(models), profile or [], schedule or [], data, device)
+    facts = plan.check()
+    keys = list(plan.grid)
+    if dry_run and not (out / "experiment.json").exists():
+        experiment, missing = None, keys
+    else:
+        experiment = Experiment.start(out, facts)
+        if retry and not dry_run:
+            experiment.forget_failures()
+        missing = [k for k in keys if not experiment.is_done(k)]
+    console.print(f"{len(keys):,} runs, {len(keys) - len(missing):,} of them there, {len(missing):,} to make")
+    if not missing:
+        console.print(out)
+        return
+    clock = _clock(plan, experiment)
+    if dry_run or recipe:
+        _tell_cost(plan, clock, missing, jobs)
+    if dry_run or experiment is None:
+        return
+    experiment.note_grid(plan.grid)
+    counts: dict[str, int] = {}
+    left = {k: clock.units(k) for k in missing}
+    whole = sum(left.values())
+    with progress_bar("runs", None) as update:
+
+        def told(done: Any) -> None:
+            counts[done.status] = counts.get(done.status, 0) + 1
+            left.pop(done.key)
+            if done.status not in ("elsewhere", "failed"):
+                clock.saw(done.key, done.seconds)
+            update(len(missing) - len(left), len(missing), left=_left(clock, list(left), jobs))
+            k = done.key
+            value = "" if done.value is None else f" {done.value:.4f}"
+            name = f"{k.model} {k.task} {k.fraction:g} {k.arm} seed {k.seed}"
+            share = 1 - sum(left.values()) / whole
+            console.print(f"{share:4.0%} {name}: {done.status}{value} ({done.seconds:.0f} s)", highlight=False)
+
+        run_experiment(plan, experiment, missing, jobs=jobs, told=told)
+    console.print(", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())))
+    console.print(out)
+
+
+def _recipe(
+    name: str | None,
+    tasks: Sequence[str],
+    arms: Sequence[str],
+    fractions: Sequence[float],
+    seeds: int | None,
+    training: dict[str, Any],
+) -> Recipe:
+    from dataclasses import replace
+
+    from guided_dropout.bench.recipes import Recipe, get_recipe
+
+    own = Recipe("", tasks, arms or ("dropout", "guided", "uniform"), fractions or (1.0,), 5)
+    base = get_recipe(name) if name else own
+    if not tasks and not name:
+        raise GuidedDropoutError("found no --tasks and no --recipe; expected one of them: name a task")
+    given = {k: v for k, v in training.items() if v is not None}
+    changes: dict[str, Any] = {"tasks": tasks, "arms": arms, "fractions": fractions, "seeds": seeds}
+    changes = {k: v for k, v in changes.items() if v}
+    return replace(base, **changes, training={**base.training, **given})
+
+
+def _plan(
+    recipe: Recipe,
+    models: Sequence[str],
+    profiles: Sequence[str],
+    schedules: Sequence[Path],
+    data: str | None,
+    device: str,
+) -> Plan:
+    from guided_dropout.bench.plan import BenchModel, Plan, Training
+
+    for option, values in (("profile", profiles), ("schedule", schedules)):
+        if values and len(values) != len(models):
+            raise GuidedDropoutError(
+                f"found {len(values)} --{option} for {len(models)} models; expected one for each, in their order"
+            )
+    known = [
+        BenchModel(m, profiles[i] if profiles else None, str(schedules[i]) if schedules else None)
+        for i, m in enumerate(models)
+    ]
+    training = Training(**recipe.training)
+    return Plan.of(
+        known, recipe.tasks, recipe.arms, recipe.fractions, range(recipe.seeds), data=data, training=training,
+        device=device,
+    )  # fmt: skip
+
+
+def _clock(plan: Plan, experiment: Experiment | None) -> Clock:
+    from guided_dropout.bench.cost import Clock, work_of_tasks
+    from guided_dropout.models import load_classifier
+
+    sizes = {
+        label: sum(p.numel() for p in load_classifier(m.source, 2, head_seed=0).parameters())
+        for label, m in plan.models.items()
+    }
+    clock = Clock(work_of_tasks(plan), sizes)
+    if experiment is not None:
+        clock.saw_runs(experiment.runs())
+    return clock
+
+
+def _tell_cost(plan: Plan, clock: Clock, missing: Sequence[RunKey], jobs: int) -> None:
+    from guided_dropout.bench.cost import trial
+
+    seconds, how = clock.seconds(missing), "as fast as the runs that are there"
+    if seconds is None:
+        first = missing[0]
+        took, read = trial(plan, first.model, first.task)
+        seconds = took * sum(map(clock.units, missing)) / (read * clock.size(first.model))
+        how = "by a few steps of training here"
+    shared = f", {duration(seconds / jobs)} if {jobs} side by side do not slow one another" if jobs > 1 else ""
+    console.print(f"about {duration(seconds)} one after the other{shared} ({how})")
+
+
+def _left(clock: Clock, keys: Sequence[RunKey], jobs: int) -> float | None:
+    seconds = clock.seconds(keys)
+    return None if seconds is None else seconds / jobs
+
+
+def _parts(values: Sequence[str] | None) -> list[str]:
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
+
+
+def _arms(values: Sequence[str] | None) -> list[str]:
+    """Arms; a part such as ``k=2`` in ``mixout:p=0.9,k=2`` belongs to the one before."""
+    arms: list[str] = []
+    for part in _parts(values):
+        if arms and "=" in part and ":" not in part:
+            arms[-1] += f",{part}"
+        else:
+            arms.append(part)
+    return arms
+
+
+def _numbers(option: str, values: Sequence[str] | None) -> list[float]:
+    try:
+        return [float(part) for part in _parts(values)]
+    except ValueError:
+        found = ",".join(values or ())
+        raise GuidedDropoutError(f"--{option} {found}; expected numbers, such as 1.0,0.5,0.1") from None

@@ -1,0 +1,265 @@
+"""An experiment: what is missing is run, whatever happened before or happens beside it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_regularizers_pull import random_profile
+from tiny import WORDS, save_tiny_bert
+
+from guided_dropout.bench.folder import Experiment, Failure, Run
+from guided_dropout.bench.grid import Grid, RunKey
+from guided_dropout.bench.plan import BenchModel, Plan, Training
+from guided_dropout.bench.recipes import RECIPES
+from guided_dropout.bench.run import run_experiment
+from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
+from guided_dropout.finetune import finetune
+from guided_dropout.models import load_lm
+from guided_dropout.schedule import DropoutSchedule
+
+RECIPE = Training(epochs=1, learning_rate=1e-3, max_length=16)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, its profile, and two tasks; the third is not there."""
+    folder = tmp_path_factory.mktemp("bench")
+    save_tiny_bert(folder / "model")
+    model = load_lm(folder / "model")
+    random_profile(model).save(folder / "profile")
+    for split, number in (("train", 64), ("dev", 24)):
+        cola = [f"x\t{i % 2}\t\tthe {'red' if i % 2 else 'green'} cat sees a {WORDS[i % 17]}\n" for i in range(number)]
+        (folder / "glue" / "CoLA").mkdir(parents=True, exist_ok=True)
+        (folder / "glue" / "CoLA" / f"{split}.tsv").write_text("".join(cola))
+    return folder
+
+
+def plan_of(folder, **changes):
+    axes = {"tasks": ["cola"], "arms": ["dropout", "guided"], "fractions": [1.0, 0.5], "seeds": range(2)} | changes
+    model = BenchModel(str(folder / "model"), str(folder / "profile"))
+    return Plan.of([model], **axes, data=str(folder / "glue"), training=RECIPE, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def finished(folder):
+    """All runs of a small plan, made in one process."""
+    plan = plan_of(folder)
+    experiment = Experiment.start(folder / "finished", plan.check())
+    done = []
+    run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
+    assert [d.status for d in done] == ["ok"] * 8
+    return plan, experiment
+
+
+def outcomes(experiment):
+    """What decides a run, without what differs from one making to the next."""
+    return {r.key: (r.result.value, r.result.history, r.result.pairing) for r in experiment.runs()}
+
+
+def test_a_run_of_an_experiment_is_the_same_as_one_alone(folder, finished):
+    _, experiment = finished
+    (run,) = [r for r in experiment.runs() if r.key == RunKey("model", "cola", 0.5, "guided", 1)]
+    plan = plan_of(folder)
+    profile, schedule = plan.models["model"].known()
+    alone = finetune(
+        folder / "model", "cola", data=folder / "glue", arm="guided", profile=profile, schedule=schedule, seed=1,
+        train_fraction=0.5, epochs=1, learning_rate=1e-3, max_length=16, device="cpu",
+    )  # fmt: skip
+    assert run.result.value == alone.value
+    assert run.result.metrics == alone.metrics
+    assert run.result.pairing == alone.pairing
+    assert run.result.rates == alone.rates
+    assert run.result.recipe["n_train"] == 32
+
+
+def test_runs_are_paired_over_the_arms_and_subsets_nested(finished):
+    by_key = {r.key: r.result for r in finished[1].runs()}
+    for key, result in by_key.items():
+        assert result.pairing == by_key[replace(key, arm="dropout")].pairing
+        assert result.pairing["weights"] == by_key[replace(key, fraction=1.0)].pairing["weights"]
+        assert result.pairing["batches"] != by_key[replace(key, seed=1 - key.seed)].pairing["batches"]
+
+
+def test_the_schedule_is_the_papers_where_none_is_given(folder, finished):
+    model = load_lm(folder / "model")
+    expected = DropoutSchedule.from_profile(random_profile(model), model)
+    facts = finished[1].facts["models"]["model"]["schedule"]
+    assert facts["rates"] == pytest.approx(dict(expected.rates))
+    assert (max(facts["rates"].values()), min(facts["rates"].values())) == (0.1, 0.0)
+
+
+def test_a_failed_run_is_recorded_and_the_rest_goes_on(folder):
+    plan = plan_of(folder, tasks=["rte", "cola"], fractions=[0.5], seeds=[0], arms=["dropout"])
+    experiment = Experiment.start(folder / "failing", plan.check())
+    done = []
+    run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
+    assert [d.status for d in done] == ["failed", "ok"]
+    (failed,) = [r for r in experiment.runs() if r.status == "failed"]
+    assert failed.failure.error == "DataError"
+    assert "RTE" in failed.failure.message
+    assert "load_task" in failed.failure.traceback
+    assert experiment.forget_failures() == 1
+    assert [r.key.task for r in experiment.runs()] == ["cola"]
+
+
+def test_results_of_another_recipe_are_refused_and_both_sides_shown(folder, finished):
+    other = replace(plan_of(folder), training=replace(RECIPE, learning_rate=2e-3, epochs=2))
+    with pytest.raises(
+        ArtefactError, match=r"epochs: 1 there, 2 given; recipe.learning_rate: 0.001 there, 0.002 given"
+    ):
+        Experiment.start(folder / "finished", other.check())
+    Experiment.start(folder / "finished", plan_of(folder, seeds=range(9)).check())  # more of the same is welcome
+
+
+def test_the_grid_grows(tmp_path):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+    assert experiment.grid is None
+    experiment.note_grid(Grid(["m"], ["cola"], ["dropout"], [0.1], [0, 1]))
+    experiment.note_grid(Grid(["m"], ["rte"], ["guided", "dropout"], [1.0, 0.1], [0, 1, 2]))
+    assert experiment.grid == Grid(["m"], ["cola", "rte"], ["dropout", "guided"], [1.0, 0.1], [0, 1, 2])
+
+
+def test_needs_are_checked_before_any_run(folder):
+    plan = plan_of(folder)
+    bare = replace(plan, models={"model": BenchModel(str(folder / "model"))})
+    with pytest.raises(ScheduleError, match="guided"):
+        bare.check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": []}, "found no tasks"),
+        ({"arms": ["mixout:p=0.9", "mixout:p=0.90"]}, "twice in the arms"),
+        ({"arms": ["guidd"]}, "did you mean 'guided'"),
+        ({"tasks": ["colla"]}, "did you mean 'cola'"),
+        ({"fractions": [0.0]}, "a train fraction of 0.0"),
+        ({"seeds": [-1]}, "the seed -1"),
+    ],
+)
+def test_bad_grids_are_refused(folder, changes, message):
+    with pytest.raises(GuidedDropoutError, match=message):
+        plan_of(folder, **changes)
+
+
+def test_names_of_runs_tell_them_apart():
+    grid = Grid(["a", "b-c"], ["cola"], ["mixout:p=0.7", "mixout", "r-drop"], [1.0, 0.1, 0.01], [0, 11, 111])
+    names = {key.name for key in grid}
+    assert len(names) == len(grid) == 54
+    assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=_-") for name in names)
+
+
+def test_a_failure_and_a_result_survive_the_disk(tmp_path, finished):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+    key = RunKey("m", "cola", 0.1, "dropout", 3)
+    try:
+        raise OSError("disk full")
+    except OSError as e:
+        failed = Run(key, failure=Failure.of(e))
+    experiment.write(failed)
+    done = replace(finished[1].runs()[0], key=replace(key, seed=4))
+    experiment.write(done)
+    assert experiment.runs() == [failed, done]
+    (tmp_path / "out" / "runs" / f"{key.name}.json").write_text('{"kind": "bench-run", "schema": 1}')
+    with pytest.raises(ArtefactError, match="is not a whole run"):
+        experiment.runs()
+
+
+def test_a_claim_is_exclusive(tmp_path):
+    experiment = Experiment.start(tmp_path / "out", {})
+    key = RunKey("m", "cola", 0.1, "dropout", 3)
+    with experiment.claim(key) as mine, Experiment(tmp_path / "out").claim(key) as theirs:
+        assert (mine, theirs) == (True, False)
+    with experiment.claim(key) as again:
+        assert again
+
+
+def test_recipes_name_what_exists(folder):
+    for recipe in RECIPES.values():
+        plan = plan_of(folder, tasks=recipe.tasks, arms=recipe.arms, fractions=recipe.fractions)
+        assert len(plan.grid) >= 1
+        Training(**recipe.training)
+    assert len(RECIPES["paper_table2"].tasks) == 9
+    assert RECIPES["controls"].seeds >= 20
+
+
+def command(folder, out, *more):
+    line = [
+        "--models",
+        "model",
+        "--profile",
+        "profile",
+        "--data",
+        "glue",
+        "--tasks",
+        "cola",
+        "--arms",
+        "dropout,guided",
+    ]
+    line += ["--fractions", "1.0,0.5", "--seeds", "2", "--epochs", "1", "--learning-rate", "1e-3", "--max-length", "16"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "guided_dropout", "bench", "run", *line, "--device", "cpu", "--out", str(out), *more],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+    )  # fmt: skip
+
+
+def children(pid):
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(condition, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_killed_processes_and_two_invocations_give_the_same_results(folder, finished):
+    """One invocation is killed with all of its work; then two go on side by side, and a worker of one is killed."""
+    out = folder / "killed"
+    first = command(folder, out)
+    wait_for(lambda: list(out.glob("runs/*.json")), first)
+    first.kill()
+    first.communicate()
+    pair = [command(folder, out), command(folder, out)]
+    claimed = len(list(out.glob("claims/*.lock")))
+    wait_for(lambda: len(list(out.glob("claims/*.lock"))) > claimed, pair[0])
+    workers = [p for p in children(pair[0].pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    os.kill(workers[0], signal.SIGKILL)
+    for process in pair:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    again = command(folder, out, "--retry")
+    _, err = again.communicate(timeout=240)
+    assert again.returncode == 0, err
+    experiment = Experiment(out)
+    assert outcomes(experiment) == outcomes(finished[1])
+    assert experiment.facts["recipe"] == finished[1].facts["recipe"]
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(folder):
+    process = command(folder, folder / "dry", "--recipe", "controls", "--dry-run")
+    text, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "8 runs, 0 of them there, 8 to make" in text
+    assert "by a few steps of training here" in text
+    assert not (folder / "dry").exists()
+
+
+def test_errors_of_the_command_line_are_one_line(folder):
+    process = command(folder, folder / "wrong", "--schedule", "nowhere.json")
+    text, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.count("\n") == 1
+    assert "nowhere.json" in err
+    assert json.dumps(text) == '""'

@@ -1,0 +1,52 @@
+"""Tokens made once, and the order of a training's examples."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import COLOUR, colour_examples, save_tiny_bert
+
+from guided_dropout.encoding import LengthGroups, encode
+from guided_dropout.models import load_tokenizer
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=400), st.integers(1, 20), st.integers(0, 2**32 - 1))
+def test_each_epoch_reads_each_example_once_in_an_order_of_its_own(lengths, batch_size, seed):
+    sampler, again = (LengthGroups(lengths, batch_size, seed) for _ in range(2))
+    epochs = [list(sampler) for _ in range(2)]
+    assert all(sorted(epoch) == list(range(len(lengths))) for epoch in epochs)
+    assert epochs == [list(again) for _ in range(2)]
+    if len(lengths) > 40:
+        assert epochs[0] != epochs[1]
+        assert epochs[0] != list(LengthGroups(lengths, batch_size, seed + 1))
+
+
+def test_batches_hold_little_padding_and_come_in_no_order_of_length():
+    lengths = torch.randint(5, 60, (1600,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def batches(order):
+        return torch.tensor([lengths[i] for i in order]).view(-1, 16)
+
+    def padding(order):
+        found = batches(order)
+        return 1 - found.sum().item() / (found.amax(1).sum().item() * 16)
+
+    grouped = list(LengthGroups(lengths, 16, 0))
+    assert padding(grouped) < 0.08 < 0.4 < padding(range(1600))
+    longest = batches(grouped).amax(1).float()
+    place = torch.arange(len(longest)).float()
+    assert abs(torch.corrcoef(torch.stack([longest, place]))[0, 1]) < 0.3
+
+
+def test_a_cache_changes_nothing_and_tokenises_each_text_once(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(save_tiny_bert(tmp_path / "bert"))
+    examples, cache = colour_examples(30, seed=3), {}
+    plain = encode(examples, COLOUR, tokenizer, 16)
+    first = encode(examples.take(range(10)), COLOUR, tokenizer, 16, cache)
+    assert [first[i] for i in range(10)] == [plain[i] for i in range(10)]
+    seen = []
+    real = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, a, *r, **k: seen.extend(a) or real(self, a, *r, **k))
+    whole = encode(examples, COLOUR, tokenizer, 16, cache)
+    assert [whole[i] for i in range(30)] == [plain[i] for i in range(30)]
+    assert set(seen) == {t[0] for t in examples.texts} - {t[0] for t in examples.take(range(10)).texts}
+    assert len(seen) == len(set(seen))
