@@ -315,6 +315,8 @@ def finetune(
     max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 128,
     rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = "epoch",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = "auto",
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
     from guided_dropout.finetune import finetune as run
@@ -340,6 +342,8 @@ def finetune(
             max_length=max_length,
             rate=rate,
             weight_decay=weight_decay,
+            evaluate=evaluate,
+            precision=precision,
             out=out,
             progress=update,
         )

@@ -56,8 +56,8 @@ def finetune(
     """Fine-tune a pretrained model on a task under one arm, and evaluate it.
 
     AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, batches of like
-    lengths (`encoding.LengthGroups`). The arms put their rates on the same sites of the backbone; the head's own dropout
-    is left as it is in all of them. Runs with the same seeds start from the same weights and see the same batches,
+    lengths (`encoding.LengthGroups`). The arms put their rates on the same sites of the backbone; the head's own
+    dropout is left as it is in all of them. Runs with the same seeds start from the same weights and see the same batches,
     whatever their arm, and as far as it draws the same numbers, with the same noise.
 
     Args:

@@ -1,0 +1,166 @@
+"""How long does a fine-tuning run take here, beside the recipe of transformers' ``run_glue.py`` (recipe.py)?
+
+    python -m benchmarks.finetune.run MODEL --data GLUE
+
+One after the other and in turn, for each task and seed: ``guided-dropout finetune`` and the recipe, each a process of
+its own, on the same examples with the same numbers. Then the same runs by ``guided-dropout bench run``, in as many
+processes as there are processors. Written after each run; started again, it measures what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from guided_dropout.artefacts import write_json, write_text
+from guided_dropout.bench.folder import Experiment
+from guided_dropout.bench.run import processors
+from guided_dropout.bench.stats import paired_comparison
+from guided_dropout.provenance import provenance
+from guided_dropout.results import RunResult, Seeds
+from guided_dropout.tasks import Examples, get_task, load_task, subset
+
+RESULTS = Path(__file__).parents[1] / "results" / "finetune-speed"
+
+
+def _csv(path: Path, examples: Examples) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([*(f"sentence{i + 1}" for i in range(len(examples.texts[0]))), "label"])
+        writer.writerows([*text, int(label)] for text, label in zip(examples.texts, examples.labels, strict=True))
+    return path
+
+
+def _timed(command: list[str]) -> float:
+    begun = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return time.perf_counter() - begun
+
+
+def _pair(args: argparse.Namespace, task: str, seed: int, numbers: list[str]) -> dict[str, Any]:
+    """Both ways on the same examples, the order turned about from seed to seed."""
+    train, validation = (load_task(get_task(task), args.data, split) for split in ("train", "validation"))
+    part = subset(train, args.fraction, Seeds.derive(seed).subset)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        files = ["--train", str(_csv(folder / "train.csv", part))]
+        files += ["--validation", str(_csv(folder / "validation.csv", validation))]
+        theirs = [sys.executable, "-m", "benchmarks.finetune.recipe", "--model", args.model, *files, *numbers]
+        theirs += ["--seed", str(seed), "--out", str(folder / "theirs.json")]
+        ours = [sys.executable, "-m", "guided_dropout", "finetune", args.model, "--task", task, "--data", args.data]
+        ours += ["--arm", "dropout", "--seed", str(seed), "--train-fraction", str(args.fraction), *numbers]
+        ours += ["--evaluate", "end", "--out", str(folder / "ours")]
+        seconds = {}
+        for name, command in sorted({"ours": ours, "theirs": theirs}.items(), reverse=bool(seed % 2)):
+            seconds[name] = _timed(command)
+        result = RunResult.load(folder / "ours")
+        metrics = json.loads((folder / "theirs.json").read_text())
+    return {
+        "task": task,
+        "seed": seed,
+        "seconds": seconds,
+        "ratio": seconds["ours"] / seconds["theirs"],
+        "metric": result.metric,
+        "values": {"ours": result.value, "theirs": metrics[result.metric]},
+    }
+
+
+def _grid(args: argparse.Namespace, tasks: list[str], numbers: list[str]) -> dict[str, Any]:
+    jobs = processors()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        command = [sys.executable, "-m", "guided_dropout", "bench", "run", "--models", args.model, "--data", args.data]
+        command += ["--tasks", ",".join(tasks), "--arms", "dropout", "--fractions", str(args.fraction), *numbers]
+        command += ["--seeds", str(args.seeds), "--jobs", str(jobs), "--out", str(out)]
+        seconds = _timed(command)
+        runs = Experiment(out).runs()
+    return {"jobs": jobs, "runs": len(runs), "seconds": seconds, "values": {r.key.name: r.result.value for r in runs}}
+
+
+def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[str, Any]) -> dict[str, Any]:
+    total = sum(p["seconds"]["theirs"] for p in pairs)
+    tasks = {}
+    for task in dict.fromkeys(p["task"] for p in pairs):
+        own = [p for p in pairs if p["task"] == task]
+        compared = paired_comparison([p["values"]["ours"] for p in own], [p["values"]["theirs"] for p in own])
+        tasks[task] = {
+            "ratio": statistics.median(p["ratio"] for p in own),
+            "metric": own[0]["metric"],
+            "mean": {w: statistics.fmean(p["values"][w] for p in own) for w in ("ours", "theirs")},
+            "difference_t_interval_95": compared.t_interval,
+        }
+    return {
+        "tasks": tasks,
+        "runs_per_hour_through_the_grid": 3600 * grid["runs"] / grid["seconds"],
+        "runs_per_hour_of_the_recipe": 3600 * len(pairs) / total,
+        "runs_per_hour_ratio": (grid["runs"] / grid["seconds"]) / (len(pairs) / total),
+    }
+
+
+def main() -> None:
+    """Measure what is missing, write the summary."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model")
+    p.add_argument("--data", required=True, help="GLUE folder")
+    p.add_argument("--tasks", default="cola,rte")
+    p.add_argument("--fraction", type=float, default=0.1)
+    p.add_argument("--seeds", type=int, default=5)
+    p.add_argument("--epochs", type=int, default=3)
+    p.add_argument("--learning-rate", type=float, default=5e-5)
+    p.add_argument("--out", type=Path, default=RESULTS)
+    args = p.parse_args()
+    tasks = args.tasks.split(",")
+    numbers = ["--epochs", str(args.epochs), "--batch-size", "16", "--learning-rate", str(args.learning_rate)]
+    file = args.out / "runs.json"
+    state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"pairs": []}
+    for seed in range(args.seeds):
+        for task in tasks:
+            if not any(q["task"] == task and q["seed"] == seed for q in state["pairs"]):
+                state["pairs"].append(_pair(args, task, seed, numbers))
+                write_json(file, state)
+                print(state["pairs"][-1], flush=True)
+    if "grid" not in state:
+        state["grid"] = _grid(args, tasks, numbers)
+    setting = {"model": Path(args.model).name, "fraction": args.fraction, "seeds": args.seeds, "numbers": numbers}
+    state |= {"setting": setting, "summary": _summary(args, state["pairs"], state["grid"]), "provenance": provenance()}
+    write_json(file, state)
+    write_text(args.out / "README.md", _readme(state))
+    print(json.dumps(state["summary"], indent=1))
+
+
+def _readme(state: dict[str, Any]) -> str:
+    s, where = state["summary"], state["provenance"]
+    rows = [
+        f"| {task} | {t['ratio']:.2f} | {t['metric']} | {t['mean']['ours']:.3f} | {t['mean']['theirs']:.3f} "
+        f"| [{t['difference_t_interval_95'][0]:+.3f}, {t['difference_t_interval_95'][1]:+.3f}] |"
+        for task, t in s["tasks"].items()
+    ]
+    lines = [
+        "# Time of a fine-tuning run, beside the recipe of transformers' run_glue.py",
+        "",
+        f"{state['setting']['model']}, {state['setting']['fraction']:g} of the training data, {state['setting']['seeds']} "
+        f"seeds; {where['platform']}, torch {where['versions']['torch']}, transformers "
+        f"{where['versions']['transformers']}, {where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
+        "",
+        "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Through `bench run` in {state['grid']['jobs']} processes: {s['runs_per_hour_through_the_grid']:.0f} runs an "
+        f"hour, the recipe {s['runs_per_hour_of_the_recipe']:.0f}: {s['runs_per_hour_ratio']:.2f} times as many.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
