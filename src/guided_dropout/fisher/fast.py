@@ -27,7 +27,7 @@ from guided_dropout.fisher.places import Place, Plan, head_at
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.rowwise import RowByRow
 from guided_dropout.fisher.rules import Call, as_rows
-from guided_dropout.fisher.squares import Outer, Rows, Sums, Use, add_squares
+from guided_dropout.fisher.squares import Outer, Rows, Sums, Use, add_squares, squared_early
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.objectives import Batch, Objective, Sample
 
@@ -115,6 +115,7 @@ class Capture:
         self.sums: dict[str, Tensor] = {}
         self._gathered = GatheredRows(len(batch))
         self._expected: defaultdict[str, Counter[View]] = defaultdict(Counter)
+        self._looked_up: defaultdict[str, list[Tensor]] = defaultdict(list)  # rows of tables, by parameter
         self._behind: set[str] = set()  # parameters with derived tensors in use
         self._parts: defaultdict[str, list[tuple[View, Use | OneByOne]]] = defaultdict(list)
         self._derived: list[tuple[Origin, Use | OneByOne]] = []
@@ -218,6 +219,9 @@ class Capture:
         assert rule is not None
         roles = {role: o for role, t in call.parameters.items() if (o := operation.origin_of(t))}
         self._expect(roles.values())
+        for origin in roles.values():
+            if not call.x.is_floating_point() and origin.view is not None:
+                self._looked_up[origin.names[0]].append(call.x.reshape(-1))
         if rule.input_gradient is not None and call.x.requires_grad:
             return RowByRow(call, rule, layout, lambda uses: self.take(uses, roles)).run()
         out = _begun(rule.run(call))
@@ -275,8 +279,19 @@ class Capture:
             if name in self.uncovered or name in self.plan.fallback:
                 continue
             once = self._expected[name][view.upright()] == 1 and name not in self._behind
-            if not (once and self._apart(name) and self._square(name, [(view, use)])):
-                self._parts[name].append((view, use))
+            if once and self._apart(name) and self._square(name, [(view, use)]):
+                continue
+            self._parts[name].append(self._squared_early(name, view, use))
+
+    def _squared_early(self, name: str, view: View, use: Use | OneByOne) -> tuple[View, Use | OneByOne]:
+        """Square the only products with a tied table at once, where all else that is done with it are look-ups."""
+        looked_up, upright = self._looked_up[name], view.upright()
+        tied = looked_up and self._expected[name] == {upright: len(looked_up) + 1} and name not in self._behind
+        if not (tied and isinstance(use, Outer) and upright.size == self.owner.parameters[name].shape):
+            return view, use
+        total = None if self.owner.totals.scores_only else self.owner.totals[name]
+        outer = use if view == upright else swapped(use)
+        return upright, squared_early(total, outer, torch.cat(looked_up), self.sums.get(name))
 
     def _apart(self, name: str) -> bool:
         """Whether the parts of a parameter that are in use have no element in common."""

@@ -51,9 +51,26 @@ class Sums:
     grads: Tensor
 
 
-Use = Outer | Rows | Sums
+@dataclass(frozen=True)
+class Squared:
+    """An `Outer` whose squares have been added, and of which the products with `Rows` are still to come.
+
+    Attributes:
+        columns: [C] int64, sorted: the rows that may be touched.
+        left: [R, C], the columns of the outer's `left` that belong to them.
+        right: [R, n], its `right`.
+        layout: its layout.
+    """
+
+    columns: Tensor
+    left: Tensor
+    right: Tensor
+    layout: Layout
+
+
+Use = Outer | Rows | Sums | Squared
 _MANY = 1 << 32  # more rows than any table has
-_Kind = TypeVar("_Kind", Outer, Rows, Sums)
+_Kind = TypeVar("_Kind", Outer, Rows, Sums, Squared)
 
 
 def add_squares(total: Tensor | None, uses: Sequence[Use], sums: Tensor | None = None) -> None:
@@ -70,6 +87,11 @@ def add_squares(total: Tensor | None, uses: Sequence[Use], sums: Tensor | None =
         if len(vectors) != len(uses):
             raise AssertionError("a vector's sums cannot be added to a matrix's products")
         _add_vector_squares(total, vectors, sums)
+    elif squared := _of_kind(uses, Squared):
+        if len(squared) != 1 or outers:
+            raise AssertionError("what is squared already cannot be added to other products")
+        if rows:
+            _add_tied_squares(total, squared[0], rows, sums)
     elif outers:
         outer = _concatenated(outers)
         square_accumulate(total, sums, outer.left, outer.right, outer.layout)
@@ -104,16 +126,33 @@ def _concatenated(uses: Sequence[Outer]) -> Outer:
     return Outer(left, right, Layout.concatenated([u.layout for u in uses], [len(u.left) for u in uses], left.device))
 
 
-def _add_tied_squares(total: Tensor | None, outer: Outer, rows: Sequence[Rows], sums: Tensor | None) -> None:
+def squared_early(total: Tensor | None, outer: Outer, ids: Tensor, sums: Tensor | None = None) -> Squared:
+    """Add the squares of a matrix's products now, and keep only what is needed for its products with look-ups.
+
+    A vocabulary's worth of logits need not be kept until the embeddings' backward comes.
+
+    Args:
+        total: as for `add_squares`.
+        outer: the only products of a sample with this matrix.
+        ids: [K] int64, all rows that will be looked up.
+        sums: as for `add_squares`.
+    """
+    square_accumulate(total, sums, outer.left, outer.right, outer.layout)
+    columns = torch.unique(ids)
+    return Squared(columns, outer.left.index_select(1, columns), outer.right, outer.layout)
+
+
+def _add_tied_squares(total: Tensor | None, outer: Outer | Squared, rows: Sequence[Rows], sums: Tensor | None) -> None:
     r"""A table that is looked up and multiplied by: :math:`(D+E)^2 = D^2 + (2D + E)E`, and E is zero in most rows."""
     dtype = _dtype(total, outer.left)
     samples, ids, grads = _touched_rows(rows, dtype)
+    columns = torch.searchsorted(outer.columns, ids) if isinstance(outer, Squared) else ids
     crossed = torch.zeros_like(grads)
     bounds = torch.searchsorted(samples, torch.arange(outer.layout.num_samples + 1, device=samples.device)).tolist()
     for b, span in outer.layout.spans():
         mine = slice(bounds[b], bounds[b + 1])
         left, right = outer.layout.take(outer.left, span).to(dtype), outer.layout.take(outer.right, span).to(dtype)
-        torch.mm(left.index_select(1, ids[mine]).T, right, out=crossed[mine])
+        torch.mm(left.index_select(1, columns[mine]).T, right, out=crossed[mine])
     _add_touched(total, sums, samples, ids, grads, crossed.mul_(2).add_(grads))
 
 
