@@ -1,0 +1,1 @@
+"""Time of a fine-tuning run beside transformers' recipe."""

@@ -139,7 +139,7 @@ def main() -> None:
 
 
 def _readme(state: dict[str, Any]) -> str:
-    s, where = state["summary"], state["provenance"]
+    s, setting, where = state["summary"], state["setting"], state["provenance"]
     rows = [
         f"| {task} | {t['ratio']:.2f} | {t['metric']} | {t['mean']['ours']:.3f} | {t['mean']['theirs']:.3f} "
         f"| [{t['difference_t_interval_95'][0]:+.3f}, {t['difference_t_interval_95'][1]:+.3f}] |"
@@ -148,8 +148,7 @@ def _readme(state: dict[str, Any]) -> str:
     lines = [
         "# Time of a fine-tuning run, beside the recipe of transformers' run_glue.py",
         "",
-        f"{state['setting']['model']}, {state['setting']['fraction']:g} of the training data, {state['setting']['seeds']} "
-        f"seeds; {where['platform']}, torch {where['versions']['torch']}, transformers "
+        f"{setting['model']}, {setting['fraction']:g} of the training data, {setting['seeds']} seeds; {where['platform']}, torch {where['versions']['torch']}, transformers "
         f"{where['versions']['transformers']}, {where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
         "",
         "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference |",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guided_dropout.cli_bench import bench_app
+from guided_dropout.cli_options import ResidualSites
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table
 from guided_dropout.errors import DataError, GuidedDropoutError, unknown
@@ -317,6 +318,7 @@ def finetune(
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = "epoch",
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = "auto",
+    residual_sites: ResidualSites = False,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
     from guided_dropout.finetune import finetune as run
@@ -344,6 +346,7 @@ def finetune(
             weight_decay=weight_decay,
             evaluate=evaluate,
             precision=precision,
+            residual_sites=residual_sites,
             out=out,
             progress=update,
         )

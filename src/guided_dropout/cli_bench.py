@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guided_dropout.cli_options import ResidualSites
 from guided_dropout.console import console, duration, progress_bar
 from guided_dropout.errors import GuidedDropoutError
 
@@ -61,6 +62,7 @@ def run(
     max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. [default: 128]")] = None,
     rate: Annotated[float | None, typer.Option(help="Rate of plain dropout. [default: 0.1]")] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    residual_sites: ResidualSites = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make runs that failed once more.")] = False,
 ) -> None:
@@ -76,7 +78,7 @@ def run(
         "rate": rate,
     }
     chosen = _recipe(recipe, _parts(tasks), _arms(arms), _numbers("fractions", fractions), seeds, given)
-    plan = _plan(chosen, _parts(models), profile or [], schedule or [], data, device)
+    plan = _plan(chosen, _parts(models), profile or [], schedule or [], data, device, residual_sites)
     facts = plan.check()
     keys = list(plan.grid)
     if dry_run and not (out / "experiment.json").exists():
@@ -147,6 +149,7 @@ def _plan(
     schedules: Sequence[Path],
     data: str | None,
     device: str,
+    residual_sites: bool,
 ) -> Plan:
     from guided_dropout.bench.plan import BenchModel, Plan, Training
 
@@ -156,7 +159,7 @@ def _plan(
                 f"found {len(values)} --{option} for {len(models)} models; expected one for each, in their order"
             )
     known = [
-        BenchModel(m, profiles[i] if profiles else None, str(schedules[i]) if schedules else None)
+        BenchModel(m, profiles[i] if profiles else None, str(schedules[i]) if schedules else None, residual_sites)
         for i, m in enumerate(models)
     ]
     training = Training(**recipe.training)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from guided_dropout.cli_options import ResidualSites
 from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table
 from guided_dropout.errors import ScheduleError
 
@@ -60,10 +61,12 @@ def make(
     model: Annotated[
         str | None, typer.Option(help="Take the sites from this model, not from the profile's own.")
     ] = None,
+    residual_sites: ResidualSites = False,
 ) -> None:
     """Turn a profile, or a table of rates, into a schedule: a dropout rate for each site."""
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.models import load_lm, load_model
+    from guided_dropout.regularizers.residual import added_sites
     from guided_dropout.schedule import DropoutSchedule
 
     if profile is not None and rates is not None:
@@ -73,16 +76,18 @@ def make(
         source = model or measured.provenance.get("source") or measured.model.get("name_or_path")
         if not source:
             raise ScheduleError(f"{profile} does not say which model it was measured on; name it with --model")
-        planned = DropoutSchedule.from_profile(
-            measured,
-            load_lm(source),
-            upper=upper,
-            lower=lower,
-            shape=shape.replace("-", "_"),
-            grouping=grouping,
-            aggregate=aggregate.replace("-", "_"),
-            mean_rate=mean_rate,
-        )
+        loaded = load_lm(source)
+        with added_sites(loaded, residual_sites):
+            planned = DropoutSchedule.from_profile(
+                measured,
+                loaded,
+                upper=upper,
+                lower=lower,
+                shape=shape.replace("-", "_"),
+                grouping=grouping,
+                aggregate=aggregate.replace("-", "_"),
+                mean_rate=mean_rate,
+            )
     elif rates is not None:
         if not model:
             raise ScheduleError("--rates without a model; name the model whose sites they are with --model")

@@ -19,6 +19,7 @@ from guided_dropout.identity import model_identity
 from guided_dropout.models import drawn_parameters
 from guided_dropout.provenance import provenance
 from guided_dropout.regularizers import Context, apply_dropout
+from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.tasks import Examples, Task, get_task, subset
@@ -50,6 +51,7 @@ def finetune(
     device: str = "auto",
     precision: str = "auto",
     evaluate: str = "epoch",
+    residual_sites: bool = False,
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
@@ -57,8 +59,8 @@ def finetune(
 
     AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, batches of like
     lengths (`encoding.LengthGroups`). The arms put their rates on the same sites of the backbone; the head's own
-    dropout is left as it is in all of them. Runs with the same seeds start from the same weights and see the same batches,
-    whatever their arm, and as far as it draws the same numbers, with the same noise.
+    dropout is left as it is in all of them. Runs with the same seeds start from the same weights and see the same
+    batches, whatever their arm, and as far as it draws the same numbers, with the same noise.
 
     Args:
         model: ``"demo"``, a folder or a hub name; or a `Workbench`, which keeps what several runs share.
@@ -83,6 +85,8 @@ def finetune(
         device: ``"auto"`` or ``"cpu"``.
         precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``: bfloat16 on a GPU that has it.
         evaluate: after each ``"epoch"``, or at the ``"end"`` alone.
+        residual_sites: give the model dropout on what its blocks write to the residual stream, where it is built
+            without (`add_residual_sites`); the schedule must have been made for these sites.
         out: folder for ``result.json``, checked before training and written after it; None writes nothing.
         progress: called after each step with the steps done and the steps in all.
 
@@ -100,7 +104,7 @@ def finetune(
         check_output_folder(out, marker=JSON_NAME)
     recipe = Recipe(
         train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate, device,
-        precision, evaluate,
+        precision, evaluate, residual_sites,
     )  # fmt: skip
     seeds = seeds or Seeds.derive(seed)
 
@@ -113,10 +117,13 @@ def finetune(
     _check_vocabulary(max(encoded.largest_id(), held_out.largest_id()), classifier)
 
     context = replace(context, new=drawn_parameters(classifier))
-    rates = chosen.rates(classifier, context)
     digest = _digest_weights(classifier)
-    with kept_random_state(), apply_dropout(classifier, rates), chosen.apply(classifier, context) as handle:
-        run = train_classifier(classifier, bench.tokenizer, task, encoded, held_out, recipe, seeds, progress, handle)
+    with kept_random_state(), added_sites(classifier, residual_sites):
+        rates = chosen.rates(classifier, context)
+        with apply_dropout(classifier, rates), chosen.apply(classifier, context) as handle:
+            run = train_classifier(
+                classifier, bench.tokenizer, task, encoded, held_out, recipe, seeds, progress, handle
+            )
 
     last = run.history[-1]
     result = RunResult(

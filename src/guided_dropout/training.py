@@ -59,6 +59,7 @@ class Recipe:
     device: str = "auto"
     precision: str = "auto"
     evaluate: str = "epoch"
+    residual_sites: bool = False
 
     def __post_init__(self) -> None:
         rules = {

@@ -14,6 +14,7 @@ from guided_dropout.finetune import finetune
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.models import load_classifier
 from guided_dropout.regularizers import Context
+from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.tasks import get_task
@@ -28,11 +29,13 @@ class BenchModel:
         source: ``"demo"``, a folder or a hub name.
         profile: folder of its Fisher profile; None where no arm needs one.
         schedule: file of its schedule; None for the paper's linear one, made from the profile.
+        residual_sites: see `finetune`.
     """
 
     source: str
     profile: str | None = None
     schedule: str | None = None
+    residual_sites: bool = False
 
     @property
     def label(self) -> str:
@@ -46,7 +49,9 @@ class BenchModel:
             return profile, DropoutSchedule.load(self.schedule)
         if profile is None:
             return None, None
-        return profile, DropoutSchedule.from_profile(profile, load_classifier(self.source, 2, head_seed=0))
+        classifier = load_classifier(self.source, 2, head_seed=0)
+        with added_sites(classifier, self.residual_sites):
+            return profile, DropoutSchedule.from_profile(profile, classifier)
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,7 @@ class Plan:
                 choose_arm(arm).check(context)
             models[label] = {
                 "source": label,
+                "residual_sites": model.residual_sites,
                 "profile": None if schedule is None else dict(schedule.profile),
                 "schedule": None
                 if schedule is None
@@ -178,6 +184,7 @@ class Runner:
             seed=key.seed,
             train_fraction=key.fraction,
             device=self.plan.device,
+            residual_sites=model.residual_sites,
             evaluate="end",
             **asdict(self.plan.training),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -64,3 +65,8 @@ def add_residual_sites(
         handle.on_remove(delattr, write.module, ATTRIBUTE)
         handle.on_remove(write.module.register_forward_hook(ResidualDropout(write)).remove)
     return handle
+
+
+def added_sites(model: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
+    """`add_residual_sites` for the time of a block, if they are wanted."""
+    return add_residual_sites(model) if wanted else nullcontext()
