@@ -148,8 +148,9 @@ def _readme(state: dict[str, Any]) -> str:
     lines = [
         "# Time of a fine-tuning run, beside the recipe of transformers' run_glue.py",
         "",
-        f"{setting['model']}, {setting['fraction']:g} of the training data, {setting['seeds']} seeds; {where['platform']}, torch {where['versions']['torch']}, transformers "
-        f"{where['versions']['transformers']}, {where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
+        f"{setting['model']}, {setting['fraction']:g} of the training data, {setting['seeds']} seeds; "
+        f"{where['platform']}, torch {where['versions']['torch']}, transformers {where['versions']['transformers']}, "
+        f"{where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
         "",
         "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference |",
         "|---|---|---|---|---|---|",
