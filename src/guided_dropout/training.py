@@ -9,7 +9,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -130,12 +130,17 @@ def _check_examples(examples: Examples, task: Task) -> None:
 
 @dataclass(frozen=True)
 class Training:
-    """What `train_classifier` saw: see the same names in `results.RunResult`."""
+    """What `train_classifier` saw: see the same names in `results.RunResult`.
+
+    Attributes:
+        more: metrics of further evaluation splits after the last epoch, the split's name behind the metric's.
+    """
 
     history: list[dict[str, Any]]
     collapsed: bool
     times: dict[str, float]
     device: str
+    more: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def diverged(self) -> bool:
@@ -225,6 +230,7 @@ def train_classifier(
     seeds: Seeds,
     progress: Callable[[int, int], None] | None,
     handle: Handle | None = None,
+    more: Mapping[str, Encoded] | None = None,
 ) -> Training:
     """Train `model` in place, with the dropout rates that it has, and evaluate it after each epoch.
 
@@ -238,6 +244,7 @@ def train_classifier(
         seeds: of the order and of the noise; the random state of the process is lost (see `kept_random_state`).
         progress: called after each step with the steps done and the steps in all.
         handle: of the regularizer that stands on the model.
+        more: further examples to evaluate on after the last epoch, by a short name.
     """
     evaluator = _Evaluator(task)
     with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet():
@@ -258,13 +265,18 @@ def train_classifier(
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
-    log = trainer.state.log_history
+        log, collapsed = list(trainer.state.log_history), evaluator.collapsed
+        further = [
+            (name, trainer.evaluate(examples.by_length(), metric_key_prefix=name))
+            for name, examples in (more or {}).items()
+        ]
     evaluation = sum(entry["eval_runtime"] for entry in log if "eval_runtime" in entry)
     return Training(
         history=_history(log, task),
-        collapsed=evaluator.collapsed,
-        times={"train": seconds - evaluation, "eval": evaluation},
+        collapsed=collapsed,
+        times={"train": seconds - evaluation, "eval": evaluation + sum(m[f"{name}_runtime"] for name, m in further)},
         device=str(args.device),
+        more={f"{key}_{name}": _finite(m[f"{name}_{key}"]) for name, m in further for key in task.metrics},
     )
 
 
