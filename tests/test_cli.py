@@ -120,6 +120,42 @@ def test_an_arm_with_a_parameter_and_a_profile(chain, command):
     assert (result.arm_parameters, result.recipe["weight_decay"]) == ({"strength": 5.0}, 0.01)
 
 
+def test_a_file_of_ones_own_by_its_columns(chain, command):
+    rows = [f"the {colour} cat sees a {WORDS[i % 17]},{colour}\n" for i in range(40) for colour in ("red", "green")]
+    (chain / "own.csv").write_text("".join(["words,colour\n", *rows]))
+    line = "finetune model --data own.csv --columns text=words:label=colour --arm none --epochs 1"
+    code, out, err = command(*line.split(), "--split", "holdout:0.25", "--metrics", "f1,accuracy", "--out", "run-own")
+    assert code == 0, err
+    assert "own.csv none seed 0: f1 " in out
+    result = RunResult.load(chain / "run-own")
+    assert (result.recipe["labels"], result.recipe["n_train"], result.recipe["n_eval"]) == (["green", "red"], 60, 20)
+    line = (
+        "fisher classifier-own --task own --data own.csv --columns text=words:label=colour --max-length 12 --out own-p"
+    )
+    torch.manual_seed(0)
+    save(BertForSequenceClassification(tiny_bert_config()), chain / "classifier-own")
+    code, out, err = command(*line.split())
+    assert code == 0, err
+    assert "own has 80 examples, fewer than 1,000" in out
+
+
+NLI = ("entailment", "neutral", "contradiction")
+
+
+def test_mnli_is_evaluated_on_both_of_its_dev_splits(chain, command):
+    folder = chain / "nli" / "MNLI"
+    folder.mkdir(parents=True)
+    rows = [f"the {word}\ta cat\t{NLI[i % 3]}\n" for i, word in enumerate(WORDS)]
+    for name in ("train", "dev_matched", "dev_mismatched"):
+        (folder / f"{name}.tsv").write_text("".join(["sentence1\tsentence2\tgold_label\n", *rows]))
+    code, out, err = command(
+        *["finetune", "model", "--task", "mnli", "--data", "nli", "--arm", "none", "--epochs", "1", "--out", "run-nli"]
+    )
+    assert code == 0, err
+    value = RunResult.load(chain / "run-nli").value
+    assert f"mnli none seed 0: accuracy {value:.4f}, accuracy_mismatched {value:.4f} (" in out
+
+
 def test_help_lists_the_arms_a_line_each(command):
     _, out, _ = command("finetune", "--help")
     listed = [line.split()[0] for line in out.partition("Arms")[2].splitlines()[1:] if line.strip()]
@@ -252,6 +288,18 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (f"{FINETUNE} --arm-param p=1", "the arm 'guided' has no parameters; found 'p'"),
         (FINETUNE.replace(" --schedule schedule.json", ""), "schedule"),
         (f"{FINETUNE} --train-fraction 0", "fraction"),
+        (f"{FINETUNE} --split papr", "did you mean 'paper'"),
+        (f"{FINETUNE} --columns text=a:label=b", "found --columns text=a:label=b with the task cola; expected none"),
+        (FINETUNE.replace("--data glue", "--data text.csv"), "expected a GLUE folder, or --columns"),
+        (FINETUNE.replace("--task cola --data glue", ""), "without a --task; expected a task, or --data FILE"),
+        (
+            FINETUNE.replace("--task cola --data glue", "--data no.csv"),
+            "expected --eval-data FILE, or --split holdout:0.2",
+        ),
+        (
+            FINETUNE.replace("--task cola --data glue", "--data no.csv --split holdout:0.2"),
+            "cannot read no.csv (No such",
+        ),
         (FINETUNE.replace("--out new", "--out glue"), "glue holds other files and no result.json"),
     ],
 )

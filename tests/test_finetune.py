@@ -12,11 +12,13 @@ from tiny import COLOUR, VOCABULARY, colour_examples, save, save_tiny_bert, tiny
 from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from guided_dropout import finetune as module
+from guided_dropout.bench.arms import group_by_arm
 from guided_dropout.encoding import encode
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.finetune import RunResult, Seeds, finetune
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.task_data import TaskData
 from guided_dropout.tasks import Examples, Task
 
 DATA = (colour_examples(48, seed=1), colour_examples(20, seed=2))
@@ -202,6 +204,51 @@ def test_a_causal_model_trains(gpt2: Path) -> None:
 def test_a_fraction_of_the_training_data(bert: Path) -> None:
     result = finetune(bert, COLOUR, arm="none", train_fraction=0.5, **SHORT)
     assert (result.recipe["n_train"], result.recipe["n_eval"]) == (24, 20)
+
+
+def test_a_file_of_ones_own(bert: Path, tmp_path: Path) -> None:
+    for name, examples in zip(("train", "dev"), DATA, strict=True):
+        rows = [f"{text},{COLOUR.labels[label]}\n" for (text,), label in examples]
+        (tmp_path / f"{name}.csv").write_text("".join(["words,colour\n", *rows]))
+    columns = "text=words:label=colour"
+    files = {"data": tmp_path / "train.csv", "columns": columns}
+    own = finetune(bert, arm="none", eval_data=tmp_path / "dev.csv", **{**SHORT, **files})
+    assert (own.task, own.metric, own.recipe["labels"]) == ("train.csv", "accuracy", ["green", "red"])
+    assert (own.recipe["split"], own.recipe["n_train"], own.recipe["n_eval"]) == ("glue", 48, 20)
+    held = finetune(bert, "mine", arm="none", split="holdout:0.25", metrics="f1", **{**SHORT, **files})
+    assert (held.task, held.recipe["n_train"], held.recipe["n_eval"]) == ("mine", 36, 12)
+    assert held.metrics == {"f1": held.value}
+
+
+@pytest.mark.parametrize("split", ["paper", "holdout:0.25"])
+def test_a_new_split_is_the_same_in_all_arms_and_another_for_another_seed(split: str, bert: Path) -> None:
+    first, arm, other = (
+        finetune(bert, COLOUR, arm=arm, seed=seed, split=split, train_fraction=0.5, **SHORT)
+        for arm, seed in (("none", 0), ("dropout", 0), ("none", 1))
+    )
+    assert arm.pairing == first.pairing
+    assert other.pairing["evaluation"] != first.pairing["evaluation"]
+    assert other.recipe == first.recipe
+    group_by_arm([first, arm, other])  # refuses what cannot be paired
+
+
+def test_further_splits_are_evaluated_after_the_last_epoch_and_change_nothing(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    monkeypatch.setattr(
+        module, "load_classifier", lambda *a, **k: models.append(load_classifier(*a, **k)) or models[-1]
+    )
+    further = colour_examples(30, seed=6)
+    plain = finetune(bert, COLOUR, arm="dropout", **SHORT)
+    data = TaskData(COLOUR, *DATA, more={"mismatched": further})
+    result = finetune(bert, arm="dropout", **{**SHORT, "data": data})
+    assert (result.history, result.value, result.collapsed) == (plain.history, plain.value, plain.collapsed)
+    assert list(result.metrics) == ["accuracy", "f1", "accuracy_mismatched", "f1_mismatched"]
+    tokenizer, model = load_tokenizer(bert), models[-1].eval()
+    hits = [model(**tokenizer(t, return_tensors="pt")).logits.argmax().item() == label for (t,), label in further]
+    assert result.metrics["accuracy_mismatched"] == pytest.approx(np.mean(hits))
+    assert (result.recipe["n_eval"], result.recipe["n_eval_mismatched"]) == (20, 30)
 
 
 def test_long_texts_are_cut_at_the_models_own_limit(bert: Path) -> None:

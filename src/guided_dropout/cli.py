@@ -40,6 +40,14 @@ MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Seed = Annotated[int, typer.Option(help="Random seed.")]
+ColumnNames = Annotated[
+    str | None,
+    typer.Option(
+        metavar="text=NAME[,NAME]:label=NAME",
+        help="Columns of a --data file or hub data set: one text or two, and the class, or score=NAME for a regression. "
+        "Without it, text and label.",
+    ),
+]
 
 
 @app.command()
@@ -67,6 +75,7 @@ def fisher(
     ] = None,
     task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
     data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
+    columns: ColumnNames = None,
     objective: Annotated[
         str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
     ] = "auto",
@@ -133,7 +142,7 @@ def fisher(
         profile.check_dtype(save_dtype)
         if resume is None:
             check_unused(state)
-        if (text is None) == (task is None) or (data is not None and task is None):
+        if (text is None) == (task is None) or (task is None and (data or columns)):
             raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
         source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
         precision = _choose("--dtype", dtype, DTYPES)
@@ -151,7 +160,7 @@ def fisher(
         else:
             loaded, tokenizer = load_model(model, precision, device_map), load_tokenizer(model)
             given = inputs.task_inputs(
-                loaded, tokenizer, str(task), data, num_samples=number, max_length=max_length, seed=seed
+                loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
             )  # fmt: skip
         ranking = None
         if until_ranked:
@@ -297,9 +306,48 @@ def inspect(
 @app.command(epilog=arms_help())
 def finetune(
     model: Model,
-    task: Annotated[str, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli.")],
     out: Annotated[Path, typer.Option(help="Folder for result.json.")],
-    data: Annotated[str | None, typer.Option(help="GLUE folder, or a data set like the hub's nyu-mll/glue.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli; or OWNER/NAME[:CONFIG], a data set of the hub; "
+            "or, with --data FILE, a name for it."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="GLUE folder, or a data set like the hub's nyu-mll/glue; or a file of your own to train on: .csv, "
+            ".tsv, .jsonl or .parquet, or a pattern such as 'part-*.csv'."
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Beside a --data file: one to evaluate on.")
+    ] = None,
+    columns: ColumnNames = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="glue|paper|holdout:SHARE",
+            help="glue: evaluate on GLUE's dev split, --eval-data or the hub's validation split. paper: that and the "
+            "training data pooled, then dealt 80:20 by the seed. holdout:0.2: on that share of the training data.",
+        ),
+    ] = "glue",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="accuracy, f1, matthews_correlation; pearson, spearman. The first stands for the run. Without it, the "
+            "task's: accuracy for classes, pearson for a regression.",
+        ),
+    ] = "",
+    hub_splits: Annotated[
+        str,
+        typer.Option(
+            metavar="TRAIN,EVALUATION",
+            help="Splits of a hub data set; more to evaluate may follow. Without it, train and validation, or test.",
+        ),
+    ] = "",
     arm: Annotated[
         str, typer.Option(help="One of the arms below, with parameters if need be: mixout:p=0.9.")
     ] = "guided",
@@ -321,17 +369,36 @@ def finetune(
     residual_sites: ResidualSites = False,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
+    from guided_dropout.arms import choose_arm
+    from guided_dropout.artefacts import check_output_folder
     from guided_dropout.finetune import finetune as run
     from guided_dropout.fisher import FisherProfile
+    from guided_dropout.regularizers import Context
+    from guided_dropout.results import JSON_NAME, Seeds
     from guided_dropout.schedule import DropoutSchedule
+    from guided_dropout.task_data import load_data
 
     planned = DropoutSchedule.load(schedule) if schedule else None
     measured = FisherProfile.from_pretrained(profile) if profile else None
-    with progress_bar(f"{task} {arm}", None) as update:
+    # What can go wrong at once goes wrong before the data are read, which may take minutes.
+    choose_arm(arm, arm_param or ()).check(Context(rate=rate, schedule=planned, profile=measured))
+    check_output_folder(out, marker=JSON_NAME)
+    given = load_data(
+        task,
+        data,
+        eval_data=eval_data,
+        columns=columns,
+        metrics=metrics,
+        hub_splits=hub_splits,
+        split=split,
+        seed=Seeds.derive(seed).subset,
+    )
+    for note in given.notes:
+        console.print(note)
+    with progress_bar(f"{given.task.name} {arm}", None) as update:
         result = run(
             model,
-            task,
-            data=data,
+            data=given,
             arm=arm,
             arm_parameters=arm_param or (),
             schedule=planned,
@@ -351,6 +418,8 @@ def finetune(
             progress=update,
         )
     value = "diverged" if result.value is None else f"{result.value:.4f}"
+    further = {name: v for name, v in result.metrics.items() if name.startswith(f"{result.metric}_") and v is not None}
+    value += "".join(f", {name} {v:.4f}" for name, v in further.items())
     console.print(f"{result.task} {result.arm} seed {seed}: {result.metric} {value} ({result.times['total']:.0f} s)")
     console.print(out / "result.json")
 

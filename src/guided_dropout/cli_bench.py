@@ -48,6 +48,13 @@ def run(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="GLUE folder, or a data set like the hub's nyu-mll/glue.")] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            metavar="glue|paper",
+            help="glue: GLUE's own dev split. paper: that pooled with the training data, dealt anew.",
+        ),
+    ] = None,
     profile: Annotated[
         list[str] | None, typer.Option(help="Fisher profile of the model; for several models in their order.")
     ] = None,
@@ -77,7 +84,7 @@ def run(
         "max_length": max_length,
         "rate": rate,
     }
-    chosen = _recipe(recipe, _parts(tasks), _arms(arms), _numbers("fractions", fractions), seeds, given)
+    chosen = _recipe(recipe, _parts(tasks), _arms(arms), _numbers("fractions", fractions), seeds, split, given)
     plan = _plan(chosen, _parts(models), profile or [], schedule or [], data, device, residual_sites)
     facts = plan.check()
     keys = list(plan.grid)
@@ -126,6 +133,7 @@ def _recipe(
     arms: Sequence[str],
     fractions: Sequence[float],
     seeds: int | None,
+    split: str | None,
     training: dict[str, Any],
 ) -> Recipe:
     from dataclasses import replace
@@ -137,7 +145,7 @@ def _recipe(
     if not tasks and not name:
         raise GuidedDropoutError("found no --tasks and no --recipe; expected one of them: name a task")
     given = {k: v for k, v in training.items() if v is not None}
-    changes: dict[str, Any] = {"tasks": tasks, "arms": arms, "fractions": fractions, "seeds": seeds}
+    changes: dict[str, Any] = {"tasks": tasks, "arms": arms, "fractions": fractions, "seeds": seeds, "split": split}
     changes = {k: v for k, v in changes.items() if v}
     return replace(base, **changes, training={**base.training, **given})
 
@@ -165,7 +173,7 @@ def _plan(
     training = Training(**recipe.training)
     return Plan.of(
         known, recipe.tasks, recipe.arms, recipe.fractions, range(recipe.seeds), data=data, training=training,
-        device=device,
+        device=device, split=recipe.split,
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Labelled texts: in memory, out of GLUE's tab-separated files, out of hub data sets; and random parts of them."""
+"""Labelled texts: in memory, out of GLUE's tab-separated files and out of its hub data set; random parts of them."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -11,6 +12,8 @@ from typing import Any, overload
 import numpy as np
 
 from guided_dropout.errors import DataError
+from guided_dropout.hub_tables import read_hub_table
+from guided_dropout.tables import Table, read_tsv
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class Examples(Sequence[tuple[tuple[str, ...], float]]):
         """The examples at `indices`, in that order."""
         return Examples([self.texts[i] for i in indices], [self.labels[i] for i in indices], self.source)
 
+    def digest(self) -> str:
+        """Digest of the texts and labels, in their order."""
+        digest = hashlib.sha256()
+        for text, label in self:
+            digest.update(repr((tuple(text), float(label))).encode())
+        return digest.hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class GlueFiles:
@@ -78,13 +88,15 @@ class HubData:
 
     Attributes:
         config: name of the data set's configuration.
-        texts: names of the text columns; the label's is ``label``.
+        texts: names of the text columns.
         splits: for each split its name there.
+        label: name of the label column.
     """
 
     config: str
     texts: tuple[str, ...]
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "validation": "validation"})
+    label: str = "label"
 
 
 def subset(examples: Examples, fraction: float, seed: int) -> Examples:
@@ -99,6 +111,92 @@ def subset(examples: Examples, fraction: float, seed: int) -> Examples:
         raise DataError(f"a train fraction of {fraction}; expected more than 0 and at most 1")
     order = np.random.default_rng(seed).permutation(len(examples)).tolist()
     return examples.take(order[: max(1, round(fraction * len(examples)))])
+
+
+def hold_out(examples: Examples, share: float, seed: int) -> tuple[Examples, Examples]:
+    """Deal `examples` into two parts by chance, the second with ``round(share · N)`` of them, none of them empty.
+
+    A function of the number of examples, `share` and `seed` alone, and independent of what `subset` draws by the same
+    seed.
+
+    Raises:
+        DataError: `share` is not in (0, 1), or there are less than two examples.
+    """
+    if not 0.0 < share < 1.0:
+        raise DataError(f"a share of {share} to hold out; expected more than 0 and less than 1")
+    n = len(examples)
+    if n < 2:
+        raise DataError(f"{examples.source}: found {n} examples; expected at least two to hold some out")
+    (child,) = np.random.SeedSequence(seed).spawn(1)
+    order = np.random.default_rng(child).permutation(n).tolist()
+    held = min(max(1, round(share * n)), n - 1)
+    return examples.take(order[held:]), examples.take(order[:held])
+
+
+def pool(parts: Sequence[Examples]) -> Examples:
+    """All examples of several, one after the other."""
+    texts = [text for part in parts for text in part.texts]
+    return Examples(texts, [label for part in parts for label in part.labels], " + ".join(p.source for p in parts))
+
+
+def to_examples(
+    table: Table, texts: Sequence[str], label: str, read: Callable[[Any, str], float], *, advice: str = "check it"
+) -> Examples:
+    """A table's rows as examples.
+
+    Args:
+        table: holds the columns.
+        texts: names of the text columns.
+        label: name of the label's column.
+        read: a label and its place → class index or score.
+        advice: what to do about a table without rows.
+
+    Raises:
+        DataError: no rows, a text that is none, or what `read` raises.
+    """
+    if not len(table):
+        raise DataError(f"{table.source}: found no examples; expected at least one: {advice}")
+    rows = enumerate(zip(*(table.columns[name] for name in texts), strict=True))
+    return Examples(
+        [_texts(row, table.where(i)) for i, row in rows],
+        [read(value, table.where(i)) for i, value in enumerate(table.columns[label])],
+        table.source,
+    )
+
+
+def label_reader(labels: tuple[str, ...] | None) -> Callable[[Any, str], float]:
+    """Reads a label, given with its place: a class by name or index, or a score where `labels` is None."""
+    if labels is None:
+        return _score
+    indices = {name: i for i, name in enumerate(labels)}
+    numbers = {str(i): i for i in range(len(labels))}
+    spelled = ", ".join(f"{i} ({name})" for i, name in enumerate(labels[:10])) + (", …" if len(labels) > 10 else "")
+
+    def read(value: Any, where: str) -> int:
+        index = indices.get(value) if isinstance(value, str) else None
+        index = numbers.get(str(value)) if index is None else index
+        if index is None:
+            raise DataError(f"{where}: found label {value!r}; expected one of {spelled}: mend or remove the example")
+        return index
+
+    return read
+
+
+def _texts(values: Sequence[Any], where: str) -> tuple[str, ...]:
+    for value in values:
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{where}: found {value!r} for a text; expected words: mend or remove the example")
+    return tuple(values)
+
+
+def _score(value: Any, where: str) -> float:
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise DataError(f"{where}: found label {value!r}; expected a number: mend or remove the example")
+    return score
 
 
 def find_glue_file(layout: GlueFiles, folder: Path, split: str) -> Path | None:
@@ -122,7 +220,7 @@ def listing(folder: Path) -> str:
 
 
 def read_glue_file(layout: GlueFiles, file: Path, labels: tuple[str, ...] | None) -> Examples:
-    """Read one tab-separated file; quotation marks are text.
+    """Read one of GLUE's tab-separated files; quotation marks are text.
 
     Args:
         layout: its columns.
@@ -132,61 +230,8 @@ def read_glue_file(layout: GlueFiles, file: Path, labels: tuple[str, ...] | None
     Raises:
         DataError: not readable, or a malformed line, named by file and number.
     """
-    try:
-        # Not splitlines: the texts hold characters that Unicode calls line ends. utf-8-sig: MRPC may come with a mark.
-        lines = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"cannot read {file} ({e}); expected UTF-8 text: download it again") from e
-    columns = layout.columns or tuple(lines[0].split("\t"))
-    first = 0 if layout.columns else 1
-    for wanted in (*layout.texts, layout.label):
-        if wanted not in columns:
-            raise DataError(f"{file}:1: found columns {', '.join(columns)!r}; expected one named {wanted!r}")
-    if lines[first:] in ([], [""]):
-        raise DataError(f"{file}: found no examples; expected one a line: download it again")
-    rows = [
-        _parse_line(line, columns, layout, labels, f"{file}:{number}")
-        for number, line in enumerate(lines[first:], start=first + 1)
-    ]
-    return Examples([text for text, _ in rows], [label for _, label in rows], str(file))
-
-
-def _parse_line(
-    line: str, columns: tuple[str, ...], layout: GlueFiles, labels: tuple[str, ...] | None, where: str
-) -> tuple[tuple[str, ...], float]:
-    cells = line.split("\t")
-    if len(cells) != len(columns):
-        raise DataError(f"{where}: found {len(cells)} fields; expected {len(columns)}: mend or remove the line")
-    row = dict(zip(columns, cells, strict=True))
-    return _texts([row[name] for name in layout.texts], where), _label(row[layout.label], labels, where)
-
-
-def _texts(values: Sequence[Any], where: str) -> tuple[str, ...]:
-    for value in values:
-        if not isinstance(value, str) or not value.strip():
-            raise DataError(f"{where}: found {value!r} for a text; expected words: mend or remove the example")
-    return tuple(values)
-
-
-def _label(value: Any, labels: tuple[str, ...] | None, where: str) -> float:
-    if labels is None:
-        return _score(value, where)
-    if value in labels:
-        return labels.index(value)
-    if str(value) in map(str, range(len(labels))):
-        return int(value)
-    spelled = ", ".join(f"{i} ({name})" for i, name in enumerate(labels))
-    raise DataError(f"{where}: found label {value!r}; expected one of {spelled}: mend or remove the example")
-
-
-def _score(value: Any, where: str) -> float:
-    try:
-        score = float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        raise DataError(f"{where}: found label {value!r}; expected a number: mend or remove the example")
-    return score
+    table = read_tsv(file, (*layout.texts, layout.label), layout.columns, advice="download it again")
+    return to_examples(table, layout.texts, layout.label, label_reader(labels), advice="download it again")
 
 
 def read_hub_data(layout: HubData, repository: str, split: str, labels: tuple[str, ...] | None) -> Examples:
@@ -201,41 +246,8 @@ def read_hub_data(layout: HubData, repository: str, split: str, labels: tuple[st
     Raises:
         DataError: ``datasets`` is not installed, no such data set, or a label that is not in `labels`.
     """
-    where = f"{repository}/{layout.config}/{layout.splits[split]}"
-    columns = _hub_columns(layout, repository, layout.splits[split])
-    rows = zip(*(columns[name] for name in layout.texts), strict=True)
-    texts = [_texts(row, f"{where}[{i}]") for i, row in enumerate(rows)]
-    if not texts:
-        raise DataError(f"{where}: found no examples; expected a labelled split: choose another")
-    return Examples(texts, [_label(v, labels, f"{where}[{i}]") for i, v in enumerate(columns["label"])], where)
-
-
-def _hub_columns(layout: HubData, repository: str, split: str) -> dict[str, list[Any]]:
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ModuleNotFoundError as e:
-        raise DataError(
-            f"reading {repository} needs the `datasets` package: pip install 'guided-dropout[hub]', "
-            "or give --data a GLUE folder"
-        ) from e
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        table = datasets.load_dataset(repository, layout.config, split=split)
-    except (OSError, ValueError, KeyError, DatasetsError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
-        raise DataError(
-            f"cannot read {layout.config}/{split} of {repository} ({reason}); expected a data set like nyu-mll/glue: "
-            "check the name and the connection, or give --data a GLUE folder"
-        ) from e
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-    wanted = (*layout.texts, "label")
-    for name in wanted:
-        if name not in table.column_names:
-            raise DataError(
-                f"{repository}/{layout.config} has columns {', '.join(table.column_names)}; expected one named {name!r}"
-            )
-    return {name: list(table[name]) for name in wanted}
+    advice = "give a data set laid out like nyu-mll/glue"
+    table = read_hub_table(
+        repository, layout.config, layout.splits[split], (*layout.texts, layout.label), advice=advice
+    )
+    return to_examples(table, layout.texts, layout.label, label_reader(labels), advice=advice)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.arms import ARMS, choose_arm
 from guided_dropout.artefacts import check_output_folder
+from guided_dropout.columns import Columns
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
@@ -22,7 +23,8 @@ from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.tasks import Examples, Task, get_task, subset
+from guided_dropout.task_data import TaskData
+from guided_dropout.tasks import Examples, Task, subset
 from guided_dropout.training import Recipe, kept_random_state, train_classifier
 from guided_dropout.workbench import Workbench
 
@@ -31,9 +33,14 @@ __all__ = ["ARMS", "RunResult", "Seeds", "finetune"]
 
 def finetune(
     model: str | Path | Workbench,
-    task: Task | str,
+    task: Task | str | None = None,
     *,
-    data: str | Path | tuple[Examples, Examples] | None = None,
+    data: str | Path | tuple[Examples, Examples] | TaskData | None = None,
+    eval_data: str | Path | None = None,
+    columns: Columns | str | None = None,
+    metrics: Sequence[str] | str = (),
+    hub_splits: Sequence[str] | str = (),
+    split: str = "glue",
     arm: str = "guided",
     arm_parameters: Mapping[str, Any] | Sequence[str] = (),
     schedule: DropoutSchedule | None = None,
@@ -64,8 +71,15 @@ def finetune(
 
     Args:
         model: ``"demo"``, a folder or a hub name; or a `Workbench`, which keeps what several runs share.
-        task: a task, or the name of one in `tasks.TASKS`.
-        data: a GLUE folder or data set (see `tasks.load_task`), or a pair (train, validation) of examples.
+        task: a task, the name of one in `tasks.TASKS`, or a hub data set, ``"owner/name"`` or ``"owner/name:config"``.
+        data: a GLUE folder, a data set laid out like the hub's, a file of your own, a pair (train, validation) of
+            examples, or what `task_data.load_data` gave.
+        eval_data: file to evaluate on; this and the next four are explained at `task_data.load_data`.
+        columns: where texts and label stand, ``"text=premise,hypothesis:label=gold"``.
+        metrics: names in `tasks.METRICS`, the main one first.
+        hub_splits: names of a hub data set's splits to train and evaluate on.
+        split: ``"glue"`` (the evaluation split as it comes), ``"paper"`` (training and evaluation examples pooled and
+            dealt 80:20 by ``seeds.subset``) or ``"holdout:0.2"`` (a share of the training examples).
         arm: a name in `arms.ARMS`, such as ``"guided"`` (the schedule), ``"uniform"`` (the schedule's mean rate at each
             site) or ``"dropout"`` (`rate` at each site, the standard baseline), with parameters if need be:
             ``"mixout:p=0.9"``.
@@ -92,11 +106,10 @@ def finetune(
 
     Raises:
         ScheduleError: an unknown arm or parameter; the arm needs a schedule or profile, or it is for another model.
-        DataError, ModelError: see `tasks.load_task` and `models.load_classifier`.
+        DataError, ModelError: see `task_data.load_data` and `models.load_classifier`.
         ArtefactError: `out` cannot be written.
     """
     start = time.perf_counter()
-    task = get_task(task) if isinstance(task, str) else task
     chosen = choose_arm(arm, arm_parameters)
     context = Context(rate=rate, schedule=schedule, profile=profile)
     chosen.check(context)
@@ -109,12 +122,25 @@ def finetune(
     seeds = seeds or Seeds.derive(seed)
 
     bench = model if isinstance(model, Workbench) else Workbench(model)
-    given = data if isinstance(data, tuple) else [bench.examples(task, data, s) for s in ("train", "validation")]
-    train, validation = subset(given[0], train_fraction, seeds.subset), given[1]
+    given = bench.data(
+        task,
+        data,
+        eval_data=eval_data,
+        columns=columns,
+        metrics=metrics,
+        hub_splits=hub_splits,
+        split=split,
+        seed=seeds.subset,
+    )
+    task = given.task
+    train = subset(given.train, train_fraction, seeds.subset)
     classifier = bench.classifier(task.num_labels, head_seed=seeds.head)
     recipe = replace(recipe, max_length=_fitting_length(max_length, bench.tokenizer, classifier))
-    encoded, held_out = (bench.encoded(examples, task, recipe.max_length) for examples in (train, validation))
-    _check_vocabulary(max(encoded.largest_id(), held_out.largest_id()), classifier)
+    encoded, held_out, *rest = (
+        bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())
+    )
+    more = dict(zip(given.more, rest, strict=True))
+    _check_vocabulary(max(e.largest_id() for e in (encoded, held_out, *rest)), classifier)
 
     context = replace(context, new=drawn_parameters(classifier))
     digest = _digest_weights(classifier)
@@ -122,7 +148,7 @@ def finetune(
         rates = chosen.rates(classifier, context)
         with apply_dropout(classifier, rates), chosen.apply(classifier, context) as handle:
             run = train_classifier(
-                classifier, bench.tokenizer, task, encoded, held_out, recipe, seeds, progress, handle
+                classifier, bench.tokenizer, task, encoded, held_out, recipe, seeds, progress, handle, more
             )
 
     last = run.history[-1]
@@ -131,14 +157,14 @@ def finetune(
         arm=chosen.label,
         metric=task.main_metric,
         value=None if run.diverged else last["metrics"][task.main_metric],
-        metrics=last.get("metrics", dict.fromkeys(task.metrics)),
+        metrics={**last.get("metrics", dict.fromkeys(task.metrics)), **run.more},
         history=run.history,
         diverged=run.diverged,
         collapsed=run.collapsed,
         seeds=seeds,
-        recipe=_recipe_facts(recipe, train, validation) | {"precision": run.precision},
+        recipe=_recipe_facts(recipe, given, len(train)) | {"precision": run.precision},
         rates=_summary(rates),
-        pairing={"weights": digest, "batches": encoded.digest()},
+        pairing={"weights": digest, "batches": encoded.digest(), "evaluation": given.validation.digest()},
         model=model_identity(classifier),
         times={**run.times, "total": time.perf_counter() - start},
         provenance=provenance(device=run.device),
@@ -164,17 +190,21 @@ def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:
         )
 
 
-def _recipe_facts(recipe: Recipe, train: Examples, validation: Examples) -> dict[str, Any]:
+def _recipe_facts(recipe: Recipe, data: TaskData, n_train: int) -> dict[str, Any]:
     return {
         **asdict(recipe),
         "optimizer": "adamw(0.9, 0.999)",
         "decay": "linear",
         "max_grad_norm": 1.0,
         "order": "batches of like lengths",
-        "n_train": len(train),
-        "n_eval": len(validation),
-        "train_data": train.source,
-        "eval_data": validation.source,
+        "n_train": n_train,
+        "n_eval": len(data.validation),
+        "train_data": data.train.source,
+        "eval_data": data.validation.source,
+        "split": data.split,
+        "labels": data.task.labels and list(data.task.labels),
+        **{f"n_eval_{name}": len(examples) for name, examples in data.more.items()},
+        **{f"eval_{name}_data": examples.source for name, examples in data.more.items()},
     }
 
 

@@ -14,7 +14,8 @@ from guided_dropout.detection import detect_objective, has_lm_head
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.models import check_length
 from guided_dropout.samples import Sample
-from guided_dropout.tasks import get_task, load_task
+from guided_dropout.task_data import load_training_data
+from guided_dropout.tasks import TASKS, Task
 from guided_dropout.texts import Text
 
 ALL = "all"
@@ -101,6 +102,7 @@ def task_inputs(
     tokenizer: PreTrainedTokenizerBase,
     task: str,
     data: str | None,
+    columns: str | None = None,
     *,
     num_samples: int | None,
     max_length: int,
@@ -117,29 +119,35 @@ def task_inputs(
     from guided_dropout.encoding import encode
 
     check_length(model, max_length)
-    chosen = get_task(task)
     if has_lm_head(model):
         raise ModelError(
             f"{type(model).__name__} has no classes; expected a classifier fine-tuned on {task}, or a --text for a "
             "language model"
         )
-    if model.config.num_labels != chosen.num_labels:
-        raise DataError(
-            f"{type(model).__name__} has {model.config.num_labels} classes; {task} has {chosen.num_labels}: expected a "
-            "model fine-tuned on the task"
-        )
-    examples = load_task(chosen, data)
+    if task in TASKS:  # before the data are read
+        _check_classes(model, TASKS[task])
+    chosen, examples, notes = load_training_data(task, data, columns=columns)
+    _check_classes(model, chosen)
     if num_samples is not None:
         drawn = np.random.default_rng([seed, 0]).permutation(len(examples)).tolist()
         examples = examples.take(drawn[:num_samples])
     own = [str(name).lower() for name in (model.config.id2label or {}).values()]
-    order = [own.index(name) for name in chosen.labels] if chosen.labels and set(own) == set(chosen.labels) else None
+    names = [name.lower() for name in chosen.labels or ()]
+    order = [own.index(name) for name in names] if names and sorted(own) == sorted(names) else None
     encoded = encode(examples, chosen, tokenizer, max_length)
     samples = []
     for i in range(len(encoded)):
         row = dict(encoded[i])
         label = row.pop("label")
         samples.append({**row, "labels": order[label] if order else label, "index": i})
-    few = num_samples is not None and len(samples) < num_samples
-    notes = (f"{task} has {len(samples):,} examples, fewer than {num_samples:,}: using them all",) if few else ()
+    if num_samples is not None and len(samples) < num_samples:
+        notes += (f"{task} has {len(samples):,} examples, fewer than {num_samples:,}: using them all",)
     return Inputs(samples, {"task": task, "data": examples.source, "seed": seed, "max_length": max_length}, notes)
+
+
+def _check_classes(model: PreTrainedModel, task: Task) -> None:
+    if model.config.num_labels != task.num_labels:
+        raise DataError(
+            f"{type(model).__name__} has {model.config.num_labels} classes; {task.name} has {task.num_labels}: expected "
+            "a model fine-tuned on the task"
+        )

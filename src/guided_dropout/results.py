@@ -22,7 +22,8 @@ class Seeds:
     """Where a run's chance comes from. Runs with the same seeds differ in their arm only.
 
     Attributes:
-        subset: which part of the training data is kept.
+        subset: which examples are training data: the deal of a new split (paper, holdout), and which part of the
+            training data is kept; two independent draws by one seed.
         head: the new weights.
         order: the order of the training data.
         noise: dropout.
@@ -54,16 +55,18 @@ class RunResult:
         metric: name of the task's main metric.
         value: its value on the validation split after the *last* epoch; None if the run diverged. Not the best epoch's:
             that would be chosen on the split that it is reported on.
-        metrics: all of the task's metrics after the last epoch.
+        metrics: all of the task's metrics after the last epoch; those of further evaluation splits have its name behind,
+            such as ``"accuracy_mismatched"``.
         history: for each epoch ``epoch``, ``train_loss`` (mean over its steps, with what the
             arm adds to it) and, where it was evaluated after that epoch, ``eval_loss`` and ``metrics``.
         diverged: a loss became infinite or NaN; the run was stopped at the end of that epoch.
         collapsed: all predictions after the last epoch were one class. Always false for regression.
         seeds: see `Seeds`.
-        recipe: everything else that a rerun needs, with the numbers of examples.
+        recipe: everything else that a rerun needs, with the numbers of examples, how they were split and the classes.
         rates: the dropout rates: ``shape``, ``sites``, ``mean``, ``min``, ``max``.
-        pairing: digests of what must be equal between arms with the same seeds: ``weights`` before the first step and
-            ``batches``, the training examples in the order in which they were read.
+        pairing: digests of what must be equal between arms with the same seeds: ``weights`` before the first step,
+            ``batches``, the training examples in the order in which they were read, and ``evaluation``, the examples
+            that are evaluated.
         model: what `identity.model_identity` says of the model.
         times: seconds: ``train``, ``eval``, ``total`` (loading included).
         provenance: versions, machine, date, device.

@@ -1,6 +1,6 @@
 """Labelled tasks as a table: GLUE's folders and hub data sets, their columns, labels and metrics.
 
-A task is data. One of your own is a `Task` with a name, labels and metrics; its examples are two `Examples`.
+A task is data. One of your own is a `Task` with a name, labels and metrics; `task_data` reads its examples.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Task:
         metrics: names in `METRICS`; the first is the main one.
         files: layout of GLUE's folder, where there is one.
         hub: layout of the hub data set, where there is one.
+        more: further evaluation splits, evaluated once, after the last epoch.
 
     Raises:
         DataError: a metric that does not exist or does not suit the labels.
@@ -67,6 +68,7 @@ class Task:
     metrics: tuple[str, ...]
     files: GlueFiles | None = None
     hub: HubData | None = None
+    more: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -193,6 +195,7 @@ TASKS = {
             ("accuracy",),
             GlueFiles("MNLI", _PAIR, "gold_label", names=_MNLI_FILES),
             HubData("mnli", ("premise", "hypothesis"), _MNLI_SPLITS),
+            more=("validation_mismatched",),
         ),
         Task(
             "qnli",

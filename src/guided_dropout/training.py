@@ -8,7 +8,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,13 +80,18 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Training:
-    """What `train_classifier` saw: see the same names in `results.RunResult`."""
+    """What `train_classifier` saw: see the same names in `results.RunResult`.
+
+    Attributes:
+        more: metrics of further evaluation splits after the last epoch, the split's name behind the metric's.
+    """
 
     history: list[dict[str, Any]]
     collapsed: bool
     times: dict[str, float]
     device: str
     precision: str
+    more: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def diverged(self) -> bool:
@@ -182,6 +187,7 @@ def train_classifier(
     seeds: Seeds,
     progress: Callable[[int, int], None] | None,
     handle: Handle | None = None,
+    more: Mapping[str, Encoded] | None = None,
 ) -> Training:
     """Train `model` in place, with the dropout rates that it has, and evaluate it after each epoch.
 
@@ -195,6 +201,7 @@ def train_classifier(
         seeds: of the order and of the noise; the random state of the process is lost (see `kept_random_state`).
         progress: called after each step with the steps done and the steps in all.
         handle: of the regularizer that stands on the model.
+        more: further examples to evaluate on after the last epoch, by a short name.
     """
     evaluator = _Evaluator(task)
     with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet():
@@ -214,17 +221,23 @@ def train_classifier(
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
-        log = trainer.state.log_history
-        if recipe.evaluate == "end" and all(math.isfinite(entry.get("loss", 0.0)) for entry in log):
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        if recipe.evaluate == "end" and all(map(math.isfinite, losses)):
             trainer.evaluate()
         seconds = time.perf_counter() - start
+        log, collapsed = list(trainer.state.log_history), evaluator.collapsed
+        further = [
+            (name, trainer.evaluate(examples.by_length(), metric_key_prefix=name))
+            for name, examples in (more or {}).items()
+        ]
     evaluation = sum(entry["eval_runtime"] for entry in log if "eval_runtime" in entry)
     return Training(
         history=_history(log, task),
-        collapsed=evaluator.collapsed,
-        times={"train": seconds - evaluation, "eval": evaluation},
+        collapsed=collapsed,
+        times={"train": seconds - evaluation, "eval": evaluation + sum(m[f"{name}_runtime"] for name, m in further)},
         device=str(args.device),
         precision="bfloat16" if args.bf16 else "float32",
+        more={f"{key}_{name}": _finite(m[f"{name}_{key}"]) for name, m in further for key in task.metrics},
     )
 
 

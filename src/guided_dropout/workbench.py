@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.encoding import Encoded, TokenCache, encode
 from guided_dropout.models import load_classifier, load_tokenizer
-from guided_dropout.tasks import Examples, Task, load_task
+from guided_dropout.task_data import GLUE, PAPER, TaskData, load_data
+from guided_dropout.tasks import Examples, Task
 
 
 class Workbench:
@@ -31,19 +33,26 @@ class Workbench:
     def __init__(self, model: str | Path):
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
-        self._examples: dict[Any, Examples] = {}
+        self._data: dict[Any, TaskData] = {}
         self._tokens: dict[int, TokenCache] = {}
 
     def classifier(self, num_labels: int, *, head_seed: int) -> PreTrainedModel:
         """The pretrained model with a new head: a fresh copy each time; see `models.load_classifier`."""
         return load_classifier(self.model, num_labels, head_seed=head_seed)
 
-    def examples(self, task: Task, data: str | Path | None, split: str) -> Examples:
-        """What `tasks.load_task` gives, read once."""
-        key = (task, None if data is None else str(data), split)
-        if key not in self._examples:
-            self._examples[key] = load_task(task, data, split)
-        return self._examples[key]
+    def data(self, task: Task | str | None, data: Any, *, split: str = GLUE, seed: int = 0, **options: Any) -> TaskData:
+        """What `task_data.load_data` gives; files and hub data sets are read once."""
+        if isinstance(data, (tuple, TaskData)):
+            return load_data(task, data, split=split, seed=seed, **options)
+        read = GLUE if split == PAPER else split
+        key = (task, None if data is None else str(data), read, seed if read != GLUE else None, *options.values())
+        if key not in self._data:
+            self._data[key] = load_data(task, data, split=read, seed=seed, **options)
+        whole = self._data[key]
+        if split == read:
+            return whole
+        dealt = load_data(whole.task, (whole.train, whole.validation), split=split, seed=seed)
+        return replace(dealt, more=whole.more, notes=whole.notes)
 
     def encoded(self, examples: Examples, task: Task, max_length: int) -> Encoded:
         """What `encoding.encode` gives; each text is tokenised once."""

@@ -11,7 +11,7 @@ import torch
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.grid import RunKey
 from guided_dropout.bench.plan import Plan
-from guided_dropout.tasks import get_task
+from guided_dropout.tasks import Examples
 from guided_dropout.workbench import Workbench
 
 # A step back costs about two steps forward.
@@ -43,12 +43,14 @@ def work_of_tasks(plan: Plan) -> dict[str, Work]:
     bench = Workbench(next(iter(plan.models.values())).source)
     sizes = {}
     for name in plan.grid.tasks:
-        train, evaluation = (
-            sum(len(part) for text in bench.examples(get_task(name), plan.data, split).texts for part in text)
-            for split in ("train", "validation")
-        )
-        sizes[name] = Work(train, evaluation, plan.training.epochs)
+        given = bench.data(name, plan.data, split=plan.split)
+        evaluated = sum(map(_characters, (given.validation, *given.more.values())))
+        sizes[name] = Work(_characters(given.train), evaluated, plan.training.epochs)
     return sizes
+
+
+def _characters(examples: Examples) -> int:
+    return sum(len(part) for text in examples.texts for part in text)
 
 
 class Clock:
@@ -99,8 +101,8 @@ def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
         Seconds, and the characters read, counted as `Work.of` does.
     """
     bench = Workbench(plan.models[model].source)
-    chosen, training = get_task(task), plan.training
-    examples = bench.examples(chosen, plan.data, "train")
+    given, training = bench.data(task, plan.data, split=plan.split), plan.training
+    chosen, examples = given.task, given.train
     size = training.batch_size
     some = examples.take(range(min(len(examples), size * _TRIAL_STEPS)))
     classifier = bench.classifier(chosen.num_labels, head_seed=0).train()
@@ -124,4 +126,4 @@ def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
         if device == "cuda":
             torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
-    return seconds, _TRAINING * sum(len(part) for text in some.texts for part in text)
+    return seconds, _TRAINING * _characters(some)

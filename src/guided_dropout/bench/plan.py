@@ -78,6 +78,7 @@ class Plan:
         data: where labelled data are, as `finetune` takes it.
         training: the recipe.
         device: ``"auto"`` or ``"cpu"``.
+        split: as `finetune` takes it.
 
     Raises:
         GuidedDropoutError: two models of the same label.
@@ -88,6 +89,7 @@ class Plan:
     data: str | None = None
     training: Training = field(default_factory=Training)
     device: str = "auto"
+    split: str = "glue"
 
     @classmethod
     def of(
@@ -148,7 +150,10 @@ class Plan:
                 },
             }
         data = None if self.data is None else Path(self.data).name
-        return {"recipe": {**asdict(self.training), "data": data, "evaluate": "end"}, "models": models}
+        return {
+            "recipe": {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"},
+            "models": models,
+        }
 
 
 class Runner:
@@ -178,6 +183,7 @@ class Runner:
             bench,
             key.task,
             data=self.plan.data,
+            split=self.plan.split,
             arm=key.arm,
             profile=profile,
             schedule=schedule,
