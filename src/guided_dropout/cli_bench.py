@@ -52,7 +52,7 @@ def run(
         str | None,
         typer.Option(
             metavar="glue|paper",
-            help="glue: GLUE's own dev split. paper: that pooled with the training data, dealt anew.",
+            help="glue: GLUE's own dev split. paper: that and the training data pooled and dealt anew. [default: glue]",
         ),
     ] = None,
     profile: Annotated[

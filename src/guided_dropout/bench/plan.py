@@ -150,10 +150,8 @@ class Plan:
                 },
             }
         data = None if self.data is None else Path(self.data).name
-        return {
-            "recipe": {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"},
-            "models": models,
-        }
+        recipe = {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"}
+        return {"recipe": recipe, "models": models}
 
 
 class Runner:
