@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     save_tiny_bert(folder / "model")
     model = load_lm(folder / "model")
-    random_profile(model).save(folder / "profile")
+    random_profile(model).save_pretrained(folder / "profile")
     for split, number in (("train", 64), ("dev", 24)):
         cola = [f"x\t{i % 2}\t\tthe {'red' if i % 2 else 'green'} cat sees a {WORDS[i % 17]}\n" for i in range(number)]
         (folder / "glue" / "CoLA").mkdir(parents=True, exist_ok=True)
