@@ -23,7 +23,7 @@ from guided_dropout.finetune import finetune
 from guided_dropout.models import load_lm
 from guided_dropout.schedule import DropoutSchedule
 
-RECIPE = Training(epochs=1, learning_rate=1e-3, max_length=16)
+RECIPE = Training(epochs=1, learning_rate=1e-3, max_length=16)  # too little to learn: some runs collapse
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,8 @@ def finished(folder):
     experiment = Experiment.start(folder / "finished", plan.check())
     done = []
     run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
-    assert [d.status for d in done] == ["ok"] * 8
+    assert {d.status for d in done} <= {"ok", "collapsed"}
+    assert len(done) == 8
     return plan, experiment
 
 
@@ -99,7 +100,7 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(folder):
     experiment = Experiment.start(folder / "failing", plan.check())
     done = []
     run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
-    assert [d.status for d in done] == ["failed", "ok"]
+    assert done[0].status == "failed" != done[1].status
     (failed,) = [r for r in experiment.runs() if r.status == "failed"]
     assert failed.failure.error == "DataError"
     assert "RTE" in failed.failure.message
