@@ -1,6 +1,5 @@
 """An experiment: what is missing is run, whatever happened before or happens beside it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
 
+from guided_dropout import cli
 from guided_dropout.bench.folder import Experiment, Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.plan import BenchModel, Plan, Training
@@ -190,23 +190,17 @@ def test_recipes_name_what_exists(folder):
     assert RECIPES["controls"].seeds >= 20
 
 
-def command(folder, out, *more):
-    line = [
-        "--models",
-        "model",
-        "--profile",
-        "profile",
-        "--data",
-        "glue",
-        "--tasks",
-        "cola",
-        "--arms",
-        "dropout,guided",
-    ]
-    line += ["--fractions", "1.0,0.5", "--seeds", "2", "--epochs", "1", "--learning-rate", "1e-3", "--max-length", "16"]
+LINE = [
+    *("--models", "model", "--profile", "profile", "--data", "glue", "--tasks", "cola", "--arms", "dropout,guided"),
+    *("--fractions", "1.0,0.5", "--seeds", "2", "--epochs", "1", "--learning-rate", "1e-3", "--max-length", "16"),
+    *("--device", "cpu"),
+]
+
+
+def command(folder, out):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "guided_dropout", "bench", "run", *line, "--device", "cpu", "--out", str(out), *more],
+        [sys.executable, "-m", "guided_dropout", "bench", "run", *LINE, "--out", str(out)],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
     )  # fmt: skip
 
@@ -240,27 +234,58 @@ def test_killed_processes_and_two_invocations_give_the_same_results(folder, fini
     for process in pair:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
-    again = command(folder, out, "--retry")
-    _, err = again.communicate(timeout=240)
-    assert again.returncode == 0, err
-    experiment = Experiment(out)
+    plan, experiment = plan_of(folder), Experiment(out)
+    experiment.forget_failures()
+    run_experiment(plan, experiment, [k for k in plan.grid if not experiment.is_done(k)], threads=1)
     assert outcomes(experiment) == outcomes(finished[1])
     assert experiment.facts["recipe"] == finished[1].facts["recipe"]
 
 
-def test_a_dry_run_tells_the_cost_and_writes_nothing(folder):
-    process = command(folder, folder / "dry", "--recipe", "controls", "--dry-run")
-    text, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+@pytest.fixture
+def in_process(folder, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of the command line."""
+
+    def run(out, *more):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)
+        monkeypatch.setattr(sys, "argv", ["guided-dropout", "bench", "run", *LINE, "--out", out, *more])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, in_process):
+    code, text, err = in_process("dry", "--recipe", "controls", "--dry-run")
+    assert (code, err) == (0, "")
     assert "8 runs, 0 of them there, 8 to make" in text
     assert "by a few steps of training here" in text
     assert not (folder / "dry").exists()
 
 
-def test_errors_of_the_command_line_are_one_line(folder):
-    process = command(folder, folder / "wrong", "--schedule", "nowhere.json")
-    text, err = process.communicate(timeout=120)
-    assert process.returncode == 2
+def test_a_second_call_makes_nothing_and_says_so(finished, in_process):
+    code, text, err = in_process("finished")
+    assert code == 0, err
+    assert "8 runs, 8 of them there, 0 to make" in text
+    code, text, _ = in_process("finished", "--dry-run", "--seeds", "4")
+    assert code == 0
+    assert "16 runs, 8 of them there, 8 to make" in text
+    assert "as fast as the runs that are there" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--schedule", "nowhere.json"], "nowhere.json"),
+        (["--learning-rate", "2e-3"], "0.001 there, 0.002 given"),
+        (["--fractions", "many"], "many; expected numbers, such as"),
+        (["--recipe", "control"], "did you mean 'controls'"),
+        (["--models", "demo"], "found 1 --profile for 2 models"),
+    ],
+)
+def test_errors_of_the_command_line_are_one_line(finished, in_process, more, message):
+    code, text, err = in_process("finished", *more)
+    assert (code, text) == (2, "")
     assert err.count("\n") == 1
-    assert "nowhere.json" in err
-    assert json.dumps(text) == '""'
+    assert message in err

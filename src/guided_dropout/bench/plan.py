@@ -141,7 +141,6 @@ class Plan:
                 "schedule": None
                 if schedule is None
                 else {
-                    "digest": schedule.digest,
                     "shape": schedule.shape,
                     "grouping": schedule.grouping,
                     "aggregate": schedule.aggregate,
