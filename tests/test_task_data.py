@@ -228,7 +228,7 @@ def test_a_hub_data_sets_classes_have_its_names_and_order(repository: Path) -> N
 
 def test_further_splits_are_evaluated_too(repository: Path) -> None:
     given = load_data("some/set:named", **{**NAMED, "hub_splits": "train,validation_one,validation_two"})
-    assert {name: examples.texts for name, examples in given.more.items()} == {"two": [("g",), ("i",)]}
+    assert {name: examples.texts for name, examples in given.more.items()} == {"validation_two": [("g",), ("i",)]}
 
 
 def test_without_a_validation_split_it_is_test_and_said_so(repository: Path) -> None:
