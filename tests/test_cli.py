@@ -129,7 +129,9 @@ def test_a_file_of_ones_own_by_its_columns(chain, command):
     assert "own.csv none seed 0: f1 " in out
     result = RunResult.load(chain / "run-own")
     assert (result.recipe["labels"], result.recipe["n_train"], result.recipe["n_eval"]) == (["green", "red"], 60, 20)
-    line = "fisher classifier-own --task own --data own.csv --columns text=words:label=colour --max-length 12 --out own-p"
+    line = (
+        "fisher classifier-own --task own --data own.csv --columns text=words:label=colour --max-length 12 --out own-p"
+    )
     torch.manual_seed(0)
     save(BertForSequenceClassification(tiny_bert_config()), chain / "classifier-own")
     code, out, err = command(*line.split())
@@ -146,7 +148,8 @@ def test_mnli_is_evaluated_on_both_of_its_dev_splits(chain, command):
     rows = [f"the {word}\ta cat\t{NLI[i % 3]}\n" for i, word in enumerate(WORDS)]
     for name in ("train", "dev_matched", "dev_mismatched"):
         (folder / f"{name}.tsv").write_text("".join(["sentence1\tsentence2\tgold_label\n", *rows]))
-    code, out, err = command(*"finetune model --task mnli --data nli --arm none --epochs 1 --out run-nli".split())
+    line = "finetune model --task mnli --data nli --arm none --epochs 1 --out run-nli"
+    code, out, err = command(*line.split())
     assert code == 0, err
     value = RunResult.load(chain / "run-nli").value
     assert f"mnli none seed 0: accuracy {value:.4f}, accuracy_mismatched {value:.4f} (" in out
@@ -288,8 +291,14 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (f"{FINETUNE} --columns text=a:label=b", "found --columns text=a:label=b with the task cola; expected none"),
         (FINETUNE.replace("--data glue", "--data text.csv"), "expected a GLUE folder, or --columns"),
         (FINETUNE.replace("--task cola --data glue", ""), "without a --task; expected a task, or --data FILE"),
-        (FINETUNE.replace("--task cola --data glue", "--data no.csv"), "expected --eval-data FILE, or --split holdout:0.2"),
-        (FINETUNE.replace("--task cola --data glue", "--data no.csv --split holdout:0.2"), "cannot read no.csv (No such"),
+        (
+            FINETUNE.replace("--task cola --data glue", "--data no.csv"),
+            "expected --eval-data FILE, or --split holdout:0.2",
+        ),
+        (
+            FINETUNE.replace("--task cola --data glue", "--data no.csv --split holdout:0.2"),
+            "cannot read no.csv (No such",
+        ),
         (FINETUNE.replace("--out new", "--out glue"), "glue holds other files and no result.json"),
     ],
 )

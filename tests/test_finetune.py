@@ -236,7 +236,9 @@ def test_further_splits_are_evaluated_after_the_last_epoch_and_change_nothing(
     bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
-    monkeypatch.setattr(module, "load_classifier", lambda *a, **k: models.append(load_classifier(*a, **k)) or models[-1])
+    monkeypatch.setattr(
+        module, "load_classifier", lambda *a, **k: models.append(load_classifier(*a, **k)) or models[-1]
+    )
     further = colour_examples(30, seed=6)
     plain = finetune(bert, COLOUR, arm="dropout", **SHORT)
     data = TaskData(COLOUR, *DATA, more={"mismatched": further})

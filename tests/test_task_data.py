@@ -393,7 +393,7 @@ def test_loaded_data_take_no_further_wishes() -> None:
     examples = Examples([("x",), ("y",)], [0, 1])
     given = TaskData(task, examples, examples)
     for wish in ({"split": "paper"}, {"metrics": "f1"}, {"columns": PAIRS}):
-        with pytest.raises(DataError, match="loaded before|loading them"):
+        with pytest.raises(DataError, match=r"loaded before|loading them"):
             load_data(None, given, **wish)
     with pytest.raises(DataError, match="the task cola with loaded data of own"):
         load_data("cola", given)
