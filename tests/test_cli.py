@@ -148,9 +148,8 @@ def test_mnli_is_evaluated_on_both_of_its_dev_splits(chain, command):
     rows = [f"the {word}\ta cat\t{NLI[i % 3]}\n" for i, word in enumerate(WORDS)]
     for name in ("train", "dev_matched", "dev_mismatched"):
         (folder / f"{name}.tsv").write_text("".join(["sentence1\tsentence2\tgold_label\n", *rows]))
-    code, out, err = command(
-        *["finetune", "model", "--task", "mnli", "--data", "nli", "--arm", "none", "--epochs", "1", "--out", "run-nli"]
-    )
+    line = "finetune model --task mnli --data nli --arm none --epochs 1 --out run-nli"
+    code, out, err = command(*line.split())
     assert code == 0, err
     value = RunResult.load(chain / "run-nli").value
     assert f"mnli none seed 0: accuracy {value:.4f}, accuracy_mismatched {value:.4f} (" in out

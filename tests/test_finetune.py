@@ -240,11 +240,15 @@ def test_further_splits_are_evaluated_after_the_last_epoch_and_change_nothing(
         module, "load_classifier", lambda *a, **k: models.append(load_classifier(*a, **k)) or models[-1]
     )
     further = colour_examples(30, seed=6)
-    plain = finetune(bert, COLOUR, arm="dropout", **SHORT)
-    data = TaskData(COLOUR, *DATA, more={"mismatched": further})
-    result = finetune(bert, arm="dropout", **{**SHORT, "data": data})
+    pair = (colour_examples(200, seed=3), DATA[1])
+    options = {"arm": "dropout", "epochs": 8, "learning_rate": 3e-3}
+    plain = finetune(bert, COLOUR, data=pair, **options)
+    assert not plain.collapsed
+    one = colour_examples(1, seed=7)  # predictions that are all alike, which is not what `collapsed` is about
+    data = TaskData(COLOUR, *pair, more={"mismatched": further, "one": one})
+    result = finetune(bert, data=data, **options)
     assert (result.history, result.value, result.collapsed) == (plain.history, plain.value, plain.collapsed)
-    assert list(result.metrics) == ["accuracy", "f1", "accuracy_mismatched", "f1_mismatched"]
+    assert list(result.metrics) == [f"{m}{s}" for s in ("", "_mismatched", "_one") for m in COLOUR.metrics]
     tokenizer, model = load_tokenizer(bert), models[-1].eval()
     hits = [model(**tokenizer(t, return_tensors="pt")).logits.argmax().item() == label for (t,), label in further]
     assert result.metrics["accuracy_mismatched"] == pytest.approx(np.mean(hits))

@@ -228,7 +228,7 @@ def test_a_hub_data_sets_classes_have_its_names_and_order(repository: Path) -> N
 
 def test_further_splits_are_evaluated_too(repository: Path) -> None:
     given = load_data("some/set:named", **{**NAMED, "hub_splits": "train,validation_one,validation_two"})
-    assert {name: examples.texts for name, examples in given.more.items()} == {"two": [("g",), ("i",)]}
+    assert {name: examples.texts for name, examples in given.more.items()} == {"validation_two": [("g",), ("i",)]}
 
 
 def test_without_a_validation_split_it_is_test_and_said_so(repository: Path) -> None:
@@ -393,7 +393,7 @@ def test_loaded_data_take_no_further_wishes() -> None:
     examples = Examples([("x",), ("y",)], [0, 1])
     given = TaskData(task, examples, examples)
     for wish in ({"split": "paper"}, {"metrics": "f1"}, {"columns": PAIRS}):
-        with pytest.raises(DataError, match="loaded before|loading them"):
+        with pytest.raises(DataError, match=r"loaded before|loading them"):
             load_data(None, given, **wish)
     with pytest.raises(DataError, match="the task cola with loaded data of own"):
         load_data("cola", given)

@@ -148,6 +148,6 @@ def task_inputs(
 def _check_classes(model: PreTrainedModel, task: Task) -> None:
     if model.config.num_labels != task.num_labels:
         raise DataError(
-            f"{type(model).__name__} has {model.config.num_labels} classes; {task.name} has {task.num_labels}: expected "
-            "a model fine-tuned on the task"
+            f"{type(model).__name__} has {model.config.num_labels} classes; {task.name} has {task.num_labels}: "
+            "expected a model fine-tuned on the task"
         )

@@ -55,8 +55,8 @@ class RunResult:
         metric: name of the task's main metric.
         value: its value on the validation split after the *last* epoch; None if the run diverged. Not the best epoch's:
             that would be chosen on the split that it is reported on.
-        metrics: all of the task's metrics after the last epoch; those of further evaluation splits have its name behind,
-            such as ``"accuracy_mismatched"``.
+        metrics: all of the task's metrics after the last epoch; those of further evaluation splits with the split's
+            name behind, such as ``"accuracy_mismatched"``.
         history: for each epoch ``epoch``, ``train_loss`` (mean over its steps, with what the
             arm adds to it) and, where it was evaluated after that epoch, ``eval_loss`` and ``metrics``.
         diverged: a loss became infinite or NaN; the run was stopped at the end of that epoch.

@@ -28,7 +28,7 @@ class TaskData:
         task: what is predicted, with the classes that were found.
         train: all training examples.
         validation: the examples that are evaluated after each epoch.
-        more: further evaluation splits by a short name, such as MNLI's ``"mismatched"``.
+        more: further evaluation splits by name, such as MNLI's ``"mismatched"``.
         split: how they were split; see `load_data`.
         notes: what a person should know, a sentence each.
     """
@@ -97,9 +97,9 @@ def load_data(
         eval_data: file with the evaluation examples, for files of one's own.
         columns: where texts and label stand in files and hub data sets; see `Columns.parse`. By default ``text`` and
             ``label``.
-        metrics: names in `tasks.METRICS`, as a sequence or with commas between, the main one first; by default accuracy, with
-            Matthews correlation for two classes, or Pearson and Spearman correlation for a regression. F1 is that of
-            the second class.
+        metrics: names in `tasks.METRICS`, as a sequence or with commas between, the main one first; by default
+            accuracy, with Matthews correlation for two classes, or Pearson and Spearman correlation for a regression.
+            F1 is that of the second class.
         hub_splits: a hub data set's splits to train and evaluate on, and any further ones to evaluate; by default
             ``train``, and ``validation``, or ``test`` where there is none.
         split: ``"glue"``: as they come, for GLUE the official dev split. ``"paper"``: training and evaluation examples
@@ -117,9 +117,8 @@ def load_data(
         _names(metrics, "--metrics"),
         _names(hub_splits, "--hub-splits"),
     )
-    everything = ("eval_data", "columns", "metrics", "hub_splits")
     if isinstance(data, TaskData):
-        asked.refuse("data that were loaded before", *everything)
+        asked.refuse("data that were loaded before", "eval_data", "columns", "metrics", "hub_splits")
         name = task.name if isinstance(task, Task) else task
         if name not in (None, data.task.name):
             raise DataError(f"the task {name} with loaded data of {data.task.name}; expected that task: leave it out")
@@ -275,7 +274,7 @@ def _read_hub(name: str, asked: _Asked, *, evaluated: bool) -> _Read:
         tables.append(table)
     chosen, read = _task(name, None, tables[:1], columns, asked)
     train, *evaluation = [_examples(table, columns, read) for table in tables]
-    more = {s.removeprefix("validation_"): e for s, e in zip(splits[2:], evaluation[1:], strict=True)}
+    more = dict(zip(splits[2:], evaluation[1:], strict=True))
     return _Read(chosen, train, evaluation[0] if evaluation else None, more, tuple(notes))
 
 

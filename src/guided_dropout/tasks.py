@@ -57,7 +57,8 @@ class Task:
         metrics: names in `METRICS`; the first is the main one.
         files: layout of GLUE's folder, where there is one.
         hub: layout of the hub data set, where there is one.
-        more: further evaluation splits, evaluated once, after the last epoch.
+        more: further evaluation splits, evaluated once, after the last epoch; their names, without ``validation_``, go
+            behind those of the metrics.
 
     Raises:
         DataError: a metric that does not exist or does not suit the labels.
