@@ -12,7 +12,7 @@ from test_regularizers_pull import random_profile
 from tiny import COLOUR, colour_examples, save_tiny_bert
 from torch import nn
 
-from guided_dropout import finetune as module
+from guided_dropout import workbench as module
 from guided_dropout.arms import ARMS, ChosenArm, choose_arm
 from guided_dropout.errors import GuidedDropoutError, ScheduleError
 from guided_dropout.finetune import RunResult, finetune

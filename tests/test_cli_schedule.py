@@ -5,12 +5,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from families import profile_of
 from test_cli import run
-from tiny import save_tiny_bert
+from tiny import save, save_tiny_bert
 
 from guided_dropout.models import load_lm
-from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.schedule import DropoutSchedule, controls
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,54 @@ def test_show_a_control_and_a_file_of_schema_1(folder, command, tmp_path):
     assert "embeddings.dropout" in out
 
 
+KINDS = ["uniform", "reversed", "shuffled", "depth-linear", "magnitude"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_control_writes_what_the_library_derives(folder, command, tmp_path, kind):
+    code, out, err = command("schedule", "control", "a.json", "--kind", kind, "--out", tmp_path / "control.json")
+    assert code == 0, err
+    planned, made = DropoutSchedule.load(folder / "a.json"), DropoutSchedule.load(tmp_path / "control.json")
+    name = kind.replace("-", "_")
+    extra = (load_lm(str(folder / "model")),) if kind == "magnitude" else ()
+    assert made == getattr(controls, name)(planned, *extra)
+    assert made.mean_rate == pytest.approx(planned.mean_rate)
+    assert f"{name}{', seed 0' if kind == 'shuffled' else ''}: control of schedule {planned.digest}" in out
+    assert "embeddings.dropout" in out
+    assert str(tmp_path / "control.json") in out
+    assert "other weights" not in out
+
+
+def test_control_takes_a_seed_and_a_model(folder, command, tmp_path):
+    new = tmp_path / "control.json"
+    planned = DropoutSchedule.load(folder / "a.json")
+    command("schedule", "control", "a.json", "--kind", "shuffled", "--seed", 7, "--out", new)
+    assert DropoutSchedule.load(new) == controls.shuffled(planned, 7)
+    trained = load_lm(str(folder / "model"))
+    with torch.no_grad():
+        for k, parameter in enumerate(trained.parameters()):
+            parameter.mul_(1 + k % 5)
+    save(trained, tmp_path / "trained", tokenizer=False)
+    code, out, err = command(
+        "schedule", "control", "a.json", "--kind", "magnitude", "--model", tmp_path / "trained", "--out", new
+    )
+    assert code == 0, err
+    assert DropoutSchedule.load(new).rates == controls.magnitude(planned, trained).rates
+    assert f"note: the schedule was made on other weights of this backbone ({folder / 'model'})" in out
+
+
+def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, command, tmp_path):
+    _, out, _ = command("inspect", "model", "--schedule", "a.json")
+    assert "other weights" not in out
+    other = load_lm(str(folder / "model"))
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.mul_(2)
+    save(other, tmp_path / "other")
+    code, out, err = command("inspect", tmp_path / "other", "--schedule", "a.json")
+    assert code == 0, err
+    assert f"note: the schedule was made on other weights of this backbone ({folder / 'model'})" in out
+
+
 def test_diff_prints_both_rates_the_means_and_the_order(command):
     code, out, err = command("schedule", "diff", "a.json", "a.json")
     assert code == 0, err
@@ -118,6 +167,14 @@ def test_diff_prints_both_rates_the_means_and_the_order(command):
         ("schedule profile --shape paper-code --out new", "paper_code for 7 sites; expected 37"),
         ("schedule profile --aggregate maximum --out new", "unknown aggregate 'maximum'"),
         ("schedule profile --mean-rate 0.7 --out new", "choose a mean rate below 0.5"),
+        ("schedule control a.json --kind revresed --out new", "unknown control 'revresed' (did you mean 'reversed'?)"),
+        (
+            "schedule control a.json --kind reversed --seed 3 --out new",
+            "--seed 3 with --kind reversed; expected it with",
+        ),
+        ("schedule control a.json --kind uniform --model model --out new", "--kind magnitude only: leave it out"),
+        ("schedule control a.json --kind shuffled --seed -3 --out new", "seed -3 of the control shuffled; expected"),
+        ("schedule control nowhere.json --kind uniform --out new", "cannot read nowhere.json: No such file"),
         ("schedule show nowhere.json", "cannot read nowhere.json: No such file"),
         ("schedule show a.json --plot new.pdf", "cannot draw to new.pdf"),
         ("schedule show profile/profile.json", "holds 'fisher-profile'; expected 'dropout-schedule'"),

@@ -11,7 +11,7 @@ import torch
 from tiny import COLOUR, VOCABULARY, colour_examples, save, save_tiny_bert, tiny_bert_config
 from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
-from guided_dropout import finetune as module
+from guided_dropout import workbench as module
 from guided_dropout.bench.arms import group_by_arm
 from guided_dropout.encoding import encode
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError

@@ -101,6 +101,40 @@ def test_refuses_what_does_not_belong_together(changes, message):
         merge(profile(), profile(1), profile(2, **changes))
 
 
+def with_weights(seed, digest=None, name="someone/toy"):
+    model = {"architecture": "Toy", "name_or_path": name, "num_parameters": 13}
+    return profile(seed, model=model if digest is None else {**model, "digest": digest})
+
+
+def test_the_weights_decide_what_is_one_model_and_where_they_are_unknown_the_name():
+    merged = merge(with_weights(0, "aaaa"), with_weights(1, "aaaa", name="a/copy"))
+    assert merged.model == with_weights(0, "aaaa").model
+    assert (
+        merge(with_weights(0, "aaaa"), with_weights(1)).model == with_weights(0).model
+    )  # not all that is in it is known
+    with pytest.raises(ArtefactError, match="name_or_path is 'someone/toy' in profile 1, 'a/copy' in profile 2"):
+        merge(with_weights(0, "aaaa"), with_weights(1, name="a/copy"))
+    message = (
+        r"profile 1 was measured on someone/toy with weights aaaa, profile 2 on .* bbbb; expected the same weights"
+    )
+    with pytest.raises(ArtefactError, match=message):
+        merge(with_weights(0, "aaaa"), with_weights(1, "bbbb"))
+    with pytest.raises(ArtefactError, match=r"profile 2 was measured on .* aaaa, profile 3 on .* bbbb"):
+        merge(with_weights(0), with_weights(1, "aaaa"), with_weights(2, "bbbb"))
+
+
+def test_measurements_of_one_model_merge_from_two_places_and_those_of_a_trained_one_do_not():
+    samples = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, k]} for k in range(8, 12)]
+    profiles = []
+    for name, seed, part in (("here", 0, samples[:2]), ("there", 0, samples[2:]), ("here", 1, samples[2:])):
+        model = language_model("bert", seed=seed)
+        model.config.name_or_path = name
+        profiles.append(estimate_fisher(model, part))
+    assert merge(profiles[0], profiles[1]).num_samples == 4
+    with pytest.raises(ArtefactError, match="measure one checkpoint"):
+        merge(profiles[0], profiles[2])
+
+
 def test_refuses_missing_tensors_the_same_samples_and_a_single_profile():
     less = profile(1, diagonal={}, shapes={"a.bias": (2,)}, tensor_means={"a.bias": 1.0})
     with pytest.raises(ArtefactError, match=r"shape of a\.weight is \(3, 2\) in profile 1, 'missing' in profile 2"):

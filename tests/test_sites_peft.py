@@ -148,3 +148,14 @@ def test_residual_sites_drop_what_the_adapter_writes_too() -> None:
         schedule = DropoutSchedule.from_profile(profile_of(base), base)
         with apply_dropout(model, schedule) as applied:
             assert set(map(inner_name, applied.rates)) == set(schedule.rates)
+
+
+def test_the_base_models_weights_are_found_again_under_the_adapters() -> None:
+    base = language_model("bert")
+    schedule = DropoutSchedule.uniform(base, 0.2)
+    model = with_lora("bert", 0.1, modules_to_save=["dense"])
+    assert schedule.has_weights_of(model) is True
+    assert DropoutSchedule.uniform(model, 0.2).has_weights_of(base) is True
+    with torch.no_grad():
+        model.get_parameter("base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight").mul_(2)
+    assert schedule.has_weights_of(model) is False

@@ -15,13 +15,20 @@ def name_before(name: str) -> str:
     return _WRAPPERS.sub("", f".{name}").removeprefix(".")
 
 
-def adapter_parts(model: nn.Module) -> tuple[str, ...]:
-    """Beginnings of the names of what adapters have added to the layers; copies of layers to train are not among it."""
+def adapter_parts(model: nn.Module, *, copies: bool = False) -> tuple[str, ...]:
+    """Beginnings of the names of what adapters have added to a model's layers.
+
+    Args:
+        model: with adapters or without.
+        copies: whether the copies of whole layers that are to be trained (``modules_to_save``) are among it.
+    """
     parts: list[str] = []
     for path, module in model.named_modules():
         names: Any = getattr(module, "adapter_layer_names", ())
-        if isinstance(names, tuple | list):
-            parts += [f"{path}.{name}." for name in names]
+        names = list(names) if isinstance(names, tuple | list) else []
+        if copies and isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
+            names.append("modules_to_save")
+        parts += [f"{path}.{name}." for name in names]
     return tuple(parts)
 
 

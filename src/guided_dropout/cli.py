@@ -15,7 +15,7 @@ import typer
 from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_options import ResidualSites
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.console import arms_help, console, errors, progress_bar, site_table
+from guided_dropout.console import arms_help, console, errors, progress_bar, site_table, weights_note
 from guided_dropout.errors import DataError, GuidedDropoutError, unknown
 
 if TYPE_CHECKING:
@@ -301,6 +301,8 @@ def inspect(
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
     if measured and measured.noise:
         console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
+    if planned and (note := weights_note(planned, loaded)):
+        console.print(note, style="dim", highlight=False)
 
 
 @app.command(epilog=arms_help())

@@ -1,17 +1,20 @@
-"""The command line's `schedule`: make, show, diff."""
+"""The command line's `schedule`: make, control, show, diff."""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from guided_dropout.cli_options import ResidualSites
-from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table
-from guided_dropout.errors import ScheduleError
+from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table, weights_note
+from guided_dropout.errors import ScheduleError, unknown
+
+if TYPE_CHECKING:
+    from guided_dropout.schedule import DropoutSchedule
 
 
 class _MakeByDefault(TyperGroup):
@@ -26,8 +29,9 @@ class _MakeByDefault(TyperGroup):
 
 schedule_app = typer.Typer(
     cls=_MakeByDefault,
-    help="Make, show and compare schedules. `schedule DIR --out FILE` is short for `schedule make DIR --out FILE`.",
-    short_help="Turn a profile into a dropout rate for each site; show and compare schedules.",
+    help="Make, show and compare schedules, and the controls that they have to beat. `schedule DIR --out FILE` is "
+    "short for `schedule make DIR --out FILE`.",
+    short_help="Turn a profile into a dropout rate for each site; derive controls; show and compare schedules.",
     no_args_is_help=True,
 )
 
@@ -103,6 +107,62 @@ def make(
     console.print(schedule_table(planned))
     console.print(schedule_origin(planned), highlight=False)
     console.print(path)
+
+
+@schedule_app.command()
+def control(
+    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="Schedule file that the control has to match.")],
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="uniform (the mean rate everywhere), reversed (the most informative site gets the highest rate), "
+            "shuffled (dealt out by chance), depth-linear (rising from the first call to the last) or magnitude (by "
+            "the squares of the weights)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Schedule file (JSON) of the control.")],
+    seed: Annotated[int | None, typer.Option(help="Of shuffled: which permutation.", show_default="0")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Of magnitude: the pretrained model.", show_default="the one the schedule was made on"),
+    ] = None,
+) -> None:
+    """Derive a control from a schedule: the same sites at the same mean rate, without the guidance."""
+    from guided_dropout.schedule import DropoutSchedule, controls
+
+    name = kind.replace("-", "_")
+    if name not in controls.CONTROLS:
+        raise ScheduleError(unknown("control", kind, [known.replace("_", "-") for known in controls.CONTROLS]))
+    for option, value, user in (("--seed", seed, "shuffled"), ("--model", model, "magnitude")):
+        if value is not None and name != user:
+            raise ScheduleError(
+                f"{option} {value} with --kind {kind}; expected it with --kind {user} only: leave it out"
+            )
+    planned = DropoutSchedule.load(schedule)
+    if name == "shuffled":
+        derived = controls.shuffled(planned, seed or 0)
+    elif name == "magnitude":
+        derived = _by_magnitude(planned, schedule, model)
+    else:
+        derived = getattr(controls, name)(planned)
+    path = derived.save(out)
+    console.print(schedule_table(derived))
+    console.print(schedule_origin(derived), highlight=False)
+    console.print(path)
+
+
+def _by_magnitude(planned: DropoutSchedule, file: Path, model: str | None) -> DropoutSchedule:
+    from guided_dropout.models import load_model
+    from guided_dropout.schedule import controls
+
+    source = model or planned.model.get("name_or_path")
+    if not source:
+        raise ScheduleError(f"{file} does not say which model it was made on; name it with --model")
+    loaded = load_model(source)
+    derived = controls.magnitude(planned, loaded)
+    if note := weights_note(planned, loaded):
+        console.print(note, style="dim", highlight=False)
+    return derived
 
 
 @schedule_app.command()

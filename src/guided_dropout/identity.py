@@ -6,11 +6,16 @@ of a ``BertModel`` are the same tensor.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from guided_dropout.adapters import name_before
+
+_SAMPLED = 4096  # elements of each tensor that go into a digest
 
 
 def backbone_prefix(model: nn.Module) -> str:
@@ -49,6 +54,25 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
         "backbone_prefix": backbone_prefix(model),
         "num_parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that stand for named weights: names, shapes, and evenly spaced elements of each tensor.
+
+    The elements are rounded to bfloat16, so that a model has one digest whether it is loaded in float32, bfloat16 or
+    float64; training moves enough of them over a boundary to be seen. A digest says "the same" or "others", no more.
+
+    Args:
+        weights: name → tensor, of any dtype, on any device; the order does not matter.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        values = weights[name].detach().reshape(-1)
+        some = values[:: max(1, len(values) // _SAMPLED)].cpu()
+        some = some.to(torch.bfloat16) if some.is_floating_point() else some
+        digest.update(f"\n{name} {list(weights[name].shape)} ".encode())
+        digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from transformers import PreTrainedConfig
 
 # Module → the configuration that it shares with others, while a copy of its own with other rates takes its place.
 _shared_configs: WeakKeyDictionary[nn.Module, PreTrainedConfig] = WeakKeyDictionary()
+# ``out_drop`` and ``lora_dropout``, but not ``drop_path``, which leaves out whole rows.
+_DROPOUT_NAME = re.compile(r"drop(out)?$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +69,10 @@ class ConfigKnob(Knob):
 
 
 class AbsentKnob(Knob):
-    """A dropout that an adapter layer was built without: an identity where there would be a dropout module.
+    """A dropout that a layer was built without: an identity where there would be a dropout module.
 
-    `module` is the ``nn.ModuleDict`` that holds it and `attribute` its key. Any rate other than 0 puts a dropout module
-    there, 0 the identity.
+    LoRA builds so at rate 0, and so does ModernBERT's attention. `module` holds the identity and `attribute` is its
+    name there. Any rate other than 0 puts a dropout module in its place, 0 the identity.
     """
 
     @property
@@ -103,7 +106,10 @@ class FilledDropout(nn.Dropout):
 
 
 def find_knobs(model: nn.Module) -> dict[str, Knob]:
-    """Every dropout module and every float attribute whose name holds "drop", by path, whether or not it is heard."""
+    """Every dropout module, or identity in its place, and every float attribute whose name holds "drop", by path.
+
+    Whether anything hears them is another question.
+    """
     knobs = [knob for name, module in model.named_modules() for knob in _knobs_of(name, module)]
     return {knob.path: knob for knob in knobs}
 
@@ -119,10 +125,15 @@ def _knobs_of(name: str, module: nn.Module) -> Iterator[Knob]:
             if "drop" in key.lower() and _is_rate(value):
                 yield Knob(f"{name}.{key}" if name else key, module, key, "attribute")
         yield from _in_config(name, module)
-        if isinstance(module, nn.ModuleDict) and "drop" in name.rpartition(".")[2].lower():
-            for key, child in module.items():
-                if isinstance(child, nn.Identity | FilledDropout):
-                    yield AbsentKnob(f"{name}.{key}", module, key, "module")
+        yield from _absent(name, module)
+
+
+def _absent(name: str, module: nn.Module) -> Iterator[Knob]:
+    for key, child in module._modules.items():
+        # The entries of a dictionary, as LoRA's, are called after what they are for: its own name says what they are.
+        called = name.rpartition(".")[2] if isinstance(module, nn.ModuleDict) else key
+        if isinstance(child, nn.Identity | FilledDropout) and _DROPOUT_NAME.search(called.lower()):
+            yield AbsentKnob(f"{name}.{key}" if name else key, module, key, "module")
 
 
 def _in_config(name: str, module: nn.Module) -> Iterator[Knob]:

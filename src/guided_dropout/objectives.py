@@ -7,7 +7,7 @@ class, or for a regression the squared error, as transformers computes them:
 .. math:: \ell_i = \frac{1}{|T_i|}\sum_{t \in T_i} -\log p(y_t \mid x_i), \qquad \ell_i = (f(x_i) - y_i)^2
 
 The labels are the data's, which makes the Fisher the empirical one, or drawn from the model's own prediction, which
-makes its mean over draws the true one (Kunstner et al., 2019, eqs. 4 and 6).
+makes its mean over draws the true one (Kunstner et al., 2019).
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ DROPOUTS: set[Any] = {
 }
 _ATTENTION: Any = F.scaled_dot_product_attention
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_replacements_aside = False
+QUIET = 1e-9  # a rate so small that layer drop, whose rate is a knob too, all but never fires during a probe
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def observe(
     *,
     rates: Mapping[str, float],
     known: Collection[float] | None = None,
+    behind: bool = True,
 ) -> list[DropoutCall]:
     """Run the model once in training mode and list its dropout calls with a rate above 0, in order.
 
@@ -61,13 +64,15 @@ def observe(
         inputs: keyword arguments of its forward; a tiny batch made from its configuration by default.
         rates: rates that the knobs at these paths have during the run.
         known: the only rates that may be met; None for any.
+        behind: see the calls whose dropout something else replaces as well.
 
     Raises:
         SiteError: a rate outside of `known`, or a model that does not run on the tiny batch.
     """
     recorder = _Recorder(model, known)
     knobs = find_knobs(model)
-    run_once(model, inputs, *(turned(knobs[path], rate) for path, rate in rates.items()), recorder)
+    turns = (turned(knobs[path], rate) for path, rate in rates.items())
+    run_once(model, inputs, *turns, recorder, behind=behind)
     return recorder.calls
 
 
@@ -75,15 +80,18 @@ def run_once(
     model: nn.Module,
     inputs: Mapping[str, Any] | None,
     *contexts: contextlib.AbstractContextManager[Any],
+    behind: bool = True,
 ) -> None:
     """Run the model once in training mode, without gradients, inside of `contexts`; leave it as it was.
+
+    What replaces dropout steps aside, `replacements_aside`, unless `behind` is False.
 
     Raises:
         SiteError: there are no `inputs`, and the model does not run on the tiny batch.
     """
     batch = tiny_batch(model) if inputs is None else inputs
     with undisturbed(model), torch.no_grad(), contextlib.ExitStack() as stack:
-        for context in (plain_attention(model), plain_experts(model), *contexts):
+        for context in (_aside(behind), plain_attention(model), plain_experts(model), *contexts):
             stack.enter_context(context)
         try:
             model(**batch)
@@ -99,6 +107,21 @@ def run_once(
             ) from e
 
 
+def replacements_aside() -> bool:
+    """Whether dropout should be itself now, although something has been put in its place."""
+    return _replacements_aside
+
+
+@contextlib.contextmanager
+def _aside(aside: bool) -> Iterator[None]:
+    global _replacements_aside
+    before, _replacements_aside = _replacements_aside, aside
+    try:
+        yield
+    finally:
+        _replacements_aside = before
+
+
 @contextlib.contextmanager
 def turned(knob: Knob, rate: float) -> Iterator[None]:
     """Give a knob another rate for a while."""
@@ -110,42 +133,52 @@ def turned(knob: Knob, rate: float) -> Iterator[None]:
         knob.turn(old)
 
 
-class _Recorder(TorchFunctionMode):
-    """Notes the dropout calls that have a rate, and lets none of them drop anything."""
+class ParameterUses(TorchFunctionMode):
+    """Notes which parameters operations take.
 
-    def __init__(self, model: nn.Module, known: Collection[float] | None):
+    Attributes:
+        used: their names, in the order of their first use.
+    """
+
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.calls: list[DropoutCall] = []
-        self._modules = {id(module): name for name, module in model.named_modules()}
+        self.used: dict[str, None] = {}
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._known = known
-        self._used: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in DROPOUTS:
-            return self._dropout(*args, **kwargs)
-        if func is _ATTENTION:
-            return self._attention(**dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)), **kwargs)
-        if func is F.multi_head_attention_forward:
-            return self._multi_head_attention(inspect.signature(func).bind(*args, **kwargs))
         result = func(*args, **kwargs)
         # To ask a parameter for its dtype or shape is not to use it: only what yields a tensor counts.
         if next(tensors_in([result]), None) is not None:
             self._use([args, kwargs])
         return result
 
-    def _dropout(
-        self,
-        input: Tensor,  # noqa: A002 (all of these are PyTorch's names; torch.dropout says `train` for `training`)
-        p: float = 0.5,
-        training: bool = True,
-        inplace: bool = False,
-        *,
-        train: bool = True,
-    ) -> Tensor:
-        self._call(p if training and train else 0.0, on_attention=_are_probabilities(input))
-        return input
+    def _use(self, values: list[Any]) -> None:
+        self.used |= {self._names[id(t)]: None for t in tensors_in(values) if id(t) in self._names}
+
+
+class _Recorder(ParameterUses):
+    """Notes the dropout calls that have a rate, and lets none of them drop anything."""
+
+    def __init__(self, model: nn.Module, known: Collection[float] | None):
+        super().__init__(model)
+        self.calls: list[DropoutCall] = []
+        self._modules = {id(module): name for name, module in model.named_modules()}
+        self._known = known
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return self._dropout(*dropped(*args, **kwargs))
+        if func is _ATTENTION:
+            return self._attention(**dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)), **kwargs)
+        if func is F.multi_head_attention_forward:
+            return self._multi_head_attention(inspect.signature(func).bind(*args, **kwargs))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def _dropout(self, x: Tensor, rate: float) -> Tensor:
+        self._call(rate, on_attention=_are_probabilities(x))
+        return x
 
     def _attention(self, *, dropout_p: float = 0.0, **arguments: Any) -> Tensor:
         self._call(dropout_p, on_attention=True)
@@ -166,11 +199,8 @@ class _Recorder(TorchFunctionMode):
                 f"{self._caller()} drops at rate {rate:g}, which is no dropout module's and no float attribute's named "
                 "*drop*; expected each rate to have a place where it can be set: set this one to 0 in the configuration"
             )
-        self.calls.append(DropoutCall(rate, on_attention, frozenset(self._used)))
-        self._used.clear()
-
-    def _use(self, values: list[Any]) -> None:
-        self._used.update(self._names[id(t)] for t in tensors_in(values) if id(t) in self._names)
+        self.calls.append(DropoutCall(rate, on_attention, frozenset(self.used)))
+        self.used.clear()
 
     def _caller(self) -> str:
         """Class and path of the innermost module on the call stack."""
@@ -180,6 +210,18 @@ class _Recorder(TorchFunctionMode):
             if id(module) in self._modules:
                 return f"{type(module).__name__} ({self._modules[id(module)] or 'the model itself'})"
         return "the model"
+
+
+def dropped(
+    input: Tensor,  # noqa: A002 (all of these are PyTorch's names; torch.dropout says `train` for `training`)
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    train: bool = True,
+) -> tuple[Tensor, float]:
+    """What a call of one of `DROPOUTS` drops on, and the rate at which it does: 0 outside of training mode."""
+    return input, p if training and train else 0.0
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -20,12 +20,11 @@ from guided_dropout.adapters import adapted_layer, adapter_parts
 from guided_dropout.errors import SiteError
 from guided_dropout.identity import in_head
 from guided_dropout.knobs import ConfigKnob, Knob, find_knobs
-from guided_dropout.probe import DropoutCall, observe, run_once
+from guided_dropout.probe import QUIET, DropoutCall, observe, run_once
 from guided_dropout.residual import ATTRIBUTE as RESIDUAL
 from guided_dropout.residual import residual_owners
 
 GROUPINGS = ("owner", "dataflow")
-_PROBE = 1e-9  # so small that layer drop, whose rate is a knob too, all but never fires during a probe
 _STACKS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
@@ -101,7 +100,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
             `per_call`, a knob that is used several times within one forward of its module.
     """
     knobs = find_knobs(model)
-    by_rate = {_PROBE * (i + 1): path for i, path in enumerate(knobs)}
+    by_rate = {QUIET * (i + 1): path for i, path in enumerate(knobs)}
     probes = {path: rate for rate, path in by_rate.items()}
     calls = observe(model, inputs, rates=probes, known=by_rate.keys())
     heard: dict[str, list[DropoutCall]] = {}
@@ -149,7 +148,7 @@ def verify_rates(
     wanted = {site.path: site.rate for site in before.sites} | dict(rates)
     expected = [(path, wanted[path]) for path in before.calls if wanted[path] != 0]
     # Layer drop at its own rate would make calls go missing by chance.
-    quiet = dict.fromkeys(find_knobs(model).keys() - set(map(knob_path, wanted)), _PROBE)
+    quiet = dict.fromkeys(find_knobs(model).keys() - set(map(knob_path, wanted)), QUIET)
     received = [call.rate for call in observe(model, inputs, rates=quiet)]
     todo = "the model does not use the rates that stand on its modules; leave it out or change its attn_implementation"
     for (path, rate), got in zip(expected, received, strict=False):

@@ -23,7 +23,7 @@ from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
-from guided_dropout.identity import model_identity
+from guided_dropout.identity import model_identity, weights_digest
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
 
@@ -282,7 +282,7 @@ def _profile(
         objective=goal.name,
         reduction=goal.reduction,
         labels=goal.labels,
-        model=model_identity(model),
+        model={**model_identity(model), "digest": weights_digest(dict(model.named_parameters()))},
         coverage=covered,
         noise=sorted(set().union(*noises)),
         shapes={n: tuple(p.shape) for n, p in sums.parameters.items()},

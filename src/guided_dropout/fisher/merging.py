@@ -22,7 +22,8 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
     measurement over all samples, to rounding in float64; the values per parameter to that of their dtype.
 
     Args:
-        profiles: two or more, of the same model, objective, reduction and labels.
+        profiles: two or more, of the same model, objective, reduction and labels. The same model has the same weights,
+            wherever it was loaded from; profiles that do not hold a digest of them must name the same place.
 
     Returns:
         A profile with values per parameter if each has them, otherwise with tensor means only. Noise is what is noise
@@ -36,6 +37,7 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
     first = profiles[0]
     for k, other in enumerate(profiles[1:], 2):
         _check_same_measurement(first, other, k)
+    _check_same_weights(profiles)
     for k, other in enumerate(profiles):
         for j, earlier in enumerate(profiles[:k]):
             _check_other_samples(earlier, other, j + 1, k + 1)
@@ -54,7 +56,7 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
         num_skipped=sum(p.num_skipped for p in profiles),
         objective=first.objective,
         reduction=first.reduction,
-        model=first.model,
+        model={key: v for key, v in first.model.items() if key != "digest" or all(key in p.model for p in profiles)},
         coverage={"fallback": fallback, "parameters_by_rule": 1 - slow / sum(sizes.values())},
         provenance=_provenance(profiles),
         labels=first.labels,
@@ -78,7 +80,12 @@ def _check_same_measurement(a: FisherProfile, b: FisherProfile, number: int) -> 
     facts: list[tuple[str, Any, Any]] = [
         (what, getattr(a, what), getattr(b, what)) for what in ("objective", "reduction", "labels")
     ]
-    facts += [(f"the model's {key}", a.model.get(key), b.model.get(key)) for key in {**a.model, **b.model}]
+    by_digest = "digest" in a.model and "digest" in b.model
+    facts += [
+        (f"the model's {key}", a.model.get(key), b.model.get(key))
+        for key in {**a.model, **b.model}
+        if key != "digest" and not (key == "name_or_path" and by_digest)
+    ]
     facts += [
         (f"the shape of {name}", a.shapes.get(name, "missing"), b.shapes.get(name, "missing"))
         for name in {**a.shapes, **b.shapes}
@@ -88,6 +95,17 @@ def _check_same_measurement(a: FisherProfile, b: FisherProfile, number: int) -> 
             raise ArtefactError(
                 f"profiles that do not belong together: {what} is {left!r} in profile 1, {right!r} in profile "
                 f"{number}; expected the same in each: merge profiles of one model, measured in one way"
+            )
+
+
+def _check_same_weights(profiles: Sequence[FisherProfile]) -> None:
+    known = [(k, p.model["digest"], p.title) for k, p in enumerate(profiles, 1) if "digest" in p.model]
+    for k, digest, title in known[1:]:
+        if digest != known[0][1]:
+            raise ArtefactError(
+                f"profiles that do not belong together: profile {known[0][0]} was measured on {known[0][2]} with "
+                f"weights {known[0][1]}, profile {k} on {title} with weights {digest}; expected the same weights in "
+                "each: measure one checkpoint, in one precision"
             )
 
 

@@ -51,7 +51,8 @@ class FisherProfile:
         num_skipped: samples without a target, which do not count.
         objective: ``"mlm"``, ``"causal"``, ``"seq2seq"``, ``"classification"`` or ``"regression"``.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
-        model: what `identity.model_identity` says of the model.
+        model: what `identity.model_identity` says of the model, and ``"digest"`` of its weights, see
+            `identity.weights_digest`; earlier files have no digest.
         coverage: ``{"fallback": [names], "parameters_by_rule": share}``: which parameters needed the slow loop.
         provenance: versions, machine, date, seed, text.
         labels: ``"data"`` for the empirical Fisher, ``"model"`` where they were drawn from the model's prediction.

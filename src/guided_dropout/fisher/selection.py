@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
+from guided_dropout.adapters import adapter_parts
 from guided_dropout.errors import ModelError
+from guided_dropout.identity import unwrapped
 
 # Which parameters: one of these names, or a function of a parameter's name and itself.
 CHOICES = ("all", "trainable", "base")
@@ -25,23 +26,8 @@ def select_parameters(model: nn.Module, choice: Choice = "all") -> dict[str, nn.
     Raises:
         ModelError: no such choice, or it leaves no parameter.
     """
-    if not callable(choice) and choice not in CHOICES:
-        raise ModelError(f"parameters {choice!r}; expected one of {', '.join(CHOICES)}, or a function")
-    added = _brought_by_adapters(model) if choice == "base" else []
-    wanted = {
-        n: p
-        for n, p in model.named_parameters()
-        if p.is_floating_point()
-        and (
-            choice(n, p)
-            if callable(choice)
-            else p.requires_grad
-            if choice == "trainable"
-            else not n.startswith(tuple(added))
-            if added
-            else True
-        )
-    }
+    chosen = choice if callable(choice) else _named(model, choice)
+    wanted = {n: p for n, p in model.named_parameters() if p.is_floating_point() and chosen(n, p)}
     if not wanted:
         what = "the given function" if callable(choice) else repr(choice)
         raise ModelError(
@@ -50,16 +36,15 @@ def select_parameters(model: nn.Module, choice: Choice = "all") -> dict[str, nn.
     return wanted
 
 
-def _brought_by_adapters(model: nn.Module) -> list[str]:
-    """Beginnings of the names of what PEFT has added to a model's layers."""
-    added = []
-    for path, module in model.named_modules():
-        names: Any = getattr(module, "adapter_layer_names", ())
-        names = names if isinstance(names, (tuple, list)) else ()
-        if isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict):
-            names = (*names, "modules_to_save")
-        added += [f"{path}.{name}." for name in names]
-    return added
+def _named(model: nn.Module, choice: str) -> Callable[[str, nn.Parameter], bool]:
+    if choice == "all":
+        return lambda *_: True
+    if choice == "trainable":
+        return lambda _, parameter: parameter.requires_grad
+    if choice == "base":
+        added = adapter_parts(model, copies=True)
+        return lambda name, _: not name.startswith(added)
+    raise ModelError(f"parameters {choice!r}; expected one of {', '.join(CHOICES)}, or a function")
 
 
 def without_wrapper(model: nn.Module) -> nn.Module:
@@ -68,12 +53,10 @@ def without_wrapper(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: the adapter is a prompt, which only the wrapper adds.
     """
-    inner = getattr(model, "get_base_model", None)
-    if inner is None or not hasattr(model, "peft_config"):
-        return model
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    inner = unwrapped(model)
+    if inner is not model and getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ModelError(
             f"{type(model).__name__} learns a prompt; expected adapters inside the layers, such as LoRA: "
             "measure the base model instead"
         )
-    return inner()
+    return inner

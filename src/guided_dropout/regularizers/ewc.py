@@ -20,9 +20,8 @@ class EWC(Regularizer):
     .. math:: \Omega(\theta) = \frac\lambda2\sum_j F_j\,(\theta_j-\theta_j^*)^2
 
     is added to the loss (eq. 3 of Kirkpatrick et al., 2017, *Overcoming catastrophic forgetting in neural networks*,
-    arXiv 1612.00796),
-    with the profile's diagonal :math:`F`. New parameters are free. It pulls the opposite way of guided dropout: vital
-    parameters are held most.
+    arXiv 1612.00796), with the profile's diagonal :math:`F`. New parameters are free. It pulls the opposite way of
+    guided dropout: vital parameters are held most.
 
     Attributes:
         strength: :math:`\lambda`, at least 0. Its scale is that of the Fisher information: choose it on training data.

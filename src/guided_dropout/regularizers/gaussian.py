@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from guided_dropout.errors import SiteError
-from guided_dropout.knobs import Knob, find_knobs
-from guided_dropout.probe import observe
+from guided_dropout.knobs import Knob, find_knobs, is_foreign_dropout
+from guided_dropout.probe import QUIET, dropped, observe, replacements_aside
 from guided_dropout.regularizers.base import Context, Handle, Regularizer
 from guided_dropout.regularizers.forwards import wrap_forward
-from guided_dropout.sites import trace
+from guided_dropout.residual import ATTRIBUTE as RESIDUAL
+from guided_dropout.sites import DropoutTrace, trace
 
 _DROPOUTS: set[Any] = {F.dropout, torch.dropout, torch.dropout_}
 _ATTENTION: Any = F.scaled_dot_product_attention
-_QUIET = 1e-9  # so small that layer drop, whose rate is a knob too, all but never fires during the proof
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,23 @@ class GaussianDropout(Regularizer):
     (Srivastava et al., 2014, section 10; Wang & Manning, 2013): mean and variance are those of dropout at rate p. In
     evaluation mode it is the identity. Attention probabilities get noise too. Where a fused kernel would keep them to
     itself (``attn_implementation="sdpa"``), attention is computed step by step in training mode, with the same result
-    but for the noise; evaluation keeps the kernel. The head's own dropout stays as it is.
+    but for the noise; evaluation keeps the kernel. Added residual sites and adapters' dropout are sites like others.
+    The head's own dropout stays as it is.
     """
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Replace the noise, and prove by running the model that no site drops any more; see `Regularizer.apply`.
 
-        Rates may change later (`rates.apply_dropout`): the noise follows them.
+        Rates may change later (`rates.apply_dropout`): the noise follows them. Sites that are added later do not get
+        noise.
         """
         before = trace(model, context.inputs)
         knobs = find_knobs(model)
         sites = [site for site in before.sites if not site.in_head]
+        for site in sites:
+            if is_foreign_dropout(knobs[site.path].module):
+                kind = type(knobs[site.path].module).__name__
+                raise _refused(f"{site.path} ({kind}) draws its own mask", "use plain dropout on this model")
         handle = Handle({"sites": len(sites)})
         try:
             for module in _around(model, [knobs[site.path] for site in sites]):
@@ -53,18 +60,29 @@ class GaussianDropout(Regularizer):
             raise
         return handle
 
-    def _prove(self, model: nn.Module, context: Context, before: Any) -> None:
+    def _prove(self, model: nn.Module, context: Context, before: DropoutTrace) -> None:
         heads = {site.path for site in before.sites if site.in_head}
         # Loud enough on every site that a call which still drops cannot hide behind a rate of 0.
-        loud = {site.path: 0.5 for site in before.sites} | dict.fromkeys(before.dead, _QUIET)
-        dropping = len(observe(model, context.inputs, rates=loud))
-        expected = sum(path in heads for path in before.calls)
-        if dropping != expected:
-            raise SiteError(
-                f"{dropping - expected} dropout calls of {type(model).__name__} cannot be given Gaussian noise; "
-                "expected each to be torch's dropout or scaled_dot_product_attention: choose another "
-                "attn_implementation"
-            )
+        by_rate = {0.5 + k * 2.0**-20: site.path for k, site in enumerate(before.sites)}
+        loud = {path: rate for rate, path in by_rate.items()} | dict.fromkeys(before.dead, QUIET)
+        calls = [(by_rate[call.rate], call) for call in observe(model, context.inputs, rates=loud, behind=False)]
+        for path, call in calls:
+            if path not in heads:
+                raise _refused(
+                    f"{path} still drops",
+                    "choose another attn_implementation" if call.on_attention else "use plain dropout on this model",
+                )
+        dropping = [path for path, _ in calls]
+        for path in before.calls:
+            if path in heads and dropping.count(path) != before.calls.count(path):
+                raise _refused(f"{path} lies in the head and no longer drops", "use plain dropout on this model")
+
+
+def _refused(found: str, todo: str) -> SiteError:
+    return SiteError(
+        f"{found}, so that it cannot have Gaussian noise of its own; expected torch's dropout or "
+        f"scaled_dot_product_attention, called in the forward of the module that holds the rate: {todo}"
+    )
 
 
 def gaussian_noise(x: Tensor, rate: float) -> Tensor:
@@ -75,14 +93,23 @@ def gaussian_noise(x: Tensor, rate: float) -> Tensor:
 
 
 def _around(model: nn.Module, knobs: list[Knob]) -> list[nn.Module]:
-    """The modules in whose forward the knobs' rates are used: the dropout modules, and those that hold them."""
-    found: dict[int, nn.Module] = {}
+    """The modules in whose forward the knobs' rates are used: those that hold them, or a module around these."""
+    paths = {module: path for path, module in model.named_modules()}
+    found: dict[nn.Module, None] = {}
     for knob in knobs:
-        holders = [knob.module]
-        if knob.kind == "module":  # attention may read its rate without calling it
-            holders.append(model.get_submodule(knob.path.rpartition(".")[0]))
-        found |= {id(module): module for module in holders}
-    return list(found.values())
+        if not isinstance(knob.module, _CONTAINERS):
+            found[knob.module] = None
+        # Attention may read the rate of a dropout module without calling it; where there is an identity, a dropout
+        # module may come later; and a residual site's hook runs after the forward of its own module.
+        if knob.kind == "module" or knob.attribute == RESIDUAL:
+            found[_parent(model, paths[knob.module])] = None
+    return list(found)
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    """The nearest module around `path` that has a forward."""
+    parents = (model.get_submodule(".".join(path.split(".")[:k])) for k in range(path.count("."), -1, -1))
+    return next(module for module in parents if not isinstance(module, _CONTAINERS))
 
 
 class _Noise(TorchFunctionMode):
@@ -90,22 +117,13 @@ class _Noise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if replacements_aside():
+            return func(*args, **kwargs)
         if func in _DROPOUTS:
-            return _dropout(*args, **kwargs)
+            return gaussian_noise(*dropped(*args, **kwargs))
         if func is _ATTENTION:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _dropout(
-    input: Tensor,  # noqa: A002 (all of these are PyTorch's names; torch.dropout says `train` for `training`)
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    train: bool = True,
-) -> Tensor:
-    return gaussian_noise(input, p) if training and train else input
 
 
 def _attention(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from guided_dropout.errors import ModelError
 from guided_dropout.identity import in_head
-from guided_dropout.tiny_batch import tiny_batch
+from guided_dropout.knobs import find_knobs
+from guided_dropout.probe import ParameterUses, run_once, turned
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Layers:
 
 
 def find_layers(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> Layers:
-    """Run the model once in evaluation mode and see in which order its layers are used.
+    """Run the model once and see in which order its layers are used.
 
     Args:
         model: any model; it is left as it was.
@@ -44,7 +43,7 @@ def find_layers(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> La
 
     Raises:
         ModelError: no list of layers in the backbone.
-        SiteError: as for `tiny_batch.tiny_batch`.
+        SiteError: the model does not run on the tiny batch.
     """
     stacks = tuple(f"{path}." for path in stack_entries(model))
     begun: list[str] = []
@@ -74,22 +73,15 @@ def find_layers(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> La
 
 
 def parameters_in_order(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[str]:
-    """Names of the parameters that one forward in evaluation mode uses, in the order of their first use.
+    """Names of the parameters that one forward uses, in the order of their first use; nothing drops meanwhile.
 
     Raises:
-        SiteError: as for `tiny_batch.tiny_batch`.
+        SiteError: as for `find_layers`.
     """
-    recorder = _Recorder(model)
-    modes = {module: module.training for module in model.modules()}
-    batch = tiny_batch(model) if inputs is None else inputs
-    try:
-        model.eval()
-        with torch.no_grad(), recorder:
-            model(**batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return list(recorder.used)
+    uses = ParameterUses(model)
+    still = (turned(knob, 0.0) for knob in find_knobs(model).values())  # layer drop too
+    run_once(model, inputs, *still, uses)
+    return list(uses.used)
 
 
 def stack_entries(model: nn.Module) -> Iterator[str]:
@@ -102,32 +94,3 @@ def stack_entries(model: nn.Module) -> Iterator[str]:
         for name, entry in module.named_children():
             if next(entry.parameters(), None) is not None:
                 yield f"{path}.{name}"
-
-
-class _Recorder(TorchFunctionMode):
-    """Notes the parameters that operations take."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.used: dict[str, None] = {}
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # To ask a parameter for its dtype or shape is not to use it: only what yields a tensor counts.
-        if next(_tensors([result]), None) is not None:
-            for tensor in _tensors([args, kwargs or {}]):
-                if id(tensor) in self._names:
-                    self.used.setdefault(self._names[id(tensor)])
-        return result
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and mappings."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, Mapping):
-            yield from _tensors(value.values())

@@ -19,8 +19,7 @@ class LayerwiseDecay(Regularizer):
     .. math:: \eta_d = \eta\,\xi^{D-d}
 
     for depth d = 0 (embeddings) … D (head): discriminative fine-tuning (Howard & Ruder, 2018, section 3.2) in the form
-    of ELECTRA (Clark et al., 2020, appendix B: 0.9 and 0.8). The depth is found by running the model, see
-    `layers.find_layers`.
+    of ELECTRA (Clark et al., 2020). The depth is found by running the model, see `layers.find_layers`.
 
     Attributes:
         decay: :math:`\xi`, in (0, 1]; 1 is no decay.

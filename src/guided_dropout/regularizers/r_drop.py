@@ -22,9 +22,9 @@ class RDrop(Regularizer):
         + \frac\alpha2\bigl[D_{KL}(P_1\Vert P_2)+D_{KL}(P_2\Vert P_1)\bigr]
 
     averaged over the batch (Wu et al., 2021, *R-Drop: Regularized Dropout for Neural Networks*, arXiv 2106.14448).
-    Their eq. 4 has the sum of the two losses, not their mean: twice this loss at twice this :math:`\alpha`. For a
-    regression the mean squared difference takes the place of the divergences, as in the paper. A step takes twice the
-    time.
+    Their eq. 4, and their code for GLUE, have the sum of the two losses, the outline in their repository has the mean,
+    as here: eq. 4 is twice this loss at twice this :math:`\alpha`. For a regression the mean squared difference takes
+    the place of the divergences, as in their code. A step takes twice the time.
 
     Attributes:
         alpha: :math:`\alpha`, at least 0.

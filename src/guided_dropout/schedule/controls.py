@@ -41,7 +41,12 @@ def shuffled(schedule: DropoutSchedule, seed: int = 0) -> DropoutSchedule:
     Args:
         schedule: where the rates come from.
         seed: of NumPy's default generator; the same seed gives the same permutation of the sites.
+
+    Raises:
+        ScheduleError: a seed below 0.
     """
+    if seed < 0:
+        raise ScheduleError(f"seed {seed} of the control shuffled; expected a whole number from 0")
     paths = list(_scored(schedule) or schedule.rates)
     drawn = np.random.default_rng(seed).permutation(len(paths))
     rates = {path: schedule.rates[paths[i]] for path, i in zip(paths, drawn, strict=True)}

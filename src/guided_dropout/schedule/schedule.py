@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import backbone_name, model_identity
+from guided_dropout.identity import backbone_name, in_head, model_identity, weights_digest
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
 from guided_dropout.schedule.shapes import Shape, check_rate, rates_from_scores, shape_name, with_mean
@@ -37,8 +37,8 @@ class DropoutSchedule:
         grouping: how parameters were attributed to sites: ``"owner"`` or ``"dataflow"``.
         upper: highest rate asked for.
         lower: lowest rate asked for.
-        model: what `identity.model_identity` says of that model, and ``"shapes"``: name (relative to the backbone) of
-            each parameter that feeds a site → its shape.
+        model: what `identity.model_identity` says of that model, ``"shapes"``: name (relative to the backbone) of each
+            parameter that feeds a site → its shape, and ``"digest"`` of their values; earlier files have no digest.
         profile: which profile the scores come from; empty where there is none.
         aggregate: how a site's parameters became its score, a key of `AGGREGATES`.
         kinds: path → kind of the site, see `DropoutSite`; empty in files of schema 1, which did not keep it.
@@ -78,6 +78,14 @@ class DropoutSchedule:
     def digest(self) -> str:
         """16 hexadecimal digits that stand for the rates and everything they were made from."""
         return digest(facts_of(self))
+
+    def has_weights_of(self, model: nn.Module) -> bool | None:
+        """Whether `model` has the weights in its backbone that this was made on; None where the schedule does not say.
+
+        Other weights are no error: fine-tuning changes them, and the rates stay what they are.
+        """
+        made_on = self.model.get("digest")
+        return None if made_on is None else made_on == _backbone_digest(model, self.model["shapes"])
 
     @classmethod
     def from_profile(
@@ -272,7 +280,17 @@ def _sites(model: nn.Module, include_head: bool, per_call: bool = False) -> list
 def _model_facts(model: nn.Module, sites: list[DropoutSite], grouping: str) -> dict[str, Any]:
     feeding = {name for site in sites for name in site.parameters_by(grouping)}
     shapes = {backbone_name(model, n): list(p.shape) for n, p in model.named_parameters() if n in feeding}
-    return {**model_identity(model), "shapes": shapes}
+    return {**model_identity(model), "shapes": shapes, "digest": _backbone_digest(model, shapes)}
+
+
+def _backbone_digest(model: nn.Module, names: Collection[str]) -> str:
+    """Of the backbone's parameters of these names, relative to it: the same under another head or with adapters."""
+    found: dict[str, nn.Parameter] = {}
+    for full, parameter in model.named_parameters():
+        name = backbone_name(model, full)
+        if name in names and not in_head(model, full):
+            found.setdefault(name, parameter)  # a layer comes before an adapter's copy of it
+    return weights_digest(found)
 
 
 def _profile_facts(profile: FisherProfile) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.topk import select
 from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.schedule.shapes import check_choice
 from guided_dropout.sites import GROUPINGS, DropoutSite
@@ -32,7 +33,7 @@ class _Measure:
 
     means: Mapping[str, float]
     sizes: Mapping[str, int]
-    values: Callable[[str], torch.Tensor] | None
+    values: Mapping[str, torch.Tensor] | None
     noise: frozenset[str] = frozenset()
 
     def total(self, name: str) -> float:
@@ -43,13 +44,10 @@ class _Measure:
         """How many of the model's top `TOP_FRACTION` of the parameters lie in each tensor."""
         assert self.values is not None
         names = [name for name in self.means if name not in self.noise]
-        size = math.ceil(TOP_FRACTION * sum(self.values(name).numel() for name in names))
-        top = torch.empty(0)
-        for name in names:  # never more than one tensor and the top so far in memory
-            both = torch.cat([top, self.values(name).flatten()])
-            top = both.topk(min(size, both.numel())).values
-        least = top[-1] if len(top) else torch.tensor(math.inf)
-        return {name: int(((v := self.values(name)).ge(least) & v.gt(0)).sum()) for name in names}
+        size = sum(self.sizes[name] for name in names)
+        least = select(self.values, math.ceil(TOP_FRACTION * size) / max(size, 1), exclude=self.noise).threshold
+        # Not the selection's own counts: where values tie, their places must not decide.
+        return {name: int(((v := self.values[name]).ge(least) & v.gt(0)).sum()) for name in names}
 
 
 def _tensor_mean(measure: _Measure, names: Sequence[str]) -> float:
@@ -66,7 +64,7 @@ def _sum(measure: _Measure, names: Sequence[str]) -> float:
 
 def _max(measure: _Measure, names: Sequence[str]) -> float:
     assert measure.values is not None
-    return max(float(measure.values(name).max()) for name in names)
+    return max(float(measure.values[name].max()) for name in names)
 
 
 def _top_share(measure: _Measure, names: Sequence[str]) -> float:
@@ -141,17 +139,29 @@ def weight_scores(
     """
     check_choice("grouping", grouping, GROUPINGS)
     check_choice("aggregate", aggregate, AGGREGATES)
-    weights = {backbone_name(model, name): p.detach() for name, p in model.named_parameters()}
-
-    def squares(name: str) -> torch.Tensor:
-        return weights[name].to("cpu", torch.float64).square()
-
+    squares = _Squares({backbone_name(model, name): p.detach() for name, p in model.named_parameters()})
     measure = _Measure(
-        means={name: float(squares(name).mean()) for name in weights},
-        sizes={name: w.numel() for name, w in weights.items()},
+        means={name: float(values.mean()) for name, values in squares.items()},
+        sizes={backbone_name(model, name): p.numel() for name, p in model.named_parameters()},
         values=squares,
     )
     return {site.path: _score(site, grouping, AGGREGATES[aggregate], measure, model) for site in sites}
+
+
+class _Squares(Mapping[str, torch.Tensor]):
+    """The squares of tensors in float64 on the CPU, each made when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name].to("cpu", torch.float64).square()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
@@ -164,7 +174,7 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
         )
     prefix = profile.model.get("backbone_prefix", "")
     shapes = {relative_name(name, prefix): shape for name, shape in profile.shapes.items()}
-    sizes = {}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     for name, parameter in model.named_parameters():
         name = backbone_name(model, name)
         sizes[name] = parameter.numel()
@@ -177,7 +187,7 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
     return _Measure(
         means={relative_name(name, prefix): mean for name, mean in profile.tensor_means.items()},
         sizes=sizes,
-        values=values.__getitem__ if len(values) == len(profile.tensor_means) else None,
+        values=values if len(values) == len(profile.tensor_means) else None,
         noise=frozenset(relative_name(name, prefix) for name in profile.noise),
     )
 

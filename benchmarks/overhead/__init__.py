@@ -1,0 +1,1 @@
+"""Does guided dropout cost anything?"""

@@ -1,0 +1,77 @@
+"""The digest of weights: the same for the same model, another for another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import classifier_of, language_model
+
+from guided_dropout.identity import weights_digest
+from guided_dropout.schedule import DropoutSchedule
+
+
+def digest_of(model: torch.nn.Module) -> str:
+    return weights_digest(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_the_digest_is_the_models_whatever_its_precision_and_the_order_of_its_parameters(family: str) -> None:
+    digest = digest_of(language_model(family))
+    assert len(digest) == 16
+    assert digest_of(language_model(family)) == digest
+    assert digest_of(language_model(family).double()) == digest
+    assert digest_of(language_model(family).bfloat16()) == digest
+    backwards = dict(reversed(list(language_model(family).named_parameters())))
+    assert weights_digest(backwards) == digest
+    assert digest_of(language_model(family, seed=1)) != digest
+
+
+def test_a_step_of_training_changes_the_digest_and_so_do_a_name_and_a_shape() -> None:
+    model = language_model("bert")
+    before = digest_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    ids = torch.arange(3, 19).reshape(2, 8)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert digest_of(model) != before
+    flat = torch.arange(6.0)
+    digests = {weights_digest({"a": flat}), weights_digest({"b": flat}), weights_digest({"a": flat.reshape(2, 3)})}
+    assert len(digests) == 3
+
+
+def test_any_tensor_has_a_digest() -> None:
+    tensors = {
+        "scalar": torch.tensor(1.0),
+        "empty": torch.empty(0, 3),
+        "whole": torch.arange(5),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+        "large": torch.arange(100_000.0),
+    }
+    digest = weights_digest(tensors)
+    assert weights_digest({name: t.clone() for name, t in tensors.items()}) == digest
+    for name in ("scalar", "whole", "transposed"):
+        assert weights_digest({**tensors, name: tensors[name] + 1}) != digest
+
+
+def test_a_schedule_knows_the_weights_that_it_was_made_on_under_any_head() -> None:
+    model, classifier = language_model("bert"), classifier_of("bert")
+    schedule = DropoutSchedule.uniform(model, 0.1)
+    assert schedule.has_weights_of(model) is True
+    assert schedule.has_weights_of(classifier) is False
+    classifier.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    assert schedule.has_weights_of(classifier) is True
+    with torch.no_grad():
+        classifier.classifier.weight += 1
+        classifier.bert.pooler.dense.weight += 1  # which feeds no site of the backbone
+    assert schedule.has_weights_of(classifier) is True
+    with torch.no_grad():
+        classifier.bert.encoder.layer[1].output.dense.weight *= 1.1
+    assert schedule.has_weights_of(classifier) is False
+
+
+def test_a_schedule_of_an_earlier_version_does_not_say() -> None:
+    model = language_model("bert")
+    schedule = DropoutSchedule.uniform(model, 0.1)
+    facts = {key: value for key, value in schedule.model.items() if key != "digest"}
+    old = DropoutSchedule(**{**vars(schedule), "model": facts})
+    assert old.has_weights_of(model) is None
