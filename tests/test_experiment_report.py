@@ -122,7 +122,7 @@ def test_an_unfinished_experiment_says_so(tmp_path):
 
 def test_the_first_run_of_many_makes_a_report(tmp_path):
     _, text, _ = report(tmp_path, missing=lambda k: (k.seed, k.task, k.arm, k.fraction) != (0, "cola", "dropout", 1.0))
-    assert "1 run of 40" in text
+    assert "1 run of 80" in text
     assert "nothing is compared" in text
 
 
@@ -144,7 +144,7 @@ def test_what_went_wrong_is_counted_and_named(tmp_path):
 
 def test_everything_failed(tmp_path):
     _, text, _ = report(tmp_path, value=lambda k: ValueError(""))
-    assert "| ValueError | 40 |" in text
+    assert "| ValueError | 80 |" in text
 
 
 def test_no_guided_arm(tmp_path):
@@ -158,7 +158,7 @@ def test_all_arms_models_and_fractions(tmp_path):
     analysis, text, _ = report(
         tmp_path, models=["demo", "user_model"], arms=labels, tasks=["cola"], fractions=[1.0, 0.1], seeds=3
     )
-    assert len(analysis.comparisons) == 4 * (len(labels) - 1 + 7)
+    assert len(analysis.comparisons) == 4 * (len(labels) - 1 + 9)
     assert "user\\_model, 10 % of the training data" in text
     for label in labels:
         assert f"| {label} |" in text

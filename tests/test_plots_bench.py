@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from guided_dropout.plots import figure_svg
 from guided_dropout.plots_bench import ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
@@ -14,8 +15,9 @@ def texts(figure):
 
 def overlapping(figure):
     """Pairs of texts that lie on each other, as they are drawn."""
-    figure.draw_without_rendering()
-    renderer = figure._get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
     boxes = [
         (t.get_text(), t.get_window_extent(renderer))
         for t in figure.findobj(lambda a: hasattr(a, "get_text"))
@@ -98,7 +100,7 @@ def test_runs_show_each_run_and_each_difference():
     assert sorted(len(line.get_xdata()) for line in dots) == [2, 8]
     assert [len(line.get_xdata()) for line in values.lines if line.get_marker() == "x" and len(line.get_xdata())] == [2]
     assert {"4 lost", "8 lost", "accuracy of each run", "guided − arm, seed by seed"} <= set(texts(figure))
-    assert sorted(len(line.get_xdata()) for line in differences.lines if line.get_marker() == "o") == [3]
+    assert [len(line.get_xdata()) for line in differences.lines if line.get_marker() == "o" and len(line.get_xdata())] == [3]
     assert overlapping(figure) == []
 
 

@@ -105,7 +105,7 @@ def plot_curves(panels: Mapping[str, Sequence[Curve]], metrics: Mapping[str, str
         for curve in curves:
             color, marker, line = series(labels.index(curve.label))
             emphasis = 1.0 if curve.band else 0.0
-            if curve.band:
+            if curve.band and curve.quartiles:
                 low, high = zip(*curve.quartiles, strict=True)
                 ax.fill_between(curve.fractions, low, high, color=color, alpha=0.15, linewidth=0)
             ax.plot(

@@ -293,7 +293,7 @@ def _what_went_wrong(analysis: Analysis) -> list[Block]:
     rows = []
     for arm in analysis.arms:
         made = by_arm[arm]
-        missing = [] if seeds is None else [f"{seeds * cells - made.total():,}"]
+        missing = [] if seeds is None else [f"{max(0, seeds * cells - made.total()):,}"]
         rows.append([arm, *(f"{made[s]:,}" for s in STATUSES), *missing])
     blocks: list[Block] = [
         Heading("What became of the runs"),

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from guided_dropout.bench.analysis import Analysis
+from guided_dropout.bench.analysis import Analysis, Cell
+from guided_dropout.bench.arms import ArmResult
 from guided_dropout.bench.document import Table
 from guided_dropout.bench.phrases import NOTHING, number, of_the_data
 from guided_dropout.bench.published import PublishedRow, published
+
+
+_MISMATCHED = "accuracy_mismatched"  # MNLI on texts of other kinds than it was trained on
 
 
 @dataclass(frozen=True)
@@ -47,16 +52,15 @@ def _restarts(analysis: Analysis, model: str, fraction: float) -> Restarts | Non
     cells = [analysis.cells[place] for t in analysis.tasks if (place := (model, t, fraction)) in analysis.cells]
     if not cells:
         return None
-    tasks = [cell.task for cell in cells]
-    header = ("arm", "runs", *(f"{c.task} ({(c.metric or NOTHING).replace('_', ' ')})" for c in cells))
+    columns = [column for cell in cells for column in _columns(cell)]
+    tasks = [name for name, _, _ in columns]
+    header = ("arm", "runs", *(f"{name} ({metric.replace('_', ' ')})" for name, metric, _ in columns))
     rows = []
     for arm in analysis.arms:
-        held = [cell.arms.get(arm) for cell in cells]
-        if any(held):
-            made = sorted({0 if a is None else a.made for a in held})
+        made = sorted({held.made if (held := cell.arms.get(arm)) else 0 for cell in cells})
+        if made != [0]:
             runs = f"{made[0]} to {made[-1]}" if len(made) > 1 else str(made[0])
-            summaries = [a and a.summary for a in held]
-            rows.append((arm, runs, *(_pair([s.maximum, s.mean] if s else ()) for s in summaries)))
+            rows.append((arm, runs, *(_pair(values.get(arm, ())) for _, _, values in columns)))
     paper = published()
     beside = paper.beside(analysis.arms, tasks, fraction)
     return Restarts(
@@ -65,6 +69,21 @@ def _restarts(analysis: Analysis, model: str, fraction: float) -> Restarts | Non
               for row in beside),
         _notes(beside, model),
     )  # fmt: skip
+
+
+def _columns(cell: Cell) -> list[tuple[str, str, dict[str, tuple[float, float]]]]:
+    """Name, metric, and maximum and mean by arm: of the task, and of MNLI's other evaluation split."""
+    main = {n: (s.maximum, s.mean) for n, arm in cell.arms.items() if (s := arm.summary)}
+    columns = [(cell.task, cell.metric or NOTHING, main)]
+    other = {n: v for n, arm in cell.arms.items() if (v := _values(arm, _MISMATCHED))}
+    if other:
+        pairs = {n: (max(v), math.fsum(v) / len(v)) for n, v in other.items()}
+        columns.append((f"{cell.task}-mm", cell.metric or NOTHING, pairs))
+    return columns
+
+
+def _values(arm: ArmResult, metric: str) -> list[float]:
+    return [value for r in arm.runs if (value := r.metrics.get(metric)) is not None]
 
 
 def _label(row: PublishedRow) -> str:
