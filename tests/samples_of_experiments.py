@@ -48,7 +48,7 @@ def made(key: RunKey, value: float | None, *, collapsed: bool = False, **changes
 
 def accuracy_like(key: RunKey, effects: Mapping[str, float], spread: float = 0.01) -> float:
     """A metric as a run might have it: the seed moves it more than the arm, and more with less data."""
-    train, evaluation = SIZES.get(key.task, (1000, 500))
+    _, evaluation = SIZES.get(key.task, (1000, 500))
     base = {"cola": 0.55, "mrpc": 0.82, "rte": 0.64, "stsb": 0.86}.get(key.task, 0.8)
     less = 0.12 * (1 - key.fraction) ** 2
     seed = np.random.default_rng([key.seed, len(key.task), round(1000 * key.fraction)])
@@ -68,7 +68,7 @@ def write_experiment(
     fractions: Sequence[float] = (1.0, 0.1),
     seeds: int = 5,
     effects: Mapping[str, float] | None = None,
-    value: Callable[[RunKey], float | None | Exception] | None = None,
+    value: Callable[[RunKey], float | Exception | None] | None = None,
     collapsed: Callable[[RunKey], bool] = lambda key: False,
     missing: Callable[[RunKey], bool] = lambda key: False,
 ) -> Experiment:

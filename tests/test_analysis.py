@@ -1,4 +1,4 @@
-"""From the runs of an experiment to verdicts: which arms are compared, what is corrected, what may be said of guidance."""
+"""From an experiment's runs to verdicts: which arms are compared, what is corrected, what is said of guidance."""
 
 import numpy as np
 import pytest

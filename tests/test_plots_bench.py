@@ -1,29 +1,41 @@
 """The figures of an experiment show the numbers they were given, and no text lies on another."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from guided_dropout.plots import figure_svg
 from guided_dropout.plots_bench import ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
 
 
+def drawn(figure):
+    """The texts that are drawn, and the figure's renderer."""
+    seen, draw = [], Text.draw
+
+    def watched(self, renderer, *args, **options):
+        seen.append(self)
+        return draw(self, renderer, *args, **options)
+
+    canvas = FigureCanvasAgg(figure)
+    with mock.patch.object(Text, "draw", watched):
+        canvas.draw()
+    return [t for t in dict.fromkeys(seen) if t.get_text().strip() and t.get_visible()], canvas.get_renderer()
+
+
 def texts(figure):
-    figure.draw_without_rendering()
-    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")) if t.get_text()]
+    return [t.get_text() for t in drawn(figure)[0]]
 
 
 def overlapping(figure):
-    """Pairs of texts that lie on each other, as they are drawn."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    boxes = [
-        (t.get_text(), t.get_window_extent(renderer))
-        for t in figure.findobj(lambda a: hasattr(a, "get_text"))
-        if t.get_text().strip() and t.get_visible() and t.get_window_extent(renderer).width
-    ]
-    return [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if x.overlaps(y)]
+    """Texts that are cut off, and pairs that lie on each other, as they are drawn."""
+    found, renderer = drawn(figure)
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in found]
+    page = figure.bbox
+    outside = [t for t, b in boxes if b.x0 < -1 or b.y0 < -1 or b.x1 > page.x1 + 1 or b.y1 > page.y1 + 1]
+    return outside + [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[i + 1 :] if x.overlaps(y)]
 
 
 def curve(label, *, band=False, fractions=(0.1, 0.25, 1.0)):
@@ -39,14 +51,17 @@ def test_curves_have_a_panel_a_task_and_a_line_an_arm(number, fractions):
     figure = plot_curves(panels, dict.fromkeys(panels, "matthews_correlation"))
     assert len(figure.axes) == number
     for ax in figure.axes:
-        assert [list(line.get_ydata()) for line in ax.lines] == [list(curve(a, fractions=fractions).means) for a in arms]
+        assert [list(line.get_ydata()) for line in ax.lines] == [
+            list(curve(a, fractions=fractions).means) for a in arms
+        ]
         assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == len(arms)
         assert len(ax.collections) == 1
-        low, high = np.min(ax.collections[0].get_paths()[0].vertices, 0), np.max(
-            ax.collections[0].get_paths()[0].vertices, 0
+        low, high = (
+            np.min(ax.collections[0].get_paths()[0].vertices, 0),
+            np.max(ax.collections[0].get_paths()[0].vertices, 0),
         )
         assert (low[1], high[1]) == pytest.approx((min(curve("x").means) - 0.02, max(curve("x").means) + 0.01))
-    assert {"matthews correlation", "share of the training data", "guided", "100 %"} <= set(texts(figure))
+    assert {"Matthews correlation", "share of the training data", "guided", "100 %"} <= set(texts(figure))
     assert overlapping(figure) == []
 
 
@@ -81,7 +96,9 @@ def test_a_wild_interval_does_not_dwarf_the_others():
 
 
 def test_forest_with_fractions_side_by_side():
-    tasks = {t: [effect(c, 0.01, 0.02) for c in ("dropout", "uniform", "depth-linear")] for t in ("cola", "rte", "mrpc")}
+    tasks = {
+        t: [effect(c, 0.01, 0.02) for c in ("dropout", "uniform", "depth-linear")] for t in ("cola", "rte", "mrpc")
+    }
     figure = plot_forest({f"{n} % of the data": tasks for n in (100, 50, 25, 10)}, arm="guided")
     assert len(figure.axes) == 4
     assert overlapping(figure) == []
@@ -100,7 +117,9 @@ def test_runs_show_each_run_and_each_difference():
     assert sorted(len(line.get_xdata()) for line in dots) == [2, 8]
     assert [len(line.get_xdata()) for line in values.lines if line.get_marker() == "x" and len(line.get_xdata())] == [2]
     assert {"4 lost", "8 lost", "accuracy of each run", "guided − arm, seed by seed"} <= set(texts(figure))
-    assert [len(line.get_xdata()) for line in differences.lines if line.get_marker() == "o" and len(line.get_xdata())] == [3]
+    assert [
+        len(line.get_xdata()) for line in differences.lines if line.get_marker() == "o" and len(line.get_xdata())
+    ] == [3]
     assert overlapping(figure) == []
 
 

@@ -140,7 +140,8 @@ def report(
     ] = None,
 ) -> None:
     """Say what an experiment shows: verdicts, tables, figures; as HTML, Markdown, CSV and LaTeX."""
-    from guided_dropout.bench.experiment_report import claims, report_experiment
+    from guided_dropout.bench.experiment_report import report_experiment
+    from guided_dropout.bench.experiment_verdicts import claims
 
     analysis, files = report_experiment(experiment, out, margin=margin)
     of = "" if analysis.expected is None else f" of {analysis.expected:,}"

@@ -24,7 +24,7 @@ CURVES = len(SERIES)
 _KINDS = {
     "standard": (ORANGE, "D", "standard dropout"),
     "same mean": (BLUE, "o", "a control at the same mean rate"),
-    "other": (INK, "s", "anything else"),
+    "other": (INK, "s", "another arm"),
 }
 _ROW = 0.215  # inches
 
@@ -98,6 +98,7 @@ def plot_curves(panels: Mapping[str, Sequence[Curve]], metrics: Mapping[str, str
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(5.2, 3.15 * columns), 2.5 * rows + 0.75), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # pyright: ignore
     labels = list(dict.fromkeys(c.label for curves in panels.values() for c in curves))
     fractions = sorted({f for curves in panels.values() for c in curves for f in c.fractions})
     for number, (task, curves) in enumerate(panels.items()):
@@ -153,7 +154,7 @@ def plot_forest(
             places[task, label] = y
         y += 1.6
     everything = [e for tasks in columns.values() for effects in tasks.values() for e in effects]
-    limit = _limit(everything, margin)
+    limits = _limits(everything, margin)
     height = _ROW * (y + 0.4) + 1.25
     alone = len(columns) == 1
     figure = Figure(figsize=(7.4 if alone else 1.7 + 2.35 * len(columns), height), layout="constrained")
@@ -162,11 +163,11 @@ def plot_forest(
         _zero(ax, margin)
         for task, effects in tasks.items():
             for effect in effects:
-                _draw_effect(ax, effect, places[task, effect.label], limit, numbers=alone)
-        ax.set_xlim(-limit, limit)
+                _draw_effect(ax, effect, places[task, effect.label], limits, numbers=alone)
+        ax.set_xlim(*limits)
         ax.set_ylim(y - 0.6, -0.8)
         ax.set_title(title, fontsize=9.5, loc="left")
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=5, symmetric=True))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.tick_params(labelsize=8)
         plain(ax)
         ax.grid(axis="y", visible=False)
@@ -192,12 +193,12 @@ def plot_runs(panels: Mapping[str, Sequence[ArmRuns]], *, arm: str | None, metri
     """
     sizes = [len(arms) for arms in panels.values()]
     columns = 1 if arm is None else 2
-    figure = Figure(figsize=(7.6, sum(_ROW * 1.1 * n + 0.42 for n in sizes) + 1.0), layout="constrained")
-    grid = figure.subplots(
-        len(panels), columns, sharex="col", sharey="row", squeeze=False, height_ratios=[n + 0.8 for n in sizes]
-    )
+    figure = Figure(figsize=(7.6, sum(_ROW * 1.1 * n + 0.58 for n in sizes) + 1.0), layout="constrained")
+    grid = figure.subplots(len(panels), columns, sharey="row", squeeze=False, height_ratios=[n + 0.8 for n in sizes])
     for axes, (title, arms) in zip(grid, panels.items(), strict=True):
         values = axes[0]
+        for differences in axes[1:]:
+            differences.sharex(grid[0][1])
         _draw_values(values, arms, arm)
         for differences in axes[1:]:
             _zero(differences, None)
@@ -235,13 +236,16 @@ def _fraction_axis(ax: Axes, fractions: Sequence[float]) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(percent))
 
 
-def _limit(effects: Sequence[Effect], margin: float | None) -> float:
-    """Half the width of the axis: all means fit, and all intervals but those that would dwarf the others."""
-    bounds = sorted(max(abs(low), abs(high)) for low, high in (e.interval for e in effects if e.interval))
-    means = [abs(e.mean) for e in effects if e.mean is not None]
-    typical = 2.5 * bounds[len(bounds) // 2] if bounds else 0.0
-    widest = min(bounds[-1], typical) if bounds else 0.0
-    return 1.08 * max(widest, *means, margin or 0.0, 1e-6) if means else 1.0
+def _limits(effects: Sequence[Effect], margin: float | None) -> tuple[float, float]:
+    """Ends of the axis: all means fit, and all intervals but those that would dwarf the others."""
+    intervals = [e.interval for e in effects if e.interval]
+    means = [e.mean for e in effects if e.mean is not None]
+    reach = sorted(max(abs(low), abs(high)) for low, high in intervals)
+    most = 2.5 * reach[len(reach) // 2] if reach else 0.0
+    held = [0.0, *means, *(m * sign for m in [margin or 0.0] for sign in (-1, 1))]
+    held += [math.copysign(min(abs(bound), most), bound) for bounds in intervals for bound in bounds]
+    room = 0.06 * max(max(held) - min(held), 1e-6)
+    return min(held) - room, max(held) + room
 
 
 def _zero(ax: Axes, margin: float | None) -> None:
@@ -250,13 +254,14 @@ def _zero(ax: Axes, margin: float | None) -> None:
     ax.axvline(0, color=INK, linewidth=0.9, zorder=1)
 
 
-def _draw_effect(ax: Axes, effect: Effect, y: float, limit: float, *, numbers: bool) -> None:
+def _draw_effect(ax: Axes, effect: Effect, y: float, limits: tuple[float, float], *, numbers: bool) -> None:
     color, marker, _ = _KINDS[effect.kind]
     if effect.interval is not None:
         low, high = effect.interval
-        ax.hlines(y, max(low, -limit), min(high, limit), color=color, linewidth=1.5, zorder=2)
-        for bound, edge, arrow in ((low, -limit, "<"), (high, limit, ">")):
-            if abs(bound) > limit and bound * edge > 0:
+        left, right = limits
+        ax.hlines(y, max(low, left), min(high, right), color=color, linewidth=1.5, zorder=2)
+        for beyond, edge, arrow in ((low < left, left, "<"), (high > right, right, ">")):
+            if beyond:
                 ax.plot(edge, y, marker=arrow, color=color, markersize=5, clip_on=False, zorder=3)
     if effect.mean is not None:
         face = color if effect.decided else "white"
@@ -278,7 +283,7 @@ def _draw_values(ax: Axes, arms: Sequence[ArmRuns], guided: str | None) -> None:
         ax.plot(fine, y + _spread(fine), "o", markersize=3.6, color=GREY, markerfacecolor="white", markeredgewidth=0.8)
         ax.plot(runs.collapsed, y + _spread(runs.collapsed), "x", markersize=4, color=INK, markeredgewidth=1)
         if runs.values:
-            color = BLUE if runs.label == guided else ORANGE
+            color = BLUE if runs.label == guided else INK
             ax.vlines(float(np.mean(runs.values)), y - 0.36, y + 0.36, color=color, linewidth=2.4, zorder=4)
         if runs.lost:
             ax.annotate(
@@ -316,30 +321,42 @@ def _spread(values: Sequence[float]) -> np.ndarray:
     return places
 
 
-def _effect_legend(figure: Figure, effects: Sequence[Effect]) -> None:
-    handles = [
-        Line2D([], [], color=color, marker=marker, markersize=5.5, markerfacecolor="white", label=f"against {name}")
+def _kind_handles(effects: Sequence[Effect], words: str) -> list[Line2D]:
+    return [
+        Line2D([], [], color=color, marker=marker, markersize=5.5, markerfacecolor="white", label=f"{words} {name}")
         for kind, (color, marker, name) in _KINDS.items()
         if any(e.kind == kind for e in effects)
     ]
+
+
+def _effect_legend(figure: Figure, effects: Sequence[Effect]) -> None:
+    handles = _kind_handles(effects, "against")
     handles.append(Line2D([], [], color=GREY, marker="o", markersize=5.5, label="filled: helps or hurts"))
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8.5)
 
 
 def _runs_legend(figure: Figure, panels: Mapping[str, Sequence[ArmRuns]]) -> None:
+    rows = [runs for arms in panels.values() for runs in arms]
     handles = [
-        Line2D([], [], color=GREY, marker="o", markersize=4, markerfacecolor="white", linestyle="none", label="a run"),
-        Line2D([], [], color=ORANGE, linewidth=2.4, label="mean of the arm"),
-        Line2D([], [], color=BLUE, marker="o", markersize=5, markerfacecolor="white", label="mean difference, interval"),
+        Line2D([], [], color=GREY, marker="o", markersize=4, markerfacecolor="white", linestyle="none", label="a run")
     ]
-    if any(runs.collapsed for arms in panels.values() for runs in arms):
-        cross = Line2D([], [], color=INK, marker="x", markersize=4.5, linestyle="none", label="a collapsed run")
-        handles.insert(1, cross)
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8.5)
+    if any(runs.collapsed for runs in rows):
+        handles.append(Line2D([], [], color=INK, marker="x", markersize=4.5, linestyle="none", label="a collapsed run"))
+    handles.append(Line2D([], [], color=INK, linewidth=2.4, label="mean of an arm"))
+    handles += _kind_handles([runs.effect for runs in rows if runs.effect], "difference to")
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8.5)
+
+
+_NAMES = {
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's ρ",
+    "f1": "F1",
+}
 
 
 def _words(metric: str) -> str:
-    return metric.replace("_", " ")
+    return _NAMES.get(metric, metric.replace("_", " "))
 
 
 def _signed(x: float) -> str:

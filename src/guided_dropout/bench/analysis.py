@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from guided_dropout.bench import controls
-from guided_dropout.bench.arms import ArmComparison, ArmResult, compare_arms, compare_pairs, group_by_arm
+from guided_dropout.bench.arms import ArmComparison, ArmResult, Pairs, compare_arms, compare_pairs, group_by_arm
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.grid import Grid
 from guided_dropout.bench.stats import UNDECIDED, holm
@@ -123,6 +123,12 @@ class Analysis:
     expected: int | None
     margin: float | None
     confidence: float
+
+    @property
+    def main(self) -> str | None:
+        """The guided arm that figures are about: plain ``guided``, else the first that was compared."""
+        compared = dict.fromkeys(c.pair.a for c in self.comparisons)
+        return next((a for a in compared if controls.name_of(a) == "guided"), next(iter(compared), None))
 
 
 def analyse(
@@ -242,7 +248,7 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
     )  # fmt: skip
 
 
-def _averaged(tasks: Sequence) -> dict[Seeds, tuple[float, float]]:
+def _averaged(tasks: Sequence[Pairs]) -> dict[Seeds, tuple[float, float]]:
     shared = [s for s in tasks[0] if all(s in pairs for pairs in tasks)]
     return {s: (_mean([p[s][0] for p in tasks]), _mean([p[s][1] for p in tasks])) for s in shared}
 
@@ -258,9 +264,7 @@ def _guidance(comparisons: Sequence[Comparison]) -> list[Guidance]:
     return [_judged(*place, comparisons) for place, comparisons in families.items()]
 
 
-def _judged(
-    model: str, task: str | None, fraction: float, guided: str, comparisons: Sequence[Comparison]
-) -> Guidance:
+def _judged(model: str, task: str | None, fraction: float, guided: str, comparisons: Sequence[Comparison]) -> Guidance:
     fair = [c for c in comparisons if c.same_mean and c.pair.statistics is not None]
     by_verdict: dict[str, tuple[str, ...]] = {}
     for c in fair:

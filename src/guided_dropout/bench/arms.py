@@ -85,8 +85,8 @@ class ArmComparison:
         a: the arm in question.
         b: its control.
         statistics: of the seeds that both have a metric for; None where there are none.
-        with_lost: likewise, with each lost run at the worst metric of the two arms, wherever the other arm has a metric;
-            None where nothing is lost.
+        with_lost: likewise, with each lost run at the worst metric of the two arms, where the other arm has one; None
+            where nothing is lost.
         lost: diverged and failed runs of `a`, and of `b`.
         left_out: seeds of either arm that could not be paired.
         better: share of seeds in which a is better, ties counted half and a diverged run as worse than any metric; None

@@ -65,8 +65,8 @@ def role(guided: str, control: str) -> str:
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """All (guided arm, control) to compare among `arms`, the controls in the order of what they are for.
 
-    An arm with parameters of its own (``guided-l2-sp:alpha=0.1``) is compared with the controls that have the same, where
-    there are some.
+    An arm with parameters of its own (``guided-l2-sp:alpha=0.1``) is compared with the controls that have the same,
+    where there are some.
     """
     found = []
     for guided in (a for a in arms if name_of(a) in GUIDED):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from guided_dropout.bench import controls
@@ -18,12 +19,6 @@ _COLUMNS = 4  # fractions side by side
 _ROWS = 44  # rows in a figure
 
 
-def main_arm(analysis: Analysis) -> str | None:
-    """The guided arm that the figures are about: the first one."""
-    guided = dict.fromkeys(c.pair.a for c in analysis.comparisons)
-    return next((a for a in guided if controls.name_of(a) == "guided"), next(iter(guided), None))
-
-
 def curves(analysis: Analysis) -> list[Block]:
     """The metric over the fractions, as in the paper's Figure 4; nothing where there is one fraction."""
     if len(analysis.fractions) < 2:
@@ -31,8 +26,8 @@ def curves(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = [
         Heading("Much and little training data"),
         Paragraph(
-            "Lines are means over the runs, bands the quartiles, as in Figure 4 of the paper. Bands are drawn for the arms "
-            "with a heavy line alone."
+            "Lines are means over the runs, bands the quartiles, as in Figure 4 of the paper. Bands are drawn for "
+            "arms with a heavy line alone."
         ),
     ]
     for model in analysis.models:
@@ -40,7 +35,7 @@ def curves(analysis: Analysis) -> list[Block]:
             panels, metrics = {}, {}
             for task in analysis.tasks:
                 cells = [c for f in analysis.fractions if (c := analysis.cells.get((model, task, f)))]
-                lines = [_curve(cells, arm, arm in arms[:3]) for arm in arms]
+                lines = [_curve(cells, arm, len(arms) <= 3 or arm in arms[:2]) for arm in arms]
                 if any(line.means for line in lines):
                     panels[task] = lines
                     metrics[task] = next(c.metric for c in cells if c.metric)
@@ -58,7 +53,7 @@ def curves(analysis: Analysis) -> list[Block]:
 
 def forests(analysis: Analysis) -> list[Block]:
     """The main guided arm against its controls, and against other regularizers."""
-    main = main_arm(analysis)
+    main = analysis.main
     held = [c for c in (*analysis.comparisons, *analysis.overall) if c.pair.a == main]
     if main is None or not any(c.pair.statistics for c in held):
         return []
@@ -66,13 +61,7 @@ def forests(analysis: Analysis) -> list[Block]:
     for model in analysis.models:
         for name, others in (("controls", False), ("regularizers", True)):
             about = [c for c in held if c.model == model and (c.role == controls.OTHER) == others]
-            for number, (fractions, tasks) in enumerate(_forest_parts(analysis, about)):
-                columns = {
-                    f"{100 * f:g} % of the data": {
-                        t or OVERALL: [_effect(c) for c in about if (c.task, c.fraction) == (t, f)] for t in tasks
-                    }
-                    for f in fractions
-                }
+            for number, columns in enumerate(_forest_parts(analysis, about, main)):
                 what = "other regularizers" if others else "standard dropout, its controls and no dropout"
                 blocks.append(
                     _picture(
@@ -89,7 +78,7 @@ def forests(analysis: Analysis) -> list[Block]:
 
 def run_by_run(analysis: Analysis) -> list[Block]:
     """Each run, and each difference, task by task."""
-    main = main_arm(analysis)
+    main = analysis.main
     by_place: dict[Any, list[Comparison]] = {}
     for c in analysis.comparisons:
         if c.pair.a == main:
@@ -110,8 +99,9 @@ def run_by_run(analysis: Analysis) -> list[Block]:
                         plot_runs(part, arm=main, metric=metric),
                         f"runs-{model}-{task}-{number + 1}",
                         f"{model}, {task}: the metric of each run by arm, and the differences seed by seed",
-                        f"{task}, {model}. Left: each run; the dashed line is the mean of {main}. Right: {main} − that arm for "
-                        f"each seed, with the mean and its {analysis.confidence:.0%} interval; filled where it helps or hurts."
+                        f"{task}, {model}. Left: each run; the dashed line is the mean of {main}. Right: {main} − that "
+                        f"arm for each seed, with the mean and its {analysis.confidence:.0%} interval; filled where it "
+                        "helps or hurts."
                         if main
                         else f"{task}, {model}: each run.",
                     )
@@ -121,7 +111,7 @@ def run_by_run(analysis: Analysis) -> list[Block]:
 
 def _groups(analysis: Analysis) -> list[list[str]]:
     """Arms that share a figure: the main one and standard dropout in each, as many others as stay readable."""
-    main = main_arm(analysis)
+    main = analysis.main
     fixed = [a for a in dict.fromkeys([main, "dropout"]) if a in analysis.arms]
     others = [a for a in analysis.arms if a not in fixed]
     if len(analysis.arms) <= CURVES:
@@ -153,15 +143,28 @@ def _effect(c: Comparison) -> Effect:
 
 
 def _forest_parts(
-    analysis: Analysis, about: Sequence[Comparison]
-) -> Iterator[tuple[list[float], list[str | None]]]:
-    """Fractions and tasks that fit into one figure."""
+    analysis: Analysis, about: Sequence[Comparison], main: str
+) -> Iterator[dict[str, dict[str, list[Effect]]]]:
+    """Columns → tasks → rows, as many as fit a figure: a column a fraction, or a control if fractions are many."""
     fractions = [f for f in analysis.fractions if any(c.fraction == f for c in about)]
+    names = list(dict.fromkeys(c.pair.b for c in about))
+    turned = len(fractions) > _COLUMNS
     tasks = [t for t in (*analysis.tasks, None) if any(c.task == t for c in about)]
-    rows = [len({c.pair.b for c in about if c.task == t}) + 2 for t in tasks]
-    for i in range(0, len(fractions), _COLUMNS):
+    heads: list[Any] = names if turned else fractions
+    rows = [len(fractions if turned else names) + 2] * len(tasks)
+    for i in range(0, len(heads), _COLUMNS):
         for part in _cut(dict.fromkeys(tasks), rows):
-            yield fractions[i : i + _COLUMNS], list(part)
+            yield {
+                f"{main} − {head}" if turned else f"{100 * head:g} % of the data": {
+                    t or OVERALL: [
+                        replace(_effect(c), label=f"{100 * c.fraction:g} %") if turned else _effect(c)
+                        for c in about
+                        if c.task == t and head == (c.pair.b if turned else c.fraction)
+                    ]
+                    for t in part
+                }
+                for head in heads[i : i + _COLUMNS]
+            }
 
 
 def _arm_runs(cell: Cell, main: str | None, by_place: dict[Any, list[Comparison]]) -> list[ArmRuns]:

@@ -156,4 +156,3 @@ def _lost(comparison: ArmComparison) -> str:
     if s.t_interval is None:
         return f"{text}; with them at the worst metric of the two arms, the mean is {signed(s.mean)}."
     return f"{text}; with them at the worst metric of the two arms, the interval is {interval(s.t_interval, '+.4f')}."
-

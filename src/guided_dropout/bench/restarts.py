@@ -13,7 +13,6 @@ from guided_dropout.bench.document import Table
 from guided_dropout.bench.phrases import NOTHING, number, of_the_data
 from guided_dropout.bench.published import PublishedRow, published
 
-
 _MISMATCHED = "accuracy_mismatched"  # MNLI on texts of other kinds than it was trained on
 
 

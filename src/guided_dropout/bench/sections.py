@@ -51,16 +51,18 @@ def difference_table(head: Sequence[str], rows: Sequence[Difference], confidence
 def how_to_read(*, corrected: bool = False) -> Paragraph:
     """What the columns of `difference_table` mean, as far as their names do not say it."""
     several = (
-        " Holm: the p value before it, corrected for the tasks that this pair of arms was compared on." if corrected else ""
+        " Holm: the p value before it, corrected for the tasks that this pair of arms was compared on."
+        if corrected
+        else ""
     )
     return Paragraph(
         "The verdict follows the t interval; the bootstrap's is too narrow with so few seeds and is given for "
         "comparison. Pairs are seeds for which both arms have a metric. Lost: runs of the first and of the second arm "
         "that diverged or failed; a verdict must also hold with each of them at the worst metric of the two arms, so "
-        "that an arm does not gain by losing its bad runs. Better in: share of the seeds in which the first arm is better, "
-        "ties counted half, a diverged run as worse than any metric. P(X > Y): the same over all pairs of runs, whatever "
-        f"their seeds (Agarwal et al. 2021).{several} Detectable is the true mean difference that this many seeds, with "
-        "this spread, would find in 80 % of experiments."
+        "that an arm does not gain by losing its bad runs. Better in: share of the seeds in which the first arm "
+        "is better, ties counted half, a diverged run as worse than any metric. P(X > Y): the same over all pairs of "
+        f"runs, whatever their seeds (Agarwal et al. 2021).{several} Detectable is the true mean difference that this "
+        "many seeds, with this spread, would find in 80 % of experiments."
     )
 
 
@@ -134,5 +136,6 @@ def _figures(row: Difference, corrected: bool) -> list[str]:
 
 def facts_line(facts: Mapping[str, Any]) -> str:
     """Nested facts as one line: ``"epochs 3, batch_size 16"``."""
-    return ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items())
-
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+    )
