@@ -127,6 +127,31 @@ def run(
     console.print(out)
 
 
+@bench_app.command()
+def report(
+    experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bench run` wrote, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report. [default: DIR/report]")] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest difference that does not matter, in the metric's unit, such as 0.01; without it, `no "
+            "difference` is never claimed."
+        ),
+    ] = None,
+) -> None:
+    """Say what an experiment shows: verdicts, tables, figures; as HTML, Markdown, CSV and LaTeX."""
+    from guided_dropout.bench.experiment_report import report_experiment
+    from guided_dropout.bench.experiment_verdicts import claims
+
+    analysis, files = report_experiment(experiment, out, margin=margin)
+    of = "" if analysis.expected is None else f" of {analysis.expected:,}"
+    console.print(f"{len(analysis.runs):,}{of} runs", highlight=False)
+    for claim in claims(analysis):
+        console.print(claim, highlight=False, markup=False)
+    for file in files:
+        console.print(file)
+
+
 def _recipe(
     name: str | None,
     tasks: Sequence[str],

@@ -1,8 +1,7 @@
-"""Figures. The only file that imports matplotlib; it keeps no global state and needs no display.
+"""Figures, on matplotlib; no global state, no display needed.
 
 Each ``plot_…`` draws on the ``ax`` it is given, or on a new figure of its own, and returns the `Axes`; its
-`figure_of` can be saved or handed to `figure_svg`. Colours are Okabe and Ito's, told apart by the colour-blind and,
-with the marks and hatches, in grey.
+`figure_of` can be saved or handed to `figure_svg`. Colours and lines: `plots_style`.
 """
 
 from __future__ import annotations
@@ -25,18 +24,10 @@ from guided_dropout.artefacts import staged_file
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
+from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, new_axes, percent, plain, series
 from guided_dropout.schedule import DropoutSchedule, rates_from_scores
 from guided_dropout.schedule.places import by_role, place_of
 
-_BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#8a8a8a"
-_SERIES = tuple(
-    zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222"),
-        "osD^vPX",
-        ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3))),
-        strict=True,
-    )
-)
 _KINDS = {"module": ("#56B4E9", ""), "attention": ("#F0E442", "////"), "attribute": ("#CC79A7", "xx")}
 
 
@@ -47,25 +38,25 @@ def plot_spectrum(profile: FisherProfile, ax: Axes | None = None) -> Axes:
         profile: of any size; it is binned, not sorted (see `fisher.spectrum`).
         ax: where to draw; a new figure if None.
     """
-    ax = ax or _new_axes(6.4, 3.8)
+    ax = ax or new_axes(6.4, 3.8)
     s = spectrum(profile)
     share = s.counts / s.num_parameters
-    ax.loglog(share, s.values, color=_BLUE, linewidth=1.8)
+    ax.loglog(share, s.values, color=BLUE, linewidth=1.8)
     top = s.top_share(0.01)
-    ax.axvspan(share[0], 0.01, color=_BLUE, alpha=0.12, linewidth=0)
-    ax.axvline(0.01, color=_GREY, linewidth=1, linestyle="--")
+    ax.axvspan(share[0], 0.01, color=BLUE, alpha=0.12, linewidth=0)
+    ax.axvline(0.01, color=GREY, linewidth=1, linestyle="--")
     ax.annotate(
         f"the top 1 % of the parameters\nholds {100 * top:.0f} % of the total",
         xy=(0.01, 0.06), xycoords=ax.get_xaxis_transform(), xytext=(-8, 0), textcoords="offset points",
-        ha="right", va="bottom", fontsize=9, color=_INK,
+        ha="right", va="bottom", fontsize=9, color=INK,
     )  # fmt: skip
     ax.set_xlim(share[0], 1)
-    ax.xaxis.set_major_formatter(FuncFormatter(_percent))
+    ax.xaxis.set_major_formatter(FuncFormatter(percent))
     ax.set_xlabel("share of the parameters, largest Fisher value first")
     ax.set_ylabel("Fisher value (nats² / unit²)")
     zeros = f", {100 * s.num_zeros / s.num_parameters:.1f} % of them exactly 0" if s.num_zeros else ""
     ax.set_title(f"{s.num_parameters:,} parameters{zeros}", fontsize=10, loc="left")
-    _plain(ax)
+    plain(ax)
     return ax
 
 
@@ -77,22 +68,22 @@ def plot_layers(table: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> A
             was scheduled the rate that the model has now is shown.
         ax: where to draw; a new figure of fitting height if None.
     """
-    ax = ax or _new_axes(7.2, 1.3 + 0.24 * len(table))
+    ax = ax or new_axes(7.2, 1.3 + 0.24 * len(table))
     rows = np.arange(len(table))
     scored = [row["score"] for row in table if row["score"]]
     floor = min(scored, default=1.0) / 3
     for y, row in enumerate(table):
         color, hatch = _KINDS[row["kind"]]
         if row["score"]:
-            ax.barh(y, row["score"] - floor, left=floor, color=color, hatch=hatch, edgecolor=_INK, linewidth=0.6)
+            ax.barh(y, row["score"] - floor, left=floor, color=color, hatch=hatch, edgecolor=INK, linewidth=0.6)
         else:
-            ax.text(0.02, y, "no score", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=_GREY)
+            ax.text(0.02, y, "no score", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
     ax.set_xscale("log")
     ax.set_xlim(left=floor)
     ax.set_ylim(len(table) - 0.4, -0.6)
     ax.set_yticks(rows, _short([row["path"] for row in table]), fontsize=8)
     ax.set_xlabel("Fisher score (nats² / unit²)")
-    _plain(ax)
+    plain(ax)
     ax.grid(axis="y", visible=False)
     _kind_legend(ax, [row["kind"] for row in table])
     _rate_panel(ax, rows, [_shown_rate(row) for row in table])
@@ -109,20 +100,20 @@ def plot_schedule(schedule: DropoutSchedule, ax: Axes | None = None) -> Axes:
     paths = list(schedule.rates)
     roles = by_role(paths)
     columns = 2 if len(roles) > 6 and len(paths) > 30 else 1
-    ax = ax or _new_axes(min(4.2 + 0.12 * len(paths), 14), 3.2 + 0.17 * len(roles) / columns)
+    ax = ax or new_axes(min(4.2 + 0.12 * len(paths), 14), 3.2 + 0.17 * len(roles) / columns)
     prefix = schedule.model.get("backbone_prefix", "")
     for number, (role, members) in enumerate(roles.items()):
-        color, marker, line = _series(number)
+        color, marker, line = series(number)
         kinds = dict.fromkeys(schedule.kinds[path] for path in members if path in schedule.kinds)
         ax.plot(
             [paths.index(path) for path in members], [schedule.rates[path] for path in members],
             color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=5.5,
             label=role.removeprefix(prefix) + (f" ({', '.join(kinds)})" if kinds else ""),
         )  # fmt: skip
-    ax.axhline(schedule.mean_rate, color=_GREY, linewidth=1, zorder=1)
+    ax.axhline(schedule.mean_rate, color=GREY, linewidth=1, zorder=1)
     ax.annotate(
         f"mean {schedule.mean_rate:.4g}", (1, schedule.mean_rate), xycoords=ax.get_yaxis_transform(),
-        xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=_INK, annotation_clip=False,
+        xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK, annotation_clip=False,
     )  # fmt: skip
     layers = [place_of(path).layer for path in paths]
     starts = [i for i, layer in enumerate(layers) if layer is not None and (i == 0 or layers[i - 1] != layer)]
@@ -131,7 +122,7 @@ def plot_schedule(schedule: DropoutSchedule, ax: Axes | None = None) -> Axes:
     ax.set_ylabel("dropout rate")
     ax.set_ylim(bottom=-0.03 * max(*schedule.rates.values(), 0.01))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=8, handlelength=3.5)
-    _plain(ax)
+    plain(ax)
     return ax
 
 
@@ -147,11 +138,11 @@ def plot_shapes(
         shapes: as for `rates_from_scores`.
         ax: where to draw; a new figure if None.
     """
-    ax = ax or _new_axes(6.8, 3.8)
+    ax = ax or new_axes(6.8, 3.8)
     ranked = sorted(scores, key=scores.__getitem__)
     for number, shape in enumerate(shapes):
         rates = rates_from_scores(scores, shape=shape)
-        color, marker, line = _series(number)
+        color, marker, line = series(number)
         ax.plot(
             [rates[path] for path in ranked], color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=4.5,
             label=shape,
@@ -160,7 +151,7 @@ def plot_shapes(
     ax.set_xlabel("site k, in ascending order of its score")
     ax.set_ylabel("dropout rate")
     ax.legend(loc="upper right", frameon=False, fontsize=9, handlelength=3.5)
-    _plain(ax)
+    plain(ax)
     return ax
 
 
@@ -173,18 +164,18 @@ def plot_paired(results: Sequence[Any], ax: Axes | None = None) -> Axes:
         ax: where to draw; a new figure if None.
     """
     arms = list(dict.fromkeys(r.arm for r in results))
-    ax = ax or _new_axes(1.6 + 1.5 * len(arms), 3.8)
+    ax = ax or new_axes(1.6 + 1.5 * len(arms), 3.8)
     values = {(r.arm, r.seeds): np.nan if r.value is None else r.value for r in results}
     for seed in dict.fromkeys(r.seeds for r in results):
         line = [values.get((arm, seed), np.nan) for arm in arms]
-        ax.plot(line, color=_GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", zorder=2)
+        ax.plot(line, color=GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", zorder=2)
     for x, arm in enumerate(arms):
         held = [v for (a, _), v in values.items() if a == arm and np.isfinite(v)]
         if held:
             mean = float(np.mean(held))
-            ax.hlines(mean, x - 0.22, x + 0.22, color=_ORANGE, linewidth=3, zorder=3)
+            ax.hlines(mean, x - 0.22, x + 0.22, color=ORANGE, linewidth=3, zorder=3)
             ax.annotate(
-                f"{mean:.3f}", (x + 0.24, mean), fontsize=9, va="center", color=_ORANGE, zorder=4,
+                f"{mean:.3f}", (x + 0.24, mean), fontsize=9, va="center", color=ORANGE, zorder=4,
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.6},
             )  # fmt: skip
     ax.set_xticks(range(len(arms)), arms)
@@ -192,11 +183,11 @@ def plot_paired(results: Sequence[Any], ax: Axes | None = None) -> Axes:
     ax.set_ylabel(results[0].metric if results else "metric")
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6))
     handles = [
-        Line2D([], [], color=_GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", label="one seed"),
-        Line2D([], [], color=_ORANGE, linewidth=3, label="mean"),
+        Line2D([], [], color=GREY, linewidth=0.9, marker="o", markersize=5, markerfacecolor="white", label="one seed"),
+        Line2D([], [], color=ORANGE, linewidth=3, label="mean"),
     ]
     ax.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize=9)
-    _plain(ax)
+    plain(ax)
     ax.grid(axis="x", visible=False)
     return ax
 
@@ -234,27 +225,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
-def _series(number: int) -> tuple[str, str, Any]:
-    """Colour, marker and line of a series; the three part ways from the eighth on, so that pairs stay distinct."""
-    lap, place = divmod(number, len(_SERIES))
-    color, _, line = _SERIES[place]
-    return color, _SERIES[(place + lap) % len(_SERIES)][1], line
-
-
-def _new_axes(width: float, height: float) -> Axes:
-    return Figure(figsize=(width, height), layout="constrained").add_subplot()
-
-
-def _percent(x: float, _: Any) -> str:
-    return f"{100 * x:.8f}".rstrip("0").rstrip(".") + " %"
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(visible=True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
-
-
 def _short(paths: Sequence[str]) -> list[str]:
     """The paths without the leading parts that all of them share."""
     parts = [p.split(".") for p in paths]
@@ -269,7 +239,7 @@ def _shown_rate(row: Mapping[str, Any]) -> float:
 
 def _kind_legend(ax: Axes, kinds: Sequence[str]) -> None:
     handles = [
-        Patch(facecolor=color, hatch=hatch, edgecolor=_INK, linewidth=0.6, label=kind)
+        Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.6, label=kind)
         for kind, (color, hatch) in _KINDS.items()
         if kind in kinds
     ]
@@ -278,11 +248,11 @@ def _kind_legend(ax: Axes, kinds: Sequence[str]) -> None:
 
 def _rate_panel(ax: Axes, rows: np.ndarray, rates: Sequence[float]) -> None:
     panel = make_axes_locatable(ax).append_axes("right", size="34%", pad=0.4, sharey=ax)
-    panel.hlines(rows, 0, rates, color=_ORANGE, linewidth=1)
-    panel.plot(rates, rows, "D", color=_ORANGE, markersize=4.5, clip_on=False)
+    panel.hlines(rows, 0, rates, color=ORANGE, linewidth=1)
+    panel.plot(rates, rows, "D", color=ORANGE, markersize=4.5, clip_on=False)
     panel.set_xlim(0, max([*rates, 0.01]) * 1.08)
     panel.tick_params(axis="y", length=0, labelleft=False)
     panel.xaxis.set_major_locator(MaxNLocator(nbins=3))
-    panel.xaxis.set_major_formatter(FuncFormatter(_percent))
+    panel.xaxis.set_major_formatter(FuncFormatter(percent))
     panel.set_xlabel("dropout rate")
-    _plain(panel)
+    plain(panel)

@@ -1,82 +1,193 @@
-"""Many runs → arms and paired comparisons: which runs belong together, and which are left out."""
+"""The runs of one task → arms and paired comparisons: which runs belong together, and what became of the others.
+
+A run is *lost* if it gave no metric: it *diverged* (an outcome of the arm) or *failed* (an error, whose fault is open).
+A comparison is made of the seeds for which both arms have a metric. That alone would favour an arm that loses its worst
+runs, so a verdict must also hold once every lost run stands in at the worst metric of the two arms. Runs that
+*collapsed* (one class for everything) have a metric and count like any other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from guided_dropout.bench.stats import ArmSummary, PairedComparison, paired_comparison, summarise
+from guided_dropout.bench.stats import (
+    UNDECIDED,
+    ArmSummary,
+    PairedComparison,
+    paired_comparison,
+    probability_of_improvement,
+    summarise,
+    verdict,
+)
 from guided_dropout.errors import DataError
-from guided_dropout.results import RunResult
+from guided_dropout.results import RunResult, Seeds
+
+STATUSES = ("ok", "collapsed", "diverged", "failed")
+Pairs = Mapping[Seeds, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm of an experiment.
+    """One arm of an experiment on one task.
 
     Attributes:
         name: the arm.
-        runs: its runs, in the order given.
+        runs: its results, in the order given.
         summary: of the runs that have a metric; None if none has.
+        failed: seeds of the runs that ended in an error.
     """
 
     name: str
     runs: tuple[RunResult, ...]
     summary: ArmSummary | None
+    failed: tuple[Seeds, ...] = ()
+
+    @property
+    def values(self) -> dict[Seeds, float]:
+        """The metric of each run that has one."""
+        return {r.seeds: r.value for r in self.runs if r.value is not None}
 
     @property
     def diverged(self) -> int:
-        """Runs without a metric."""
+        """Runs without a metric, because a loss became infinite or NaN."""
         return sum(run.value is None for run in self.runs)
 
     @property
     def collapsed(self) -> int:
-        """Runs that predict one class for everything."""
-        return sum(run.collapsed for run in self.runs)
+        """Runs with a metric that predict one class for everything."""
+        return sum(run.collapsed and run.value is not None for run in self.runs)
+
+    @property
+    def made(self) -> int:
+        """All runs, whatever became of them."""
+        return len(self.runs) + len(self.failed)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of runs by status; ``ok`` are those that neither collapsed nor were lost."""
+        ok = len(self.runs) - self.diverged - self.collapsed
+        counts = (ok, self.collapsed, self.diverged, len(self.failed))
+        return dict(zip(STATUSES, counts, strict=True))
+
+    @property
+    def mean_rate(self) -> float | None:
+        """Mean dropout rate of its runs."""
+        return self.runs[0].rates["mean"] if self.runs else None
 
 
 @dataclass(frozen=True)
 class ArmComparison:
-    """Arm a − arm b over the seeds that both have a metric for.
+    """Arm a − arm b, seed by seed.
 
     Attributes:
         a: the arm in question.
         b: its control.
-        statistics: None where no seed has both.
+        statistics: of the seeds that both have a metric for; None where there are none.
+        with_lost: likewise, with each lost run at the worst metric of the two arms, where the other arm has one; None
+            where nothing is lost.
+        lost: diverged and failed runs of `a`, and of `b`.
         left_out: seeds of either arm that could not be paired.
+        better: share of seeds in which a is better, ties counted half and a diverged run as worse than any metric; None
+            where no seed has two runs that did not fail.
+        probability: `stats.probability_of_improvement` of all runs that did not fail, diverged ones as worst.
+        pairs: the metrics of both arms by seed, behind `statistics`.
+        filled: likewise, behind `with_lost`; equal to `pairs` where nothing is lost.
     """
 
     a: str
     b: str
     statistics: PairedComparison | None
+    with_lost: PairedComparison | None
+    lost: tuple[int, int]
     left_out: int
+    better: float | None
+    probability: float | None
+    pairs: Pairs = field(repr=False)
+    filled: Pairs = field(repr=False)
+
+    def verdict(self, margin: float | None = None) -> str:
+        """`stats.verdict`, which must hold both without the lost runs and with them at their worst."""
+        if self.statistics is None:
+            return UNDECIDED
+        ruling = verdict(self.statistics, margin=margin)
+        if self.with_lost is not None and verdict(self.with_lost, margin=margin) != ruling:
+            return UNDECIDED
+        return ruling
 
 
-def group_by_arm(results: Sequence[RunResult], *, confidence: float = 0.95) -> list[ArmResult]:
+def group_by_arm(
+    results: Sequence[RunResult], *, failed: Mapping[str, Sequence[Seeds]] | None = None, confidence: float = 0.95
+) -> list[ArmResult]:
     """The runs by arm, in the order of each arm's first run.
+
+    Args:
+        results: what the runs gave.
+        failed: seeds of the runs that gave nothing, by arm.
+        confidence: of the intervals.
 
     Raises:
         DataError: no runs, runs of different tasks, metrics or recipes, or an arm with two runs of the same seeds.
     """
-    check_comparable(results)
+    failed = failed or {}
+    if not failed or results:
+        check_comparable(results)
     arms = []
-    for name in dict.fromkeys(r.arm for r in results):
+    for name in dict.fromkeys([*(r.arm for r in results), *failed]):
         runs = tuple(r for r in results if r.arm == name)
         values = [r.value for r in runs if r.value is not None]
-        arms.append(ArmResult(name, runs, summarise(values, confidence=confidence) if values else None))
+        summary = summarise(values, confidence=confidence) if values else None
+        arms.append(ArmResult(name, runs, summary, tuple(failed.get(name, ()))))
     return arms
 
 
 def compare_arms(a: ArmResult, b: ArmResult, *, confidence: float = 0.95) -> ArmComparison:
     """Pair the runs of two arms by their seeds."""
-    values_a, values_b = ({r.seeds: r.value for r in arm.runs if r.value is not None} for arm in (a, b))
-    shared = [s for s in values_a if s in values_b]
-    everywhere = {r.seeds for arm in (a, b) for r in arm.runs}
-    statistics = None
-    if shared:
-        pairs = [values_a[s] for s in shared], [values_b[s] for s in shared]
-        statistics = paired_comparison(*pairs, confidence=confidence)
-    return ArmComparison(a.name, b.name, statistics, len(everywhere) - len(shared))
+    values, lost = (a.values, b.values), (_lost(a), _lost(b))
+    seeds = dict.fromkeys([*values[0], *values[1], *lost[0], *lost[1]])
+    pairs = {s: (values[0][s], values[1][s]) for s in seeds if s in values[0] and s in values[1]}
+    worst = min((*values[0].values(), *values[1].values()), default=math.nan)
+    filled = dict(pairs)
+    for s in seeds:
+        if (s in values[0] and s in lost[1]) or (s in lost[0] and s in values[1]):
+            filled[s] = (values[0].get(s, worst), values[1].get(s, worst))
+
+    finished = [{r.seeds: -math.inf if r.value is None else r.value for r in arm.runs} for arm in (a, b)]
+    both = [(x, finished[1][s]) for s, x in finished[0].items() if s in finished[1]]
+    ranks = [list(runs.values()) for runs in finished]
+    return compare_pairs(
+        a.name,
+        b.name,
+        pairs,
+        filled,
+        lost=(len(lost[0]), len(lost[1])),
+        left_out=len(seeds) - len(pairs),
+        better=sum((x > y) + (x == y) / 2 for x, y in both) / len(both) if both else None,
+        probability=probability_of_improvement(*ranks) if all(ranks) else None,
+        confidence=confidence,
+    )
+
+
+def compare_pairs(
+    a: str,
+    b: str,
+    pairs: Pairs,
+    filled: Pairs,
+    *,
+    lost: tuple[int, int],
+    left_out: int,
+    better: float | None,
+    probability: float | None,
+    confidence: float,
+) -> ArmComparison:
+    """The comparison of metrics that are paired already; see `ArmComparison`."""
+
+    def statistics(of: Pairs) -> PairedComparison | None:
+        return paired_comparison(*zip(*of.values(), strict=True), confidence=confidence) if of else None
+
+    with_lost = statistics(filled) if len(filled) > len(pairs) else None
+    return ArmComparison(a, b, statistics(pairs), with_lost, lost, left_out, better, probability, pairs, filled)
 
 
 def check_comparable(results: Sequence[RunResult]) -> None:
@@ -110,6 +221,10 @@ def check_comparable(results: Sequence[RunResult]) -> None:
                 f"the run of the arm {r.arm} saw other weights or batches than another of the same seeds "
                 f"({_difference(dict(r.pairing), dict(pairing[r.seeds]))}); expected paired runs: run them again"
             )
+
+
+def _lost(arm: ArmResult) -> dict[Seeds, None]:
+    return dict.fromkeys([*(r.seeds for r in arm.runs if r.value is None), *arm.failed])
 
 
 def _difference(found: object, expected: object) -> str:

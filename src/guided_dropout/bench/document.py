@@ -10,6 +10,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
+
+from guided_dropout.artefacts import write_text
+
+HTML_NAME = "report.html"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,41 @@ class Code:
     text: str
 
 
-Block = Heading | Paragraph | Bullets | Table | Picture | Code
+@dataclass(frozen=True)
+class Details:
+    """Blocks that are folded away until they are asked for, under a line that says what they hold."""
+
+    summary: str
+    blocks: Sequence[Block]
+
+
+Block = Heading | Paragraph | Bullets | Table | Picture | Code | Details
+
+
+def write_document(folder: str | Path, title: str, blocks: Sequence[Block]) -> tuple[Path, Path]:
+    """Write both renderings and the drawings: ``report.html``, ``report.md``, ``figures/*.svg``.
+
+    Returns:
+        Paths of ``report.html`` and ``report.md``.
+
+    Raises:
+        ArtefactError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    html_file, markdown_file = folder / HTML_NAME, folder / "report.md"
+    for picture in pictures(blocks):
+        write_text(folder / "figures" / f"{picture.name}.svg", picture.svg)
+    write_text(html_file, to_html(title, blocks))
+    write_text(markdown_file, to_markdown(blocks))
+    return html_file, markdown_file
+
+
+def pictures(blocks: Sequence[Block]) -> list[Picture]:
+    """All drawings, in their order."""
+    found = []
+    for block in blocks:
+        found += [block] if isinstance(block, Picture) else pictures(block.blocks) if isinstance(block, Details) else []
+    return found
 
 
 def to_markdown(blocks: Sequence[Block], figures: str = "figures") -> str:
@@ -104,6 +143,9 @@ def _markdown(block: Block, figures: str) -> str:
             return f"![{_md(block.alt)}]({figures}/{block.name}.svg)\n\n{_md(block.caption)}"
         case Code():
             return f"```\n{block.text}\n```"
+        case Details():
+            inside = "\n\n".join(_markdown(b, figures) for b in block.blocks)
+            return f"<details>\n<summary>{html.escape(block.summary)}</summary>\n\n{inside}\n\n</details>"
 
 
 def _html(block: Block) -> str:
@@ -121,6 +163,9 @@ def _html(block: Block) -> str:
             return f"<figure>\n{picture}\n<figcaption>{_inline(block.caption)}</figcaption>\n</figure>"
         case Code():
             return f"<pre><code>{html.escape(block.text)}</code></pre>"
+        case Details():
+            inside = "\n".join(_html(b) for b in block.blocks)
+            return f"<details>\n<summary>{_inline(block.summary)}</summary>\n{inside}\n</details>"
 
 
 def _html_table(table: Table) -> str:

@@ -1,0 +1,276 @@
+"""An experiment's runs → what they show: a summary of each arm, paired comparisons, verdicts by rule. Pure.
+
+Each model, task and fraction of the training data is a *cell*. In a cell, each guided arm is compared with its controls
+(`controls.pairs`). Over the tasks of a model and fraction, the p values of a pair are corrected after Holm, and the
+metrics of a seed are averaged, so that the tasks together give one comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from guided_dropout.bench import controls
+from guided_dropout.bench.arms import ArmComparison, ArmResult, Pairs, compare_arms, compare_pairs, group_by_arm
+from guided_dropout.bench.folder import Run
+from guided_dropout.bench.grid import Grid
+from guided_dropout.bench.stats import UNDECIDED, holm
+from guided_dropout.errors import DataError
+from guided_dropout.results import Seeds
+
+MEAN_OVER_TASKS = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one task at one fraction of the training data.
+
+    Attributes:
+        model: label of the model.
+        task: name of the task.
+        fraction: of the training data.
+        metric: name of the main metric; None where no run has a result.
+        arms: by label.
+    """
+
+    model: str
+    task: str
+    fraction: float
+    metric: str | None
+    arms: dict[str, ArmResult]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A guided arm against one control.
+
+    Attributes:
+        model: label of the model.
+        task: name of the task; None for the mean over the tasks.
+        fraction: of the training data.
+        role: what the control is for; see `controls.role`.
+        same_mean: whether both arms have the same mean strength, going by their results.
+        pair: the numbers.
+        verdict: what they support; see `ArmComparison.verdict`.
+        tasks: number of tasks in it.
+        t_holm: p of the paired t test, corrected over the tasks after Holm; None for the mean over the tasks.
+        wilcoxon_holm: likewise, of the signed-rank test.
+    """
+
+    model: str
+    task: str | None
+    fraction: float
+    role: str
+    same_mean: bool
+    pair: ArmComparison
+    verdict: str
+    tasks: int = 1
+    t_holm: float | None = None
+    wilcoxon_holm: float | None = None
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the controls of the same mean strength say together about guidance, in one cell or over the tasks.
+
+    Attributes:
+        model: label of the model.
+        task: name of the task; None for the mean over the tasks.
+        fraction: of the training data.
+        guided: label of the guided arm.
+        verdict: that of all these comparisons, if they agree and if one of the controls is even and one is not; else
+            undecided. A claim that must hold against each of the controls needs no correction for their number.
+        by_verdict: verdict → controls.
+        lacking: kinds of control without which nothing can be claimed: ``"even"``, ``"uneven"``.
+    """
+
+    model: str
+    task: str | None
+    fraction: float
+    guided: str
+    verdict: str
+    by_verdict: dict[str, tuple[str, ...]]
+    lacking: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that a report needs.
+
+    Attributes:
+        runs: of the experiment, by key.
+        models: labels, in order; likewise `tasks`, `fractions` (falling), `arms`.
+        cells: (model, task, fraction) → cell, where there are runs.
+        comparisons: by cell and pair.
+        overall: the means over the tasks, by model, fraction and pair, where there are several tasks.
+        guidance: by cell, then the means over the tasks.
+        expected: runs in the grid; None where it is not known.
+        margin: largest difference that does not matter; None claims no equivalence.
+        confidence: of all intervals.
+    """
+
+    runs: tuple[Run, ...]
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    fractions: tuple[float, ...]
+    arms: tuple[str, ...]
+    cells: dict[tuple[str, str, float], Cell]
+    comparisons: tuple[Comparison, ...]
+    overall: tuple[Comparison, ...]
+    guidance: tuple[Guidance, ...]
+    expected: int | None
+    margin: float | None
+    confidence: float
+
+    @property
+    def main(self) -> str | None:
+        """The guided arm that figures are about: plain ``guided``, else the first that was compared."""
+        compared = dict.fromkeys(c.pair.a for c in self.comparisons)
+        return next((a for a in compared if controls.name_of(a) == "guided"), next(iter(compared), None))
+
+
+def analyse(
+    runs: Sequence[Run], grid: Grid | None = None, *, margin: float | None = None, confidence: float = 0.95
+) -> Analysis:
+    """Summaries, comparisons and verdicts of an experiment, be it finished or not.
+
+    Args:
+        runs: as `Experiment.runs` gives them.
+        grid: all that was asked for; orders the axes and says how many runs are missing.
+        margin: largest difference that does not matter, in the metrics' unit; see `stats.verdict`.
+        confidence: of the intervals, in (0, 1).
+
+    Raises:
+        DataError: no runs, runs of one cell that do not belong together, or a margin that is not above 0.
+    """
+    if margin is not None and not 0 < margin < math.inf:
+        raise DataError(f"found a margin of {margin}; expected a difference above 0, such as 0.01 for a point")
+    if not runs:
+        raise DataError("found no runs; expected at least one: run `guided-dropout bench run` first")
+    keys = [run.key for run in runs]
+    models = _axis(grid and grid.models, [k.model for k in keys])
+    tasks = _axis(grid and grid.tasks, [k.task for k in keys])
+    fractions = tuple(sorted({*(grid.fractions if grid else ()), *(k.fraction for k in keys)}, reverse=True))
+    arms = tuple(controls.in_order([*(grid.arms if grid else ()), *(k.arm for k in keys)]))
+
+    held = defaultdict(list)
+    for run in runs:
+        held[run.key.model, run.key.task, run.key.fraction].append(run)
+    places = [(m, t, f) for m in models for f in fractions for t in tasks if (m, t, f) in held]
+    cells = {place: _cell(place, held[place], arms, confidence) for place in places}
+
+    families = defaultdict(list)  # all tasks of a model, fraction and pair
+    for cell in cells.values():
+        for a, b in controls.pairs(list(cell.arms)):
+            families[cell.model, cell.fraction, a, b].append(_compare(cell, a, b, margin, confidence))
+    corrected = {key: _corrected(family) for key, family in families.items()}
+    comparisons = tuple(c for family in corrected.values() for c in family)
+    overall = tuple(
+        _mean_over_tasks(family, margin, confidence)
+        for family in corrected.values()
+        if sum(c.pair.statistics is not None for c in family) > 1
+    )
+    return Analysis(
+        tuple(runs), models, tasks, fractions, arms, cells, comparisons, overall,
+        (*_guidance(comparisons), *_guidance(overall)), len(grid) if grid else None, margin, confidence,
+    )  # fmt: skip
+
+
+def _axis(asked: Sequence[str] | None, found: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*(asked or ()), *found]))
+
+
+def _cell(place: tuple[str, str, float], runs: Sequence[Run], arms: Sequence[str], confidence: float) -> Cell:
+    model, task, fraction = place
+    results = [run.result for run in runs if run.result is not None]
+    failed = defaultdict(list)
+    for run in runs:
+        if run.failure is not None:
+            failed[run.key.arm].append(Seeds.derive(run.key.seed))
+    try:
+        grouped = {arm.name: arm for arm in group_by_arm(results, failed=failed, confidence=confidence)}
+    except DataError as e:
+        raise DataError(f"{model}, {task}, fraction {fraction:g}: {e}") from e
+    metric = results[0].metric if results else None
+    return Cell(model, task, fraction, metric, {name: grouped[name] for name in arms if name in grouped})
+
+
+def _compare(cell: Cell, a: str, b: str, margin: float | None, confidence: float) -> Comparison:
+    arms = cell.arms[a], cell.arms[b]
+    pair, role = compare_arms(*arms, confidence=confidence), controls.role(a, b)
+    same_mean = role in (controls.CONTROL, controls.STANDARD) and _same_mean(*arms)
+    return Comparison(cell.model, cell.task, cell.fraction, role, same_mean, pair, pair.verdict(margin))
+
+
+def _same_mean(a: ArmResult, b: ArmResult) -> bool:
+    """Whether two arms regularise as much on average: by their dropout rates, and by parameters that both have."""
+    if a.mean_rate is None or b.mean_rate is None:
+        return False
+    parameters = a.runs[0].arm_parameters, b.runs[0].arm_parameters
+    alike = all(parameters[1].get(name, value) == value for name, value in parameters[0].items())
+    return alike and math.isclose(a.mean_rate, b.mean_rate, rel_tol=1e-6, abs_tol=1e-9)
+
+
+def _corrected(family: Sequence[Comparison]) -> list[Comparison]:
+    tested = [c for c in family if c.pair.statistics is not None]
+    t = holm([c.pair.statistics.t_p for c in tested if c.pair.statistics])
+    wilcoxon = holm([c.pair.statistics.wilcoxon_p for c in tested if c.pair.statistics])
+    by_task = {c.task: ps for c, *ps in zip(tested, t, wilcoxon, strict=True)}
+    return [
+        replace(c, t_holm=by_task[c.task][0], wilcoxon_holm=by_task[c.task][1]) if c.task in by_task else c
+        for c in family
+    ]
+
+
+def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confidence: float) -> Comparison:
+    """The mean over the tasks of each seed that is there in all of them."""
+    pairs = [c.pair for c in family if c.pair.statistics is not None]
+    chances = [p.probability for p in pairs if p.probability is not None]
+    complete, filled = _averaged([p.pairs for p in pairs]), _averaged([p.filled for p in pairs])
+    improved = [(x > y) + (x == y) / 2 for x, y in complete.values()]
+    pair = compare_pairs(
+        pairs[0].a,
+        pairs[0].b,
+        complete,
+        filled,
+        lost=(sum(p.lost[0] for p in pairs), sum(p.lost[1] for p in pairs)),
+        left_out=len({s for p in pairs for s in p.pairs}) - len(complete),
+        better=sum(improved) / len(improved) if improved else None,
+        probability=sum(chances) / len(chances) if chances else None,
+        confidence=confidence,
+    )
+    same_mean = all(c.same_mean for c in family)
+    return replace(
+        family[0], task=MEAN_OVER_TASKS, same_mean=same_mean, pair=pair, verdict=pair.verdict(margin), tasks=len(pairs),
+        t_holm=None, wilcoxon_holm=None,
+    )  # fmt: skip
+
+
+def _averaged(tasks: Sequence[Pairs]) -> dict[Seeds, tuple[float, float]]:
+    shared = [s for s in tasks[0] if all(s in pairs for pairs in tasks)]
+    return {s: (_mean([p[s][0] for p in tasks]), _mean([p[s][1] for p in tasks])) for s in shared}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _guidance(comparisons: Sequence[Comparison]) -> list[Guidance]:
+    families = defaultdict(list)
+    for c in comparisons:
+        families[c.model, c.task, c.fraction, c.pair.a].append(c)
+    return [_judged(*place, comparisons) for place, comparisons in families.items()]
+
+
+def _judged(model: str, task: str | None, fraction: float, guided: str, comparisons: Sequence[Comparison]) -> Guidance:
+    fair = [c for c in comparisons if c.same_mean and c.pair.statistics is not None]
+    by_verdict: dict[str, tuple[str, ...]] = {}
+    for c in fair:
+        by_verdict[c.verdict] = (*by_verdict.get(c.verdict, ()), c.pair.b)
+    uneven = controls.GUIDED[controls.name_of(guided)].uneven
+    kinds = ["uneven" if controls.name_of(c.pair.b) in uneven else "even" for c in fair]
+    lacking = tuple(kind for kind in ("even", "uneven") if kind not in kinds)
+    verdict = next(iter(by_verdict)) if len(by_verdict) == 1 and not lacking else UNDECIDED
+    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking)

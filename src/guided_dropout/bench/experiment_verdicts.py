@@ -1,0 +1,176 @@
+"""What an experiment shows: its claims in words, tables of verdicts, and all figures of all comparisons."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from guided_dropout.bench import controls
+from guided_dropout.bench.analysis import Analysis, Comparison, Guidance
+from guided_dropout.bench.csv_files import OVERALL
+from guided_dropout.bench.document import Block, Bullets, Details, Heading, Paragraph, Table
+from guided_dropout.bench.phrases import (
+    NOTHING,
+    cell_text,
+    count,
+    guidance_sentence,
+    listing,
+    of_the_data,
+    overview_sentence,
+)
+from guided_dropout.bench.sections import Difference, difference_table, how_to_read
+
+
+def claims(analysis: Analysis) -> Iterator[str]:
+    """What the experiment shows of its guided arms, a sentence or two for each model and fraction."""
+    guided = [a for a in analysis.arms if controls.name_of(a) in controls.GUIDED]
+    for model in analysis.models:
+        for fraction in analysis.fractions:
+            for arm in guided:
+                place = place_name(analysis, model, fraction)
+                about = [c for c in analysis.comparisons
+                         if (c.model, c.fraction, c.pair.a) == (model, fraction, arm)]  # fmt: skip
+                for control in dict.fromkeys(c.pair.b for c in about if controls.name_of(c.pair.b) == "dropout"):
+                    pairs = [c for c in about if c.pair.b == control]
+                    overall = _overall(analysis, pairs[0])
+                    found = overview_sentence(pairs, overall, 1 - analysis.confidence)
+                    yield f"{place}. Against standard dropout. {found}"
+                if about:
+                    yield f"{place}. {_about_guidance(analysis, model, fraction, arm)}"
+
+
+def verdicts(analysis: Analysis) -> list[Block]:
+    """The claims, and tables of all verdicts."""
+    blocks: list[Block] = [Heading("What it shows")]
+    texts = list(claims(analysis))
+    if not texts:
+        return [*blocks, Paragraph("No guided arm has been run beside another, so nothing is compared.")]
+    blocks += [Paragraph(text, strong=True) for text in texts] if len(texts) <= 6 else [Bullets(texts)]
+    blocks += _tables(analysis)
+    margin = analysis.margin
+    equal = (
+        f"no difference: the interval includes zero and lies within ±{margin:g}; "
+        if margin is not None
+        else "no difference is never claimed, because no margin was given that would not matter; "
+    )
+    blocks.append(
+        Paragraph(
+            f"Helps or hurts: the {analysis.confidence:.0%} t interval of the paired differences excludes zero. {equal}"
+            "undecided: anything else at this number of seeds. † holds after Holm's correction over the tasks of that "
+            "row's model and fraction. Without it, about one in "
+            f"{round(1 / (1 - analysis.confidence))} comparisons excludes zero by chance. The mean over tasks takes "
+            "each seed's mean of the tasks' metrics, whatever these measure, as the GLUE score does."
+        )
+    )
+    return blocks
+
+
+def comparisons(analysis: Analysis) -> list[Block]:
+    """All figures of all comparisons, folded away by task."""
+    if not analysis.comparisons:
+        return []
+    blocks: list[Block] = [Heading("All comparisons"), how_to_read(corrected=True)]
+    for task in (*analysis.tasks, None):
+        held = [c for c in (*analysis.comparisons, *analysis.overall) if c.task == task]
+        if not held:
+            continue
+        held.sort(key=lambda c: (analysis.models.index(c.model), -c.fraction))
+        rows = [
+            Difference(
+                [*place_cells(analysis, c.model, c.fraction, c.task)[:-1], f"{c.pair.a} − {c.pair.b}", c.role],
+                c.pair, c.verdict, None if task is None else (c.t_holm, c.wilcoxon_holm),
+            )
+            for c in held
+        ]  # fmt: skip
+        head = [*place_head(analysis)[:-1], "difference", "the second is"]
+        table = difference_table(head, rows, analysis.confidence)
+        blocks.append(Details(f"{task or OVERALL}: {count(len(rows), 'comparison')}", [table]))
+    notes = dict.fromkeys(
+        note for c in analysis.comparisons if c.pair.statistics for note in c.pair.statistics.notes
+    )  # fmt: skip
+    return [*blocks, *([Bullets(list(notes))] if notes else [])]
+
+
+def _about_guidance(analysis: Analysis, model: str, fraction: float, arm: str) -> str:
+    held = [g for g in analysis.guidance if (g.model, g.fraction, g.guided) == (model, fraction, arm)]
+    overall = next((g for g in held if g.task is None), None)
+    if overall is None:
+        sentences = dict.fromkeys(guidance_sentence(g) for g in held)
+        if len(sentences) == 1:
+            return next(iter(sentences))
+        return " ".join(f"{g.task}: {guidance_sentence(g)}" for g in held)
+    return f"{guidance_sentence(overall)}{_task_by_task([g for g in held if g.task is not None])}"
+
+
+def _task_by_task(held: Sequence[Guidance]) -> str:
+    if not any(g.by_verdict for g in held) or any(g.lacking for g in held):
+        return ""
+    by_verdict = defaultdict(list)
+    for g in held:
+        by_verdict[g.verdict].append(g.task)
+    return f" Task by task: {'; '.join(f'{v} on {listing(tasks)}' for v, tasks in by_verdict.items())}."
+
+
+def _overall(analysis: Analysis, one: Comparison) -> Comparison | None:
+    wanted = (one.model, one.fraction, one.pair.a, one.pair.b)
+    return next((c for c in analysis.overall if (c.model, c.fraction, c.pair.a, c.pair.b) == wanted), None)
+
+
+def _tables(analysis: Analysis) -> list[Block]:
+    """Mean difference and verdict: a row for each task and fraction, a column for each pair of arms."""
+    main = analysis.main
+    held = [*analysis.comparisons, *analysis.overall]
+    parts = {
+        f"{main} against standard dropout, its controls and no dropout": [
+            c for c in held if c.pair.a == main and c.role != controls.OTHER
+        ],
+        f"{main} against other regularizers": [c for c in held if c.pair.a == main and c.role == controls.OTHER],
+        "Other guided arms": [c for c in held if c.pair.a != main],
+    }
+    return [block for title, part in parts.items() if part for block in (Heading(title, 3), _table(analysis, part))]
+
+
+def _table(analysis: Analysis, held: Sequence[Comparison]) -> Table:
+    pairs = {(c.pair.a, c.pair.b): _pair_head(analysis, c) for c in held}
+    by_place = {(c.model, c.fraction, c.task, c.pair.a, c.pair.b): c for c in held}
+    rows = [
+        [*place_cells(analysis, *place), *(_text(analysis, by_place.get((*place, *pair))) for pair in pairs)]
+        for place in _places(analysis, held)
+    ]
+    header = [*place_head(analysis), *pairs.values()]
+    return Table(header, rows, text_columns=range(len(header)))
+
+
+def _pair_head(analysis: Analysis, c: Comparison) -> str:
+    name = c.pair.b if c.pair.a == analysis.main else f"{c.pair.a} − {c.pair.b}"
+    kind = " (same mean)" if c.same_mean else " (standard)" if c.role == controls.STANDARD else ""
+    return f"{name}{kind}"
+
+
+def _places(analysis: Analysis, held: Sequence[Comparison]) -> list[tuple[str, float, str | None]]:
+    there = {(c.model, c.fraction, c.task) for c in held}
+    every = ((m, f, t) for m in analysis.models for f in analysis.fractions for t in (*analysis.tasks, None))
+    return [place for place in every if place in there]
+
+
+def _text(analysis: Analysis, c: Comparison | None) -> str:
+    return NOTHING if c is None else cell_text(c, 1 - analysis.confidence)
+
+
+def place_name(analysis: Analysis, model: str, fraction: float) -> str:
+    """Model, where there are several, and fraction, for people."""
+    return f"{model}, {of_the_data(fraction)}" if len(analysis.models) > 1 else _capital(of_the_data(fraction))
+
+
+def place_head(analysis: Analysis) -> list[str]:
+    """Heads of a table's first columns."""
+    return [*(["model"] if len(analysis.models) > 1 else []), "data", "task"]
+
+
+def place_cells(analysis: Analysis, model: str, fraction: float, task: str | None) -> list[str]:
+    """A table's first cells."""
+    return [*([model] if len(analysis.models) > 1 else []), f"{100 * fraction:g} %", task or OVERALL]
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,193 @@
+"""From an experiment's runs to verdicts: which arms are compared, what is corrected, what is said of guidance."""
+
+import numpy as np
+import pytest
+from samples_of_experiments import made, write_experiment
+
+from guided_dropout.arms import ARMS
+from guided_dropout.bench import controls
+from guided_dropout.bench.analysis import analyse
+from guided_dropout.bench.folder import Failure, Run
+from guided_dropout.bench.grid import Grid, RunKey
+from guided_dropout.bench.phrases import guidance_sentence
+from guided_dropout.bench.stats import holm
+from guided_dropout.errors import DataError
+
+SAME_MEAN = ("uniform", "shuffled", "reversed", "depth-linear", "magnitude")
+
+
+def runs(values, *, tasks=("cola",), seeds=8, fraction=1.0, **changes):
+    """Runs whose metric is that of `values` by arm, plus a seed's and a run's own share."""
+    made_runs = []
+    for t, task in enumerate(tasks):
+        for arm, mean in values.items():
+            for seed in range(seeds):
+                shared = np.random.default_rng([seed, t]).normal(0, 0.02)
+                own = np.random.default_rng([seed, t, *map(ord, arm)]).normal(0, 0.002)
+                key = RunKey("demo", task, fraction, arm, seed)
+                made_runs.append(Run(key, made(key, mean + shared + own, **changes.get(arm.replace("-", "_"), {}))))
+    return made_runs
+
+
+def comparison(analysis, control, task="cola"):
+    (found,) = [c for c in (*analysis.comparisons, *analysis.overall)
+                if (c.pair.a, c.pair.b, c.task) == ("guided", control, task)]  # fmt: skip
+    return found
+
+
+def test_a_real_effect_is_found_and_nothing_else():
+    a = analyse(runs({"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "guided": 0.62}))
+    assert {c.pair.b: c.verdict for c in a.comparisons} == dict.fromkeys(("dropout", "uniform", "shuffled"), "helps")
+    a = analyse(runs({"dropout": 0.6, "uniform": 0.6, "guided": 0.6}), margin=0.01)
+    assert {c.verdict for c in a.comparisons} == {"no difference within ±0.01"}
+    assert comparison(a, "uniform").pair.statistics.mean == pytest.approx(0, abs=0.003)
+
+
+def test_every_arm_is_compared_with_what_it_needs():
+    found = controls.pairs(list(ARMS))
+    assert {b for a, b in found if a == "guided"} == set(ARMS) - {"guided"}
+    assert ("guided-decay", "dropout") in found
+    assert ("guided-l2-sp", "l2-sp") in found
+    assert {b for a, b in found if a == "guided-gaussian"} == {"gaussian", "guided", "dropout", "none"}
+    assert {b for a, b in found if controls.role("guided", b) == controls.CONTROL and a == "guided"} == set(SAME_MEAN)
+    assert controls.role("guided", "none") == controls.NONE
+    assert controls.role("guided", "mixout:p=0.9") == controls.OTHER
+    labels = ["guided-l2-sp", "guided-l2-sp:alpha=1", "l2-sp", "l2-sp:alpha=1", "shuffled", "shuffled:seed=1", "guided"]
+    found = controls.pairs(labels)
+    assert ("guided-l2-sp:alpha=1", "l2-sp") not in found
+    assert ("guided-l2-sp:alpha=1", "l2-sp:alpha=1") in found
+    assert ("guided", "shuffled:seed=1") in found
+
+
+def test_guidance_needs_all_controls_at_the_same_mean():
+    equal = dict.fromkeys(("dropout", "uniform", "shuffled", "depth-linear"), 0.6)
+    (g,) = analyse(runs(equal | {"guided": 0.62})).guidance
+    assert g.verdict == "helps"
+    assert "Guidance helps: guided is better than uniform, shuffled and depth-linear" in guidance_sentence(g)
+    (g,) = analyse(runs(equal | {"guided": 0.58})).guidance
+    assert "Guidance hurts" in guidance_sentence(g)
+    (g,) = analyse(runs(equal | {"guided": 0.62, "depth-linear": 0.62})).guidance
+    assert g.verdict == "undecided at this n"
+    assert "better than uniform and shuffled; undecided against depth-linear" in guidance_sentence(g)
+    (g,) = analyse(runs(equal | {"guided": 0.6}), margin=0.02).guidance
+    assert "Guidance makes no difference within ±0.02" in guidance_sentence(g)
+
+
+def test_less_dropout_is_not_guidance():
+    a = analyse(runs({"dropout": 0.6, "none": 0.6, "guided": 0.65}))
+    assert comparison(a, "dropout").verdict == "helps"
+    (g,) = a.guidance
+    assert (g.verdict, g.by_verdict) == ("undecided at this n", {})
+    assert "Nothing can be said of guidance" in guidance_sentence(g)
+
+
+def test_uneven_rates_alone_are_not_guidance():
+    (g,) = analyse(runs({"uniform": 0.6, "guided": 0.65})).guidance
+    assert g.lacking == ("uneven",)
+    assert "better than uniform. That is no verdict on guidance" in guidance_sentence(g)
+    (g,) = analyse(runs({"shuffled": 0.6, "guided": 0.65})).guidance
+    assert g.lacking == ("even",)
+
+
+def test_the_same_mean_is_seen_in_the_results():
+    rates = {"rates": {"mean": 0.06}}
+    a = analyse(runs({"uniform": 0.6, "shuffled": 0.6, "guided": 0.65}, uniform=rates))
+    assert not comparison(a, "uniform").same_mean
+    assert comparison(a, "shuffled").same_mean
+    a = analyse(runs({"dropout": 0.6, "guided": 0.65}, dropout={"rates": {"mean": 0.05}}))
+    assert comparison(a, "dropout").same_mean
+    own = {"l2_sp": {"arm_parameters": {"alpha": 0.1}}, "guided_l2_sp": {"arm_parameters": {"alpha": 1.0}}}
+    (c,) = analyse(runs({"l2-sp": 0.6, "guided-l2-sp": 0.6}, **own)).comparisons
+    assert not c.same_mean
+
+
+def test_holm_is_over_the_tasks_of_a_pair_and_fraction():
+    tasks = ("cola", "rte", "mrpc")
+    held = runs({"uniform": 0.6, "guided": 0.602}, tasks=tasks) + runs(
+        {"uniform": 0.6, "guided": 0.6}, tasks=tasks, fraction=0.1
+    )
+    a = analyse(held)
+    for fraction in (1.0, 0.1):
+        family = [c for c in a.comparisons if c.fraction == fraction]
+        assert [c.t_holm for c in family] == list(holm([c.pair.statistics.t_p for c in family]))
+        assert [c.wilcoxon_holm for c in family] == list(holm([c.pair.statistics.wilcoxon_p for c in family]))
+    assert {c.t_holm for c in a.overall} == {None}
+
+
+def test_the_mean_over_tasks_pairs_seeds_that_are_whole():
+    held = runs({"dropout": 0.6, "guided": 0.62}, tasks=("cola", "rte"))
+    held = [r for r in held if r.key != RunKey("demo", "rte", 1.0, "guided", 3)]
+    a = analyse(held)
+    overall = comparison(a, "dropout", None)
+    value = {r.key: r.result.value for r in held}
+    expected = [
+        sum(value[RunKey("demo", t, 1.0, "guided", s)] - value[RunKey("demo", t, 1.0, "dropout", s)]
+            for t in ("cola", "rte")) / 2
+        for s in range(8) if s != 3
+    ]  # fmt: skip
+    assert sorted(overall.pair.statistics.differences) == pytest.approx(sorted(expected))
+    assert (overall.tasks, overall.pair.left_out, overall.verdict) == (2, 1, "helps")
+    chances = [comparison(a, "dropout", t).pair.probability for t in ("cola", "rte")]
+    assert overall.pair.probability == pytest.approx(sum(chances) / 2)
+    assert analyse(runs({"dropout": 0.6, "guided": 0.62})).overall == ()
+
+
+def test_lost_runs_reach_the_mean_over_tasks():
+    held = runs({"dropout": 0.6, "guided": 0.62}, tasks=("cola", "rte"))
+    lost = [
+        Run(r.key, failure=Failure("RuntimeError", "broken", ""))
+        if r.key.arm == "guided" and r.key.task == "rte" and r.key.seed < 3 else r
+        for r in held
+    ]  # fmt: skip
+    overall = comparison(analyse(lost), "dropout", None)
+    assert overall.pair.lost == (3, 0)
+    assert (overall.pair.statistics.n, overall.pair.with_lost.n) == (5, 8)
+    assert overall.verdict == "undecided at this n"
+
+
+def test_simulated_effects_are_covered_and_null_effects_seldom_claimed():
+    rng = np.random.default_rng(1)
+    covered, claims = [], []
+    for number in range(120):
+        held = []
+        for arm, mean in (("dropout", 0.6), ("guided", 0.61), ("uniform", 0.61)):
+            for seed in range(6):
+                key = RunKey("demo", "cola", 1.0, arm, seed)
+                held.append(Run(key, made(key, mean + 0.02 * np.random.default_rng([number, seed]).normal()
+                                          + 0.01 * rng.normal())))  # fmt: skip
+        a = analyse(held)
+        low, high = comparison(a, "dropout").pair.statistics.t_interval
+        covered.append(low <= 0.01 <= high)
+        claims.append(comparison(a, "uniform").verdict in ("helps", "hurts"))
+    assert np.mean(covered) > 0.9
+    assert np.mean(claims) < 0.1
+
+
+def test_order_counts_and_expectation(tmp_path):
+    experiment = write_experiment(
+        tmp_path / "e", tasks=("rte", "cola"), arms=("guided", "dropout", "uniform"), fractions=(0.1, 1.0), seeds=3,
+        missing=lambda k: k.task == "cola" and k.seed == 2,
+        value=lambda k: ValueError("out of luck") if k.arm == "guided" and k.seed == 0 else 0.6 + 0.01 * k.seed,
+        collapsed=lambda k: k.arm == "dropout" and k.seed == 1,
+    )  # fmt: skip
+    a = analyse(experiment.runs(), experiment.grid)
+    assert (a.tasks, a.fractions, a.arms) == (("rte", "cola"), (1.0, 0.1), ("dropout", "guided", "uniform"))
+    assert (len(a.runs), a.expected) == (30, 36)
+    rte = a.cells["demo", "rte", 0.1].arms
+    assert rte["guided"].counts == {"ok": 2, "collapsed": 0, "diverged": 0, "failed": 1}
+    assert rte["dropout"].counts == {"ok": 2, "collapsed": 1, "diverged": 0, "failed": 0}
+    assert rte["guided"].made == 3
+
+
+@pytest.mark.parametrize(
+    ("held", "options", "words"),
+    [
+        ([], {}, "found no runs"),
+        (runs({"guided": 0.5}, seeds=1), {"margin": 0.0}, "margin of 0.0"),
+        (runs({"guided": 0.5}, seeds=1) + runs({"dropout": 0.5}, seeds=1, dropout={"recipe": {"epochs": 5}}), {},
+         "demo, cola, fraction 1: the runs differ in their recipe"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_analysed_is_refused(held, options, words):
+    with pytest.raises(DataError, match=words):
+        analyse(held, Grid(["demo"], ["cola"], ["guided"], [1.0], [0]), **options)

@@ -1,0 +1,216 @@
+"""The report of an experiment: whole or not, it says what its runs support, what is missing, and nothing else."""
+
+import csv
+import re
+
+import pytest
+from samples_of_experiments import accuracy_like, write_experiment
+from test_report import Outline
+
+from guided_dropout.arms import ARMS
+from guided_dropout.bench.experiment_report import report_experiment
+from guided_dropout.bench.experiment_verdicts import claims
+from guided_dropout.bench.published import published
+from guided_dropout.errors import ArtefactError, DataError
+
+MAIN = ("dropout", "uniform", "shuffled", "guided")
+
+
+def report(folder, **options):
+    """Text of report.md, rows of a CSV by name, and the folder."""
+    experiment = write_experiment(folder / "e", **options)
+    analysis, files = report_experiment(experiment.path)
+    assert all(file.is_file() for file in files)
+    assert [file.name for file in files] == [
+        "report.html", "report.md", "runs.csv", "arms.csv", "comparisons.csv", "tables.tex",
+    ]  # fmt: skip
+    return analysis, (files[1]).read_text(), files[0].parent
+
+
+def rows(folder, name):
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def clear(tmp_path_factory):
+    """An experiment in which guidance helps on both tasks at 10 % of the data, and nothing does at 100 %."""
+
+    def value(key):
+        helped = key.arm == "guided" and key.fraction == 0.1
+        return accuracy_like(key, {}, spread=0.002) + 0.05 * helped
+
+    return report(tmp_path_factory.mktemp("clear"), arms=MAIN, seeds=6, value=value)
+
+
+def test_the_verdicts_come_first(clear):
+    analysis, text, _ = clear
+    said = list(claims(analysis))
+    assert len(said) == 4
+    assert "10 % of the training data. Against standard dropout. Mean over 2 tasks: guided − dropout = +0.0" in said[2]
+    assert "helps on cola† and rte†" in said[2]
+    assert "Guidance helps: guided is better than uniform and shuffled, all at the same mean rate." in said[3]
+    assert "Guidance is undecided at this n" in said[1]
+    position = [
+        text.index(words) for words in ("What it shows", "Maximum and mean", "Effects", "What became of the runs")
+    ]
+    assert position == sorted(position)
+    assert "96 runs of 96" in text
+    assert "Not finished" not in text
+
+
+def test_the_page_is_whole_and_needs_nothing_outside(clear):
+    html = (clear[2] / "report.html").read_text()
+    outline = Outline()
+    outline.feed(html)
+    assert outline.open == []
+    assert outline.fetched == []
+    assert {"table", "svg", "figure", "details"} <= outline.seen
+    assert not outline.seen & {"script", "link", "img", "iframe"}
+
+
+def test_each_figure_is_there(clear):
+    _, text, folder = clear
+    names = re.findall(r"\]\((figures/[\w.-]+\.svg)\)", text)
+    assert [name.partition("/")[2] for name in names] == [
+        "curves-demo-1.svg", "effects-demo-controls-1.svg", "runs-demo-cola-1.svg", "runs-demo-rte-1.svg",
+    ]  # fmt: skip
+    assert {f"figures/{f.name}" for f in (folder / "figures").iterdir()} == set(names)
+
+
+def test_a_row_for_each_run_and_each_comparison(clear):
+    analysis, _, folder = clear
+    held = rows(folder, "runs.csv")
+    assert len(held) == 96
+    by_key = {(r["task"], float(r["fraction"]), r["arm"], int(r["seed"])): float(r["value"]) for r in held}
+    assert by_key == {(r.key.task, r.key.fraction, r.key.arm, r.key.seed): r.result.value for r in analysis.runs}
+    found = rows(folder, "comparisons.csv")
+    assert len(found) == 2 * 2 * 3 + 2 * 3
+    (one,) = [c for c in found if (c["task"], c["fraction"], c["control"]) == ("rte", "0.1", "uniform")]
+    differences = [by_key["rte", 0.1, "guided", s] - by_key["rte", 0.1, "uniform", s] for s in range(6)]
+    assert float(one["mean"]) == pytest.approx(sum(differences) / 6)
+    assert (one["verdict"], one["role"], one["same_mean"]) == ("helps", "control at the same mean", "True")
+    assert len(rows(folder, "arms.csv")) == 16
+
+
+def test_maximum_and_mean_beside_the_papers(clear):
+    analysis, text, folder = clear
+    values = [
+        r.result.value for r in analysis.runs if (r.key.task, r.key.fraction, r.key.arm) == ("rte", 1.0, "guided")
+    ]
+    ours = f"{max(values):.4f} / {sum(values) / 6:.4f}"
+    assert re.search(rf"^\| guided \| 6 \|.*\| {ours} \|", text, re.MULTILINE)
+    assert "| published, bert-base-uncased: guided | 5 | 0.6096 / 0.6045 | 0.6877 / 0.6303 |" in text
+    assert "are of another model (bert-base-uncased) than demo" in text
+    latex = (folder / "tables.tex").read_text()
+    assert f"& {ours} " in latex
+    assert latex.count(r"\begin{tabular}{lrcc}") == latex.count(r"\end{table}") == 2
+    for line in latex.splitlines():
+        if line.endswith(r"\\"):
+            assert line.count("&") == 3
+    assert r"100 \% of the training data" in latex
+
+
+def test_published_figures_are_not_another_models_where_they_are_not(tmp_path):
+    _, text, _ = report(tmp_path, models=["bert-base-uncased"], arms=["dropout", "guided"], seeds=1, tasks=["mrpc"])
+    assert "are of the same model" in text
+    means = {r.arm: r.values for r in published().rows if r.fraction == 1.0}
+    assert means["guided"]["cola"] == [0.6096, 0.6045]
+    assert means["dropout"]["sst2"] == [0.9498, 0.9493]
+
+
+def test_an_unfinished_experiment_says_so(tmp_path):
+    analysis, text, _ = report(tmp_path, fractions=[0.1], seeds=4, missing=lambda k: k.seed > 1 and k.task == "rte")
+    assert (len(analysis.runs), analysis.expected) == (24, 32)
+    assert "**Not finished: 24 of 32 runs are there." in text
+    assert re.search(r"^\| guided \| 6 \| 0 \| 0 \| 0 \| 2 \|$", text, re.MULTILINE)
+
+
+def test_the_first_run_of_many_makes_a_report(tmp_path):
+    _, text, _ = report(tmp_path, missing=lambda k: (k.seed, k.task, k.arm, k.fraction) != (0, "cola", "dropout", 1.0))
+    assert "1 run of 80" in text
+    assert "nothing is compared" in text
+
+
+def test_what_went_wrong_is_counted_and_named(tmp_path):
+    def value(key):
+        if key.arm == "guided" and key.seed == 0:
+            return RuntimeError("CUDA out of memory\nsecond line | with a pipe")
+        return None if key.arm == "dropout" and key.seed == 1 else accuracy_like(key, {})
+
+    _, text, folder = report(
+        tmp_path, tasks=["cola"], fractions=[0.1], value=value, collapsed=lambda k: k.arm == "uniform" and k.seed == 2
+    )
+    assert re.search(r"^\| dropout \| 4 \| 0 \| 1 \| 0 \|", text, re.MULTILINE)
+    assert re.search(r"^\| uniform \| 4 \| 1 \| 0 \| 0 \|", text, re.MULTILINE)
+    assert re.search(r"^\| guided \| 4 \| 0 \| 0 \| 1 \|", text, re.MULTILINE)
+    assert "| RuntimeError: CUDA out of memory | 1 | `demo_cola_0.1_guided_000`" in text
+    assert "second line" not in text
+    statuses = [r["status"] for r in rows(folder, "runs.csv")]
+    assert (statuses.count("failed"), statuses.count("diverged"), statuses.count("collapsed")) == (1, 1, 1)
+
+
+def test_everything_failed(tmp_path):
+    _, text, _ = report(tmp_path, value=lambda k: ValueError(""))
+    assert "| ValueError | 80 |" in text
+
+
+def test_no_guided_arm(tmp_path):
+    _, text, _ = report(tmp_path, arms=["dropout"], tasks=["cola"], fractions=[1.0], seeds=3)
+    assert "nothing is compared" in text
+    assert "runs-demo-cola-1.svg" in text
+
+
+def test_all_arms(tmp_path):
+    labels = [*ARMS, "shuffled:seed=1", "mixout:p=0.5"]
+    analysis, text, _ = report(tmp_path, arms=labels, tasks=["cola"], fractions=[0.1], seeds=3)
+    assert len(analysis.comparisons) == len(labels) - 1 + 9
+    for label in labels:
+        assert f"| {label} |" in text
+    for words in ("guided against other regularizers", "Other guided arms", "guided-l2-sp − l2-sp (same mean)"):
+        assert words in text
+
+
+def test_several_models(tmp_path):
+    analysis, text, _ = report(
+        tmp_path, models=["demo", "user_model"], arms=["dropout", "guided"], tasks=["cola"], seeds=3
+    )
+    assert len(analysis.comparisons) == 2 * 2
+    assert "user\\_model, 10 % of the training data. Against standard dropout." in text
+    assert "| user\\_model | 10 % | cola |" in text
+    assert "curves-user_model-1.svg" in text
+
+
+def test_a_margin_allows_equivalence(tmp_path):
+    experiment = write_experiment(tmp_path / "e", arms=MAIN, tasks=["cola"], fractions=[1.0], seeds=6, value=lambda k: 0.6 + 0.001 * ((k.seed * 7) % 5)
+                                  * (k.arm == "guided") - 0.002 * (k.arm == "guided"))  # fmt: skip
+    assert "no difference within" not in " ".join(claims(report_experiment(experiment.path)[0]))
+    analysis, files = report_experiment(experiment.path, tmp_path / "out", margin=0.01)
+    assert files[0].parent == tmp_path / "out"
+    assert "no difference within ±0.01" in " ".join(claims(analysis))
+
+
+def test_a_report_is_replaced_whole_and_nothing_else_is(tmp_path):
+    _, _, folder = report(tmp_path, tasks=["cola"], fractions=[1.0], seeds=3)
+    (folder / "figures" / "old.svg").write_text("")
+    report_experiment(tmp_path / "e")
+    assert not (folder / "figures" / "old.svg").exists()
+    with pytest.raises(ArtefactError, match=r"holds other files and no report\.html"):
+        report_experiment(tmp_path / "e", tmp_path)
+
+
+def test_what_is_no_experiment_is_refused(tmp_path):
+    with pytest.raises(ArtefactError, match="expected a bench-experiment file"):
+        report_experiment(tmp_path)
+    experiment = write_experiment(tmp_path / "e", missing=lambda k: True)
+    with pytest.raises(DataError, match="found no runs"):
+        report_experiment(experiment.path)
+
+
+def test_names_are_escaped(tmp_path):
+    _, text, folder = report(
+        tmp_path, models=["a|b<script>"], arms=["dropout", "guided"], tasks=["cola"], seeds=3,
+        value=lambda k: ValueError("<script>alert(1)</script> | *x*") if k.seed == 0 else 0.5 + 0.01 * k.seed,
+    )  # fmt: skip
+    assert "<script" not in (folder / "report.html").read_text()
+    assert not re.search(r"(?<!\\)<script", re.sub(r"`[^`]*`", "", text))
