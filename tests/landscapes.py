@@ -1,6 +1,10 @@
-"""Made-up landscapes: a bowl for each mask, a little different for each seed."""
+"""Made-up landscapes, a bowl for each mask, a little different for each seed; and a made-up profile."""
+
+from dataclasses import replace
 
 import numpy as np
+import torch
+from families import profile_of
 
 from guided_dropout.landscape import Landscape, Mask
 from guided_dropout.landscape.grid import Grid
@@ -29,3 +33,11 @@ def bowl(curvatures, *, dims=2, points=9, seeds=5, lengths=1.0, origin=4.0):
         model={"architecture": "Toy", "name_or_path": "someone/toy"},
         provenance={"text": "t.txt"},
     )
+
+
+def drawn_profile(model, *, noise=()):
+    """Values that all differ, so that no tie decides a half."""
+    generator = torch.Generator().manual_seed(0)
+    diagonal = {n: torch.rand(p.shape, generator=generator) ** 3 for n, p in model.named_parameters()}
+    means = {n: t.double().mean().item() for n, t in diagonal.items()}
+    return replace(profile_of(model), diagonal=diagonal, tensor_means=means, shapes={}, noise=noise)

@@ -38,7 +38,9 @@ def command(folder, monkeypatch, capsys):
 def chain(folder, command):
     """A profile, and lines under several masks."""
     if not (folder / "lines").exists():
-        code, _, err = command(*"fisher model --text text.txt --samples 20 --max-length 12 --out profile".split())
+        code, _, err = command(
+            "fisher", "model", "--text", "text.txt", "--samples", 20, "--max-length", 12, "--out", "profile"
+        )
         assert code == 0, err
         code, _, err = command(
             *f"{BASE} --dims 1 --points 5 --seeds 3 --profile profile --mask all --mask top:0.5 --mask random:0.5 "
@@ -72,7 +74,7 @@ def test_lines_numbers_and_figure(chain, command, tmp_path):
 
 def test_a_plane_by_default_make_left_out(command, folder, tmp_path):
     line = f"{BASE} --points 3 --vectors moved --normalise tensor --keep-directions --seed 5"
-    code, out, err = command(*line.split(), "--out", tmp_path / "plane", "--plot", tmp_path / "plane.png")
+    code, _, err = command(*line.split(), "--out", tmp_path / "plane", "--plot", tmp_path / "plane.png")
     assert code == 0, err
     made = Landscape.from_pretrained(tmp_path / "plane", directions=True)
     assert made.surface().shape == (3, 3)
@@ -84,7 +86,9 @@ def test_a_plane_by_default_make_left_out(command, folder, tmp_path):
 
 def test_toward_a_model_and_along_the_hessian(command, folder, tmp_path):
     save_tiny_bert(tmp_path / "other", initializer_range=0.05)
-    code, _, err = command(*BASE.split(), "--to", tmp_path / "other", "--dims", 1, "--points", 3, "--out", tmp_path / "t")
+    code, _, err = command(
+        *BASE.split(), "--to", tmp_path / "other", "--dims", 1, "--points", 3, "--out", tmp_path / "t"
+    )
     assert code == 0, err
     assert Landscape.from_pretrained(tmp_path / "t").directions["kind"] == "toward"
     code, _, err = command(

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from families import classifier_of, language_model, objective_of, profile_of
+from families import classifier_of, language_model, objective_of
+from landscapes import drawn_profile
 
 from guided_dropout.artefacts import write_json
 from guided_dropout.errors import ArtefactError, DataError, ModelError
@@ -37,7 +38,7 @@ LINE = {"dims": 1, "points": 5, "radius": 0.8}
 
 
 def slow_losses(model, samples, directions, coordinates):
-    """In the model's precision: a copy of the model for each point, a sample at a time, the model's own loss."""
+    """A copy of the model for each point, a sample at a time, the model's own loss (which it takes in float32)."""
     found = []
     for point in coordinates:
         moved = copy.deepcopy(model).eval()
@@ -62,7 +63,7 @@ def test_losses_are_those_of_weights_set_by_hand(family):
     directions = [gaussian_direction(model, axis=axis, vectors="moved") for axis in (0, 1)]
     some = [0, 3, 4, 5, 8, 11, 40]
     expected = slow_losses(model, samples, directions, found.grid.coordinates[some])
-    assert found.losses[0, 0, some] == pytest.approx(np.array(expected), rel=1e-9)
+    assert found.losses[0, 0, some] == pytest.approx(np.array(expected), rel=1e-6)
     assert (found.objective, found.num_samples) == (objective_of(family), 4)
     assert found.lengths[0, 0] == pytest.approx([d.norm for d in directions])
 
@@ -72,7 +73,7 @@ def test_a_classifier_is_measured_too():
     samples = [{"input_ids": s["input_ids"], "labels": i % 2} for i, s in enumerate(SAMPLES)]
     found = loss_landscape(model, samples, **LINE)
     expected = slow_losses(model, samples, [gaussian_direction(model)], found.grid.coordinates)
-    assert found.losses[0, 0] == pytest.approx(np.array(expected), rel=1e-9)
+    assert found.losses[0, 0] == pytest.approx(np.array(expected), rel=1e-6)
 
 
 def test_batches_padding_and_the_heads_shortcut_change_nothing():
@@ -143,13 +144,14 @@ def test_the_model_comes_back_bit_for_bit(how):
 
 def test_masks_and_seeds_share_directions():
     model, names = language_model("bert").double(), ["all", "top:0.5", "bottom:0.5", "random:0.5", "top:0.5="]
-    profile = profile_of(model)
+    profile = drawn_profile(model)
     found = loss_landscape(model, SAMPLES, masks=names, profile=profile, seeds=(4, 7), **LINE)
     assert found.losses.shape == (5, 2, len(found.grid.coordinates))
-    movable = sum(t.numel() for t in gaussian_direction(model).tensors.values())
-    assert found.moved[0].tolist() == [movable] * 2
-    assert np.ptp(found.moved[1:], axis=1).max() == 0
-    assert found.moved[1, 0] == found.moved[3, 0] == pytest.approx(movable / 2, abs=1)
+    drawn = gaussian_direction(model, seed=4).tensors.values()
+    assert found.moved[0, 0] == sum(int((t != 0).sum()) for t in drawn)
+    chosen = sum(t.numel() for t in drawn) / 2
+    padding = model.config.hidden_size  # whose embedding is zero, so that it does not move
+    assert found.moved[1:] == pytest.approx(np.full((4, 2), chosen), abs=padding)
     full, top, bottom, _, equal = found.lengths[:, :, 0]
     assert top**2 + bottom**2 == pytest.approx(full**2)
     assert equal == pytest.approx(full)
@@ -165,7 +167,7 @@ def test_given_directions_and_those_that_lack():
     mine = Direction({name: torch.ones_like(model.get_parameter(name))}, {"kind": "mine"})
     found = loss_landscape(model, SAMPLES, directions=[mine], dims=2, points=3)
     expected = slow_losses(model, SAMPLES, [mine, gaussian_direction(model, axis=1)], found.grid.coordinates[:9])
-    assert found.losses[0, 0, :9] == pytest.approx(np.array(expected), rel=1e-9)
+    assert found.losses[0, 0, :9] == pytest.approx(np.array(expected), rel=1e-6)
     assert found.directions["kind"] == "mine, gaussian"
     with pytest.raises(ModelError, match=r"a direction moves nothing of shape \[1\]; expected a parameter"):
         loss_landscape(model, SAMPLES, directions=[Direction({"nothing": torch.ones(1)})], **LINE)
@@ -314,7 +316,7 @@ def test_saved_landscapes_come_back(tmp_path):
     file.write_bytes(file.read_bytes()[:-8] + b"\0" * 8)
     with pytest.raises(ArtefactError, match="is damaged or another landscape's"):
         Landscape.from_pretrained(tmp_path / "l")
-    with pytest.raises(ArtefactError, match="no folder .*; expected one that `guided-dropout landscape"):
+    with pytest.raises(ArtefactError, match=r"no folder .*; expected one that `guided-dropout landscape"):
         Landscape.from_pretrained(tmp_path / "nowhere")
     write_json(tmp_path / "l" / "landscape.json", {"kind": "loss-landscape", "schema": 9})
     with pytest.raises(ArtefactError, match="schema version 9; this version of guided-dropout reads 1"):

@@ -7,6 +7,7 @@ import torch
 from families import classifier_of, language_model, profile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from landscapes import drawn_profile
 from torch import nn
 
 from guided_dropout.errors import ArtefactError, DataError, ModelError
@@ -22,7 +23,7 @@ class One(nn.Module):
 
 
 def slices(tensor):
-    return [row for row in tensor] if tensor.dim() > 1 else [tensor]
+    return list(tensor) if tensor.dim() > 1 else [tensor]
 
 
 @settings(max_examples=40, deadline=None)
@@ -63,7 +64,10 @@ def test_a_direction_is_a_function_of_seed_axis_and_name_relative_to_the_backbon
     shared = [name for name in a if name in b]
     assert len(shared) > 10
     assert all(torch.equal(a[name], b[name]) for name in shared)
-    others = [gaussian_direction(lm, seed=4, normalise="none"), gaussian_direction(lm, seed=3, axis=1, normalise="none")]
+    others = [
+        gaussian_direction(lm, seed=4, normalise="none"),
+        gaussian_direction(lm, seed=3, axis=1, normalise="none"),
+    ]
     for other in others:
         assert not any(torch.equal(a[name], other.tensors[name]) for name in a)
     pair = [a["bert.encoder.layer.0.output.dense.weight"], a["bert.encoder.layer.1.output.dense.weight"]]
@@ -106,7 +110,7 @@ def test_saved_directions_come_back(tmp_path):
     }  # fmt: skip
     assert all(torch.equal(found.tensors[name], t) for name, t in made.tensors.items())
     profile_of(language_model("bert")).save_pretrained(tmp_path / "p")
-    with pytest.raises(ArtefactError, match="holds 'fisher-profile'.*give a file that Direction.save wrote"):
+    with pytest.raises(ArtefactError, match=r"holds 'fisher-profile'.*give a file that Direction.save wrote"):
         Direction.load(tmp_path / "p" / "fisher.safetensors")
 
 
@@ -144,11 +148,7 @@ def test_bad_options_are_named(options, message):
 def measured():
     """A model and a made-up profile of it, one tensor of which is noise."""
     model = language_model("bert")
-    generator = torch.Generator().manual_seed(0)
-    diagonal = {n: torch.rand(p.shape, generator=generator) ** 3 for n, p in model.named_parameters()}
-    means = {n: t.double().mean().item() for n, t in diagonal.items()}
-    noise = ("bert.encoder.layer.0.attention.self.key.weight",)
-    return model, replace(profile_of(model), diagonal=diagonal, tensor_means=means, shapes={}, noise=noise)
+    return model, drawn_profile(model, noise=("bert.encoder.layer.0.attention.self.key.weight",))
 
 
 @pytest.mark.parametrize("kind", ["top", "bottom"])
@@ -218,7 +218,9 @@ def test_a_mask_needs_a_profile_of_the_model_with_values(measured):
     with pytest.raises(ArtefactError, match="another model's"):
         Masker(language_model("gpt2"), profile)
     with pytest.raises(DataError, match=r"mask top:0.0001 leaves none of the [\d,]+ parameters"):
-        Masker(model, profile).masks(Mask("top", 0.0001), {"bert.embeddings.position_embeddings.weight": torch.ones(32, 16)})
+        Masker(model, profile).masks(
+            Mask("top", 0.0001), {"bert.embeddings.position_embeddings.weight": torch.ones(32, 16)}
+        )
 
 
 def test_a_profile_serves_the_classifier_of_the_same_backbone(measured):

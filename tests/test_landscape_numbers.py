@@ -29,12 +29,15 @@ def smallest():
 
 def gradient(model, evaluation, names):
     loss = sum(evaluation.total(batch) for batch in evaluation.batches) / evaluation.num_samples
-    found = torch.autograd.grad(loss, [model.get_parameter(n) for n in names], allow_unused=True, materialize_grads=True)
+    found = torch.autograd.grad(
+        loss, [model.get_parameter(n) for n in names], allow_unused=True, materialize_grads=True
+    )
     return torch.cat([g.flatten() for g in found])
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "llama"])
-def test_hessian_vector_products_are_differences_of_gradients(family):
+@pytest.mark.parametrize(("family", "tolerance"), [("bert", 1e-6), ("gpt2", 1e-6), ("t5", 1e-3), ("llama", 1e-3)])
+def test_hessian_vector_products_are_differences_of_gradients(family, tolerance):
+    """T5 and Llama normalise in float32, whatever the weights."""
     model = language_model(family).double().eval()
     evaluation = Evaluation(model, SAMPLES, batch_size=3)
     names = list(movable_parameters(model))
@@ -51,7 +54,7 @@ def test_hessian_vector_products_are_differences_of_gradients(family):
                 model.get_parameter(n).sub_(vector[n], alpha=sign * step)
     expected = (sides[0] - sides[1]) / (2 * step)
     flat = torch.cat([found[n].flatten() for n in names])
-    assert (flat - expected).norm() <= 1e-6 * expected.norm()
+    assert (flat - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("vectors", ["held", "moved"])
@@ -167,12 +170,12 @@ def test_what_is_not_finite_has_no_interval():
     assert by["top:0.5", "rise at 1"].summary is None
     assert by["top:0.5", "rise at 1"].values == (None,) * 5
     assert by["all", "rise at 1"].summary is not None
-    assert not differences(found)
+    assert {d.measure for d in differences(found)} == {"area below +1"}
 
 
 def test_unknown_masks_seeds_and_radii_are_told():
     found = bowl({"all": 2.0, "top:0.5": 8.0})
-    with pytest.raises(DataError, match="unknown mask 'top:0.4'"):
+    with pytest.raises(DataError, match=r"unknown mask 'top:0\.4'"):
         found.surface("top:0.4")
     with pytest.raises(DataError, match="seed 9; expected one of 0, 1, 2, 3, 4"):
         found.surface("all", 9)

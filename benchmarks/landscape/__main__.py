@@ -1,8 +1,8 @@
 """``python -m benchmarks.landscape``: time per point of a loss landscape, beside one plain evaluation forward.
 
-Round after round each method does one point, in an order that turns, so that what else the machine does meets them all;
-a round's figures are divided by the same round's plain forward. ``again`` is a second plain forward, which shows how far
-two equal things differ. Writes one JSON and a README.
+Round after round each method does one point, in an order that turns, so that what else the machine does meets them
+all; a round's figures are divided by the same round's plain forward. ``again`` is a second plain forward, which shows
+how far two equal things differ. Writes one JSON and a README.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import typer
 
 from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_landscape import landscape_app
-from guided_dropout.cli_options import MODEL_HELP, PROFILE_HELP, ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model, ResidualSites, Seed
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.cli_shared import choose, open_text
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table

@@ -89,7 +89,8 @@ def make(
         bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
     ] = None,
     keep_directions: Annotated[
-        bool, typer.Option("--keep-directions", help="Write the directions too; a seed alone gives Gaussian ones again.")
+        bool,
+        typer.Option("--keep-directions", help="Write the directions too; a seed alone gives Gaussian ones again."),
     ] = False,
     device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")] = "float32",

@@ -14,8 +14,8 @@ ColumnNames = Annotated[
     str | None,
     typer.Option(
         metavar="text=NAME[,NAME]:label=NAME",
-        help="Columns of a --data file or hub data set: one text or two, and the class, or score=NAME for a regression. "
-        "Without it, text and label.",
+        help="Columns of a --data file or hub data set: one text or two, and the class, or score=NAME for a "
+        "regression. Without it, text and label.",
     ),
 ]
 ResidualSites = Annotated[

@@ -19,6 +19,7 @@ class MakeByDefault(TyperGroup):
     """A group in which ``group X …`` is short for ``group make X …``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put ``make`` first where no command stands."""
         if args and args[0] not in {*self.commands, "--help"}:
             typo = not Path(args[0]).exists() and difflib.get_close_matches(args[0], self.commands)
             args = args if typo else ["make", *args]

@@ -1,7 +1,7 @@
 """Figures of loss landscapes: curves, contours, surfaces, and what share of the parameters does what.
 
-Each ``plot_…`` draws on the axes it is given, or on a new figure, and returns them. Heights are colours of cividis, which
-are read alike by the colour-blind and in grey.
+Each ``plot_…`` draws on the axes it is given, or on a new figure, and returns them. Heights are colours of cividis,
+which are read alike by the colour-blind and in grey.
 """
 
 from __future__ import annotations
@@ -362,7 +362,9 @@ def _finite(losses: _Array, high: float) -> _Array:
 def _require(landscape: Landscape, dims: int) -> None:
     if landscape.grid.dims != dims:
         what = {1: "a line", 2: "a plane"}
-        raise DataError(f"the landscape is {what[landscape.grid.dims]}; expected {what[dims]}: make it with --dims {dims}")
+        raise DataError(
+            f"the landscape is {what[landscape.grid.dims]}; expected {what[dims]}: make it with --dims {dims}"
+        )
 
 
 def _figure(ax: Axes) -> Figure:

@@ -41,7 +41,7 @@ _Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Landscape:
-    r"""Losses at :math:`\theta^* + \alpha\delta + \beta\eta` (eq. 5 of Sharma et al., 2024), mask by mask, seed by seed.
+    r"""Losses at :math:`\theta^* + \alpha\delta + \beta\eta` (eq. 5 of Sharma et al., 2024), by mask and seed.
 
     Attributes:
         losses: [masks, seeds, P] float64, each the mean over the same samples in nats, not finite where the model gave

@@ -74,7 +74,7 @@ class Mask:
 
 
 class Masker:
-    """Turns `Mask`\\ s into masks of a model's parameters.
+    """Turns a `Mask` into masks of a model's parameters.
 
     Shares are shares of the parameters that can move: what no direction moves (held vectors), what the profile does not
     hold, and what it calls noise is neither ranked nor chosen, so that the same share is the same number of parameters
