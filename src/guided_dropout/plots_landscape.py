@@ -161,13 +161,15 @@ def plot_surface(
     ax.zaxis.set_rotate_label(False)
     ax.set_zlabel("loss (nats)", rotation=90, labelpad=-2)
     ax.tick_params(pad=-2, labelsize=7)
-    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+    axes: list[Any] = [ax.xaxis, ax.yaxis, ax.zaxis]
+    for axis in axes:
         axis.set_major_locator(MaxNLocator(4))
         axis.pane.set_facecolor("white")
         axis.pane.set_edgecolor("#cccccc")
-        axis._axinfo["grid"].update(color="#e4e4e4", linewidth=0.6)  # pyright: ignore
+        axis._axinfo["grid"].update(color="#e4e4e4", linewidth=0.6)
     ax.view_init(elev=28, azim=-58)
-    ax.set_box_aspect((1, 1, 0.78), zoom=1.08)
+    zoom: Any = 1.08
+    ax.set_box_aspect((1, 1, 0.78), zoom=zoom)
     return ax
 
 
@@ -342,7 +344,7 @@ def _line(masks: Sequence[Mask], number: int) -> tuple[Any, Any]:
 
 
 def _levels(low: float, high: float) -> _Array:
-    levels = MaxNLocator(_LEVELS).tick_values(low, high)
+    levels = np.asarray(MaxNLocator(_LEVELS).tick_values(low, high))
     levels = levels[(levels > low) & (levels <= high)]
     return np.unique([low, *levels, high])
 

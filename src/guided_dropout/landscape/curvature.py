@@ -80,10 +80,11 @@ def hessian_directions(
             return _flat(_product(evaluation, open_parameters, _unflat(flat.reshape(-1), parameters)), wide)
 
         operator: Any = LinearOperator((size, size), matvec=product, dtype=wide)  # pyright: ignore[reportCallIssue]
+        relative: Any = tolerance
         start = np.random.default_rng(seed).standard_normal(size).astype(wide)
         try:
             values, found = eigsh(
-                operator, k=count, which="LA", v0=start, tol=tolerance, ncv=min(size, _KRYLOV), maxiter=_RESTARTS
+                operator, k=count, which="LA", v0=start, tol=relative, ncv=min(size, _KRYLOV), maxiter=_RESTARTS
             )
         except ArpackNoConvergence as e:
             raise ModelError(

@@ -25,8 +25,8 @@ KIND = "landscape-checkpoint"
 SCHEMA = 1
 DIRECTIONS_NAME = "direction-{}.safetensors"
 _NAME = "points-{}-of-{}.safetensors"
-# Points that take less than this between them are written together: a kill loses no more than that.
-_EVERY = 1.0
+# Seconds: points that take less are written together, and a kill loses no more than that.
+WRITE_EVERY = 1.0
 
 
 class Record:
@@ -98,7 +98,7 @@ class Record:
             ArtefactError: it cannot be written.
         """
         self.losses[ray, point], self.done[ray, point], self._dirty = loss, True, True
-        if time.monotonic() - self._written >= _EVERY:
+        if time.monotonic() - self._written >= WRITE_EVERY:
             self.write()
 
     def write(self) -> None:
