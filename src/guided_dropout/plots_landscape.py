@@ -16,6 +16,7 @@ import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from mpl_toolkits.mplot3d.axes3d import Axes3D
 
@@ -105,8 +106,8 @@ def plot_contours(
     filled = ax.contourf(steps, steps, losses, levels=levels, cmap=_COLOURS, extend="max")
     filled.set_edgecolor("face")  # no white seams between the colours
     lines = ax.contour(steps, steps, losses, levels=levels, colors="white", linewidths=0.5, alpha=0.75)
-    if len(lines.allsegs) and any(map(len, lines.allsegs)):
-        ax.clabel(lines, levels=levels[1::2], fontsize=7, fmt="%.3g")
+    for label in ax.clabel(lines, levels=levels[1:-1:2], fontsize=7.5, fmt="%.3g", colors=_INK):
+        label.set_path_effects([withStroke(linewidth=2, foreground="white", alpha=0.75)])
     ax.plot(0, 0, marker="+", color="white", markersize=9, markeredgewidth=1.6)
     ax.set_aspect("equal")
     ax.set_xlabel("α")
@@ -114,7 +115,7 @@ def plot_contours(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_locator(MaxNLocator(5))
     if bar:
-        _figure(ax).colorbar(filled, ax=ax, label="loss (nats)", shrink=0.86)
+        _figure(ax).colorbar(filled, ax=ax, label="loss (nats)", shrink=0.86, format="%.3g")
     return ax
 
 
@@ -242,23 +243,25 @@ def figure_planes(landscape: Landscape, *, masks: Sequence[str] | None = None, s
     names = [m.name for m in landscape.masks] if masks is None else list(masks)
     titles = {m.name: m.title for m in landscape.masks}
     limits = colour_limits(landscape, names)
-    figure = Figure(figsize=(3.5 * len(names) + 0.9, 6.3))
-    right = 1 - 0.95 / (3.5 * len(names) + 0.9)
+    width = 3.5 * len(names) + 1.1
+    figure = Figure(figsize=(width, 6.4))
+    right = 1 - 1.15 / width
     grid = figure.add_gridspec(
-        2, len(names), left=0.045, right=right, top=0.94, bottom=0.075, height_ratios=(1.12, 1), hspace=0.12, wspace=0.2
+        2, len(names), left=0.5 / width, right=right, top=0.93, bottom=0.075, height_ratios=(1.12, 1), hspace=0.12,
+        wspace=0.2,
     )  # fmt: skip
     below: list[Axes] = []
     for column, name in enumerate(names):
         upper: Any = figure.add_subplot(grid[0, column], projection="3d")
         plot_surface(landscape, upper, mask=name, seed=seed, limits=limits)
-        upper.set_title(f"{'abcdefghij'[column]}  {titles.get(name, name)}", fontsize=11, y=0.99)
+        upper.set_title(f"{'abcdefghij'[column]}  {titles.get(name, name)}", fontsize=11, y=1.03)
         lower = figure.add_subplot(grid[1, column])
         plot_contours(landscape, lower, mask=name, seed=seed, limits=limits, bar=False)
         if column:
             lower.set_ylabel("")
         below.append(lower)
-    place = figure.add_axes((right + 0.02 * (1 - right) + 0.01, 0.11, 0.011, 0.32))
-    figure.colorbar(below[-1].collections[0], cax=place, label="loss (nats)")
+    place = figure.add_axes((right + 0.25 / width, 0.085, 0.13 / width, 0.36))
+    figure.colorbar(below[-1].collections[0], cax=place, label="loss (nats)", format="%.3g")
     return figure
 
 
@@ -283,7 +286,8 @@ def figure_lines(landscape: Landscape, *, equal_norm: bool = False) -> Figure:
     if not panels:
         raise DataError(f"no masks of a share with equal_norm={equal_norm}; expected some, for instance top:0.5")
     names = [m.name for _, own in panels for m in own] + ["all" for m in landscape.masks if m.kind == "all"]
-    _, high = colour_limits(landscape, names)
+    drawn = np.stack([landscape.surface(name, seed) for name in names for seed in landscape.seeds])
+    high = max(drawn[np.isfinite(drawn)], default=landscape.origin_loss + 1)
     figure = Figure(figsize=(3.6 * len(panels) + 0.6, 3.7), layout="constrained")
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     whole = [m.name for m in landscape.masks if m.kind == "all"]
@@ -299,8 +303,8 @@ def figure_lines(landscape: Landscape, *, equal_norm: bool = False) -> Figure:
         ax.set_title(f"{'abc'[number]}  {titles[kind]}", fontsize=11, loc="left")
         if number:
             ax.set_ylabel("")
-    margin = 0.05 * (high - landscape.origin_loss)
-    axes[0].set_ylim(landscape.origin_loss - margin, high + 6 * margin)
+    margin = 0.04 * (high - landscape.origin_loss)
+    axes[0].set_ylim(landscape.origin_loss - margin, high + 7 * margin)  # room for the legend
     return figure
 
 
@@ -340,7 +344,7 @@ def _line(masks: Sequence[Mask], number: int) -> tuple[Any, Any]:
         return _KINDS[mask.kind][0], _KINDS[mask.kind][2]
     place = shares.index(mask.share)
     lines = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)))
-    return matplotlib.colormaps[_COLOURS](0.05 + 0.85 * place / (len(shares) - 1)), lines[place % len(lines)]
+    return matplotlib.colormaps["viridis"](0.8 * place / (len(shares) - 1)), lines[place % len(lines)]
 
 
 def _levels(low: float, high: float) -> _Array:
