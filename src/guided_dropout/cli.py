@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guided_dropout.cli_bench import bench_app
-from guided_dropout.cli_options import ResidualSites
+from guided_dropout.cli_landscape import landscape_app
+from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model, ResidualSites, Seed
 from guided_dropout.cli_schedule import schedule_app
+from guided_dropout.cli_shared import choose, open_text
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table, weights_note
-from guided_dropout.errors import DataError, GuidedDropoutError, unknown
-
-if TYPE_CHECKING:
-    from guided_dropout.texts import Text
+from guided_dropout.errors import DataError, GuidedDropoutError
+from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait
 
 if TYPE_CHECKING:
     from guided_dropout.fisher import FisherProfile
@@ -34,20 +33,7 @@ app = typer.Typer(
 
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(bench_app, name="bench")
-
-PROFILE_HELP = "a folder that `fisher` wrote, or user/name on the hub"
-MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Seed = Annotated[int, typer.Option(help="Random seed.")]
-ColumnNames = Annotated[
-    str | None,
-    typer.Option(
-        metavar="text=NAME[,NAME]:label=NAME",
-        help="Columns of a --data file or hub data set: one text or two, and the class; score=NAME for a regression. "
-        "Without it, text and label.",
-    ),
-]
+app.add_typer(landscape_app, name="landscape")
 
 
 @app.command()
@@ -144,14 +130,14 @@ def fisher(
             check_unused(state)
         if (text is None) == (task is None) or (task is None and (data or columns)):
             raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
-        source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
-        precision = _choose("--dtype", dtype, DTYPES)
+        source_of_labels = choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
+        precision = choose("--dtype", dtype, DTYPES)
         number = inputs.number_of_samples(samples)
         if until_ranked and number is None:
             raise DataError("--until-ranked with --samples all; expected samples drawn at random: give their number")
         if text is not None:
             limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
-            lines = _open_text(text, limit)
+            lines = open_text(text, limit)
             loaded, tokenizer = load_lm(model, objective, precision, device_map), load_tokenizer(model)
             with progress_bar("blocks of text", None, shown=world.is_main) as update:
                 given = inputs.text_inputs(
@@ -174,7 +160,7 @@ def fisher(
     share = "samples" if world.count == 1 else f"samples of process 1 of {world.count}"
     counted = _Counted(given.samples)
     with (
-        _interrupts_wait() as stop_if_asked,
+        interrupts_wait() as stop_if_asked,
         progress_bar(share, given.total and -(-given.total // world.count), shown=world.is_main) as update,
     ):
 
@@ -203,11 +189,11 @@ def fisher(
                 progress=progress,
                 facts={"source": model, "samples": samples, **given.facts},
             )
-        except _Interrupted:
+        except Interrupted:
             if not world.is_main:
                 sys.exit(2)
             if holds_state(state):
-                raise _Interrupted(
+                raise Interrupted(
                     f"the state is in {state}: run the same command with --resume to go on from there"
                 ) from None
             raise
@@ -426,64 +412,17 @@ def finetune(
     console.print(out / "result.json")
 
 
-def _open_text(text: str, max_characters: int | None) -> Text:
-    from guided_dropout.texts import Text, stream_text
-
-    if text != "demo":
-        return stream_text(text, max_characters=max_characters)
-    from guided_dropout.demo.text import demo_paragraphs
-
-    return Text(text, lambda: iter(demo_paragraphs()), max_characters)
-
-
-def _choose(option: str, given: str, meaning: Mapping[str, Any]) -> Any:
-    if given not in meaning:
-        raise DataError(unknown(option, given, meaning))
-    return meaning[given]
-
-
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     try:
         app(standalone_mode=True)
     except GuidedDropoutError as e:
         if not e.told_elsewhere:
             errors.print(f"error: {' '.join(str(e).split())}", markup=False, highlight=False)
         sys.exit(2)
-    except _Interrupted as e:
+    except Interrupted as e:
         what = str(e) or "nothing was written by the unfinished step: run the command again"
         errors.print(f"error: interrupted; {what}", markup=False, highlight=False)
         sys.exit(2)
-
-
-class _Interrupted(BaseException):
-    """Not a KeyboardInterrupt, of which Typer would make its own message and exit code."""
-
-
-def _interrupt(*_: Any) -> None:
-    raise _Interrupted
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[Callable[[], None]]:
-    """Within, a signal waits for a call of what is yielded, which raises it; a second one does not wait."""
-    asked = False
-
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise _Interrupted
-        asked = True
-
-    def stop_if_asked() -> None:
-        if asked:
-            raise _Interrupted
-
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

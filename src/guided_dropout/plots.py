@@ -209,20 +209,31 @@ def figure_svg(figure: Figure) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure, all or nothing, as the ending of `path` says, ``.png`` or ``.svg``; return the path.
+    """Write the figure, all or nothing, as the ending of `path` says, ``.png``, ``.svg`` or ``.pdf``; return the path.
 
     Raises:
         ArtefactError: another ending, or `path` cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ArtefactError(f"cannot draw to {path}; expected a name that ends in .png or .svg")
+    check_figure_name(path)
     with staged_file(path) as tmp:
         if path.suffix == ".svg":
             tmp.write_text(figure_svg(figure), encoding="utf-8")
+        elif path.suffix == ".pdf":
+            figure.savefig(tmp, format="pdf", metadata={"CreationDate": None})
         else:
             figure.savefig(tmp, format="png", dpi=150)
     return path
+
+
+def check_figure_name(path: str | Path) -> None:
+    """Make sure, before any long work, that a figure can be drawn to `path`.
+
+    Raises:
+        ArtefactError: its ending names no format.
+    """
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise ArtefactError(f"cannot draw to {path}; expected a name that ends in .png, .svg or .pdf")
 
 
 def _short(paths: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
 from guided_dropout.identity import model_identity, weights_digest
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
+from guided_dropout.undisturbed import evaluating
 
 CHECKPOINT_EVERY = 300.0
 # Of so many samples one must have a finite loss: the objective is found on it.
@@ -112,7 +112,7 @@ def estimate_fisher(
     """
     world = current_processes() if distributed else Processes()
     chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
-    with _evaluation(model):
+    with evaluating(model), torch.enable_grad(), experts_apart(model):
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
             _check_resident(model)
@@ -293,26 +293,3 @@ def _profile(
             **facts,
         ),
     )
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter requiring gradients within; everything as it was after."""
-    modes = [(m, m.training) for m in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    cache = getattr(getattr(model, "config", None), "use_cache", None)
-    try:
-        model.eval()
-        for p, _ in wanted:
-            p.requires_grad_(False)
-        if cache is not None:
-            model.config.use_cache = False  # pyright: ignore
-        with torch.enable_grad(), experts_apart(model):
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for p, flag in wanted:
-            p.requires_grad_(flag)
-        if cache is not None:
-            model.config.use_cache = cache  # pyright: ignore

@@ -1,0 +1,257 @@
+"""The command line's `landscape`: make, show."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model
+from guided_dropout.cli_shared import MakeByDefault, choose, open_text
+from guided_dropout.console import console, progress_bar
+from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
+from guided_dropout.errors import DataError
+from guided_dropout.interrupts import Interrupted, interrupts_wait
+
+if TYPE_CHECKING:
+    from guided_dropout.landscape import Landscape
+
+landscape_app = typer.Typer(
+    cls=MakeByDefault,
+    help="Measure and draw the loss around a model's weights. `landscape MODEL …` is short for `landscape make MODEL "
+    "…`.",
+    short_help="Measure and draw the loss around a model's weights.",
+    no_args_is_help=True,
+)
+Plot = Annotated[
+    Path | None, typer.Option(help="Draw it to this file: .png, .svg or .pdf; planes as surfaces and contours.")
+]
+Html = Annotated[Path | None, typer.Option(help="Write a page to turn planes in (needs the extra `plotly`).")]
+Level = Annotated[float, typer.Option(help="Nats above the origin's loss below which the area is measured.")]
+
+
+@landscape_app.command()
+def make(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the landscape.")],
+    text: Annotated[
+        str | None, typer.Option(help="Text, as for fisher: a file, a folder, 'demo' or hub:NAME. The same everywhere.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
+    data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
+    columns: ColumnNames = None,
+    dims: Annotated[int, typer.Option(help="1 for a line, 2 for a plane.")] = 2,
+    points: Annotated[int, typer.Option(help="Points along each axis; odd, so that the origin is one.")] = 25,
+    radius: Annotated[float, typer.Option(help="Largest step along each axis; 1 is as long as the weights are.")] = 1.0,
+    mask: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Which parameters move: all, or a share by Fisher: top:0.5, bottom:0.5, random:0.5. May be given "
+            "several times; a = at the end (top:0.5=) is --equal-norm for that one."
+        ),
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help=f"For top and bottom: {PROFILE_HELP}.")] = None,
+    mask_level: Annotated[
+        str, typer.Option(help="Shares are of parameters ('parameter') or of whole tensors, as published ('tensor').")
+    ] = "parameter",
+    equal_norm: Annotated[
+        bool, typer.Option("--equal-norm", help="Make each masked step as long as the unmasked one.")
+    ] = False,
+    both_norms: Annotated[
+        bool, typer.Option("--both-norms", help="Each mask twice: with its own length and with the unmasked one.")
+    ] = False,
+    direction: Annotated[
+        str, typer.Option(help="gaussian, or hessian: the directions in which the loss curves most.")
+    ] = "gaussian",
+    to: Annotated[
+        str | None, typer.Option("--to", help="Along the first axis toward this model, fine-tuned from MODEL; 1 is it.")
+    ] = None,
+    normalise: Annotated[
+        str, typer.Option(help="Gaussian directions get the weights' norm per filter or tensor, or none.")
+    ] = "filter",
+    vectors: Annotated[
+        str, typer.Option(help="Biases and scales of normalisations are held (Li et al., 2018) or moved.")
+    ] = "held",
+    seeds: Annotated[int, typer.Option(help="Number of directions, each a landscape; 5 or more make intervals.")] = 1,
+    seed: Annotated[int, typer.Option(help="The first direction's seed; also draws the samples.")] = 0,
+    samples: Annotated[str, typer.Option(help="How many samples to draw from the text.")] = "64",
+    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
+    max_characters: Annotated[
+        int | None, typer.Option(help="Read no more of the text. Without it, 200 million.")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 32,
+    resume: Annotated[
+        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
+    ] = None,
+    keep_directions: Annotated[
+        bool,
+        typer.Option("--keep-directions", help="Write the directions too; a seed alone gives Gaussian ones again."),
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")] = "float32",
+    plot: Plot = None,
+    html: Html = None,
+    level: Level = 1.0,
+) -> None:
+    """Evaluate the loss on a line or plane around the weights, the same text at each point."""
+    from guided_dropout import inputs
+    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.fisher import FisherProfile
+    from guided_dropout.fisher.processes import current_processes, leave_processes
+    from guided_dropout.landscape import Mask, landscape, loss_landscape, record, toward
+    from guided_dropout.landscape.grid import Grid
+    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer, to_device
+
+    state = out.with_name(f"{out.name}.checkpoint")
+    world = current_processes()
+    with world.together():
+        Grid(dims, points, radius)
+        if world.is_main:
+            check_output_folder(out, marker=landscape.JSON_NAME)
+        if resume is None:
+            record.check_unused(state)
+        if (text is None) == (task is None) or (task is None and (data or columns)):
+            raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
+        if seeds < 1:
+            raise DataError(f"--seeds {seeds}; expected at least 1")
+        _check_drawings(plot, html, dims)
+        precision = choose("--dtype", dtype, DTYPES)
+        number = inputs.number_of_samples(samples)
+        masks = [Mask.parse(name, equal_norm=equal_norm) for name in mask or ["all"]]
+        if both_norms:
+            masks = list(dict.fromkeys(m for own in masks for m in _both(own)))
+        measured = FisherProfile.from_pretrained(profile) if profile else None
+        if text is not None:
+            limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
+            lines = open_text(text, limit)
+            loaded, tokenizer = load_lm(model, objective, precision), load_tokenizer(model)
+            with progress_bar("blocks of text", None, shown=world.is_main) as update:
+                given = inputs.text_inputs(
+                    loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
+                )  # fmt: skip
+        else:
+            loaded, tokenizer = load_model(model, precision), load_tokenizer(model)
+            given = inputs.task_inputs(
+                loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
+            )  # fmt: skip
+        directions = direction if to is None else [toward(loaded, load_model(to, precision))]
+        loaded = to_device(loaded, device or world.device)
+    if world.is_main:
+        for note in given.notes:
+            console.print(note)
+    share = "points" if world.count == 1 else f"points of process 1 of {world.count}"
+    with interrupts_wait() as stop_if_asked, progress_bar(share, None, shown=world.is_main) as update:
+
+        def progress(done: int, total: int) -> None:
+            update(done, total)
+            stop_if_asked()
+
+        try:
+            made = loss_landscape(
+                loaded,
+                given.samples,
+                directions=directions,
+                masks=masks,
+                profile=measured,
+                mask_level=mask_level,
+                normalise=normalise,
+                vectors=vectors,
+                dims=dims,
+                points=points,
+                radius=radius,
+                seeds=range(seed, seed + seeds),
+                objective=objective,
+                batch_size=batch_size,
+                keep_directions=keep_directions or None,
+                checkpoint=state,
+                resume=resume,
+                distributed=world.count > 1,
+                progress=progress,
+                facts={"source": model, "samples": samples, **given.facts},
+            )
+        except Interrupted:
+            if not world.is_main:
+                sys.exit(2)
+            if record.holds_points(state):
+                raise Interrupted(
+                    f"the points are in {state}: run the same command with --resume to go on from there"
+                ) from None
+            raise
+    with world.together():
+        if world.is_main:
+            folder = made.save_pretrained(out)
+            record.remove_record(state)
+            _print(made, level)
+            _draw(made, plot, html)
+            console.print(folder)
+    leave_processes()
+
+
+@landscape_app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `landscape` wrote.")],
+    plot: Plot = None,
+    html: Html = None,
+    level: Level = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers, seed by seed, as JSON.")] = False,
+) -> None:
+    """Print a landscape's numbers, with intervals over the seeds, masks compared; draw it."""
+    from guided_dropout.landscape import Landscape
+
+    found = Landscape.from_pretrained(folder)
+    _check_drawings(plot, html, found.grid.dims)
+    if as_json:
+        import json
+
+        from guided_dropout.landscape.compare import as_json as numbers
+
+        sys.stdout.write(json.dumps(numbers(found, level=level), indent=1) + "\n")
+    else:
+        _print(found, level)
+    _draw(found, plot, html)
+
+
+def _both(mask: Any) -> list[Any]:
+    from dataclasses import replace
+
+    if mask.kind == "all":
+        return [mask]
+    return [replace(mask, equal_norm=False), replace(mask, equal_norm=True)]
+
+
+def _check_drawings(plot: Path | None, html: Path | None, dims: int) -> None:
+    if plot is not None:
+        from guided_dropout.plots import check_figure_name
+
+        check_figure_name(plot)
+    if html is not None:
+        from guided_dropout.plots_interactive import check_page
+
+        check_page(html, dims)
+
+
+def _print(made: Landscape, level: float) -> None:
+    console.print(landscape_origin(made), highlight=False)
+    console.print()
+    console.print(landscape_table(made, level=level))
+    compared = difference_table(made, level=level)
+    if compared is not None:
+        console.print()
+        console.print(compared)
+
+
+def _draw(made: Landscape, plot: Path | None, html: Path | None) -> None:
+    if plot is not None:
+        from guided_dropout.plots import save_figure
+        from guided_dropout.plots_landscape import figure_of_landscape
+
+        console.print(save_figure(figure_of_landscape(made), plot))
+    if html is not None:
+        from guided_dropout.plots_interactive import save_surfaces
+
+        console.print(save_surfaces(made, html))

@@ -1,0 +1,102 @@
+"""Going from point to point: what is missing, shared out, evaluated and noted."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from guided_dropout.fisher.processes import Processes
+from guided_dropout.landscape.directions import Direction
+from guided_dropout.landscape.losses import Evaluation
+from guided_dropout.landscape.record import Record
+from guided_dropout.landscape.weights import walking
+from guided_dropout.undisturbed import evaluating
+
+Ray = Callable[[], Sequence[Direction]]
+
+
+def walk(
+    evaluation: Evaluation,
+    rays: Sequence[Ray],
+    points: npt.NDArray[np.float64],
+    record: Record,
+    *,
+    world: Processes | None = None,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Record:
+    """Evaluate all points of all rays that `record` lacks; the model comes back as it was.
+
+    Args:
+        evaluation: of the model.
+        rays: each makes its one or two directions when they are needed.
+        points: [P, dims] coordinates along them.
+        record: what is done already; it is added to.
+        world: the processes that share what is missing, each a part of its own in one piece, so that few directions
+            are made twice.
+        progress: called with the points done and the points to do, both of this process. What it raises ends the walk,
+            after what is done was written.
+
+    Returns:
+        `record` with the points of all processes.
+
+    Raises:
+        ProcessError: another process failed.
+    """
+    world = world or Processes()
+    missing = world.gather((~record.done).flatten().nonzero().flatten().tolist())[0]
+    before = {name: t.clone() for name, t in record.tensors().items()}
+    bounds = [len(missing) * i // world.count for i in range(world.count + 1)]
+    own = missing[bounds[world.index] : bounds[world.index + 1]]
+    steps = _steps(evaluation, rays, points, record, own, progress)
+    with contextlib.closing(steps):
+        world.in_step(steps)
+    _share(record, before, world)
+    return record
+
+
+def _steps(
+    evaluation: Evaluation,
+    rays: Sequence[Ray],
+    points: npt.NDArray[np.float64],
+    record: Record,
+    own: Sequence[int],
+    progress: Callable[[int, int], Any] | None,
+) -> Generator[None]:
+    done = 0
+    try:
+        with evaluating(evaluation.model):
+            for ray, numbers in itertools.groupby(own, key=lambda number: number // len(points)):
+                directions = rays[ray]()
+                record.begin(ray, [d.norm for d in directions], max(d.num_moved for d in directions))
+                with walking(evaluation.model, directions) as walker:
+                    for number in numbers:
+                        point = number % len(points)
+                        walker.move(*points[point].tolist())
+                        record.add(ray, point, evaluation())
+                        done += 1
+                        if progress:
+                            progress(done, len(own))
+                        yield
+    finally:
+        record.write()
+
+
+def _share(record: Record, before: dict[str, torch.Tensor], world: Processes) -> None:
+    """Bring together what the processes have added; sums of one number and zeros are exact."""
+    if world.count == 1:
+        return
+    own = record.done & ~before["done"]
+    added = world.sum(torch.where(own, record.losses, 0.0))
+    counts = world.sum(own.to(torch.float64)) > 0
+    record.losses = torch.where(counts, added, before["losses"])
+    record.done = counts | before["done"]
+    for number, (lengths, moved) in enumerate(world.gather((record.lengths, record.moved))):
+        if number != world.index:
+            begun = moved > 0
+            record.lengths[begun], record.moved[begun] = lengths[begun], moved[begun]
