@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guided_dropout.cli_fidelity import fidelity
+from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
+from guided_dropout.cli_shared import MODEL_HELP, PROFILE_HELP, Model, Seed, choose, open_text
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table
-from guided_dropout.errors import DataError, GuidedDropoutError, unknown
-
-if TYPE_CHECKING:
-    from guided_dropout.texts import Text
+from guided_dropout.errors import DataError, GuidedDropoutError
+from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait
 
 if TYPE_CHECKING:
     from guided_dropout.fisher import FisherProfile
@@ -31,12 +31,7 @@ app = typer.Typer(
 )
 
 app.add_typer(schedule_app, name="schedule")
-
-PROFILE_HELP = "a folder that `fisher` wrote, or user/name on the hub"
-MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+app.add_typer(plot_app, name="plot")
 
 
 @app.command()
@@ -102,7 +97,14 @@ def fisher(
     until_ranked: Annotated[
         bool, typer.Option("--until-ranked", help="Stop as soon as the order of the sites is settled.")
     ] = False,
-    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked.")] = 0.95,
+    until_stable: Annotated[
+        bool,
+        typer.Option("--until-stable", help="Stop as soon as the order as a whole is settled; a few ties may stay open."),
+    ] = False,
+    stable_tau: Annotated[
+        float, typer.Option(help="Of --until-stable: Kendall's tau with the order that other samples would give.")
+    ] = 0.95,
+    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked and --until-stable.")] = 0.95,
     rank_tolerance: Annotated[
         float, typer.Option(help="Of --until-ranked: scores that differ by less may change places.")
     ] = 0.05,
@@ -118,6 +120,7 @@ def fisher(
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.fisher.ranking import RankingTest
+    from guided_dropout.fisher.stability import StabilityTest
     from guided_dropout.models import DTYPES, check_placement, load_lm, load_model, load_tokenizer, to_device
     from guided_dropout.sites import find_sites
 
@@ -132,14 +135,17 @@ def fisher(
             check_unused(state)
         if (text is None) == (task is None) or (data is not None and task is None):
             raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
-        source_of_labels = _choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
-        precision = _choose("--dtype", dtype, DTYPES)
+        source_of_labels = choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
+        precision = choose("--dtype", dtype, DTYPES)
         number = inputs.number_of_samples(samples)
-        if until_ranked and number is None:
-            raise DataError("--until-ranked with --samples all; expected samples drawn at random: give their number")
+        if until_ranked and until_stable:
+            raise DataError("both --until-ranked and --until-stable; expected one rule to stop by: leave one out")
+        if (until_ranked or until_stable) and number is None:
+            rule = "--until-ranked" if until_ranked else "--until-stable"
+            raise DataError(f"{rule} with --samples all; expected samples drawn at random: give their number")
         if text is not None:
             limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
-            lines = _open_text(text, limit)
+            lines = open_text(text, limit)
             loaded, tokenizer = load_lm(model, objective, precision, device_map), load_tokenizer(model)
             with progress_bar("blocks of text", None, shown=world.is_main) as update:
                 given = inputs.text_inputs(
@@ -151,9 +157,13 @@ def fisher(
                 loaded, tokenizer, str(task), data, num_samples=number, max_length=max_length, seed=seed
             )  # fmt: skip
         ranking = None
-        if until_ranked:
+        if until_ranked or until_stable:
             sites = {s.path: s.parameters for s in find_sites(loaded) if not s.in_head}
-            ranking = RankingTest(sites, alpha=1 - rank_confidence, tolerance=rank_tolerance)
+            ranking = (
+                RankingTest(sites, alpha=1 - rank_confidence, tolerance=rank_tolerance)
+                if until_ranked
+                else StabilityTest(sites, tau=stable_tau, confidence=rank_confidence, seed=seed)
+            )
         if device_map is None:
             loaded = to_device(loaded, device or world.device)
     if world.is_main:
@@ -162,7 +172,7 @@ def fisher(
     share = "samples" if world.count == 1 else f"samples of process 1 of {world.count}"
     counted = _Counted(given.samples)
     with (
-        _interrupts_wait() as stop_if_asked,
+        interrupts_wait() as stop_if_asked,
         progress_bar(share, given.total and -(-given.total // world.count), shown=world.is_main) as update,
     ):
 
@@ -191,11 +201,11 @@ def fisher(
                 progress=progress,
                 facts={"source": model, "samples": samples, **given.facts},
             )
-        except _Interrupted:
+        except Interrupted:
             if not world.is_main:
                 sys.exit(2)
             if holds_state(state):
-                raise _Interrupted(
+                raise Interrupted(
                     f"the state is in {state}: run the same command with --resume to go on from there"
                 ) from None
             raise
@@ -218,13 +228,24 @@ def _print_fisher(measured: FisherProfile, folder: Path) -> None:
         + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
     )
     if ranking := measured.provenance.get("ranking"):
-        doubtful = [" < ".join(pair) for pair in ranking["undecided"]]
-        console.print(
-            f"order of the sites {'settled' if ranking['settled'] else 'not settled'} after {ranking['samples']:,} "
-            f"samples (confidence {ranking['confidence']:.0%}, tolerance {ranking['tolerance']:.0%})"
-            + (f"; undecided: {', '.join(doubtful)}" if doubtful else "")
-        )
+        console.print(_settled(ranking))
     console.print(folder)
+
+
+def _settled(found: Mapping[str, Any]) -> str:
+    """What a rule to stop by has found, in a line."""
+    state, after = "" if found["settled"] else "not ", f"after {found['samples']:,} samples"
+    if found["rule"] == "stable":
+        lower = "–" if found["tau_lower"] is None else f"{found['tau_lower']:.3f}"
+        return (
+            f"order of the sites {state}stable {after}: {found['confidence']:.0%} of the bootstrap replicates have a "
+            f"Kendall's tau of {lower} or more with it ({found['tau']:g} was asked for)"
+        )
+    doubtful = ", ".join(" < ".join(pair) for pair in found["undecided"])
+    return (
+        f"order of the sites {state}settled {after} (confidence {found['confidence']:.0%}, tolerance "
+        f"{found['tolerance']:.0%})" + (f"; undecided: {doubtful}" if doubtful else "")
+    )
 
 
 class _Counted:
@@ -291,6 +312,9 @@ def inspect(
         console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
 
 
+app.command()(fidelity)
+
+
 @app.command(epilog=arms_help())
 def finetune(
     model: Model,
@@ -346,64 +370,17 @@ def finetune(
     console.print(out / "result.json")
 
 
-def _open_text(text: str, max_characters: int | None) -> Text:
-    from guided_dropout.texts import Text, stream_text
-
-    if text != "demo":
-        return stream_text(text, max_characters=max_characters)
-    from guided_dropout.demo.text import demo_paragraphs
-
-    return Text(text, lambda: iter(demo_paragraphs()), max_characters)
-
-
-def _choose(option: str, given: str, meaning: Mapping[str, Any]) -> Any:
-    if given not in meaning:
-        raise DataError(unknown(option, given, meaning))
-    return meaning[given]
-
-
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, interrupt)
     try:
         app(standalone_mode=True)
     except GuidedDropoutError as e:
         if not e.told_elsewhere:
             errors.print(f"error: {' '.join(str(e).split())}", markup=False, highlight=False)
         sys.exit(2)
-    except _Interrupted as e:
+    except Interrupted as e:
         what = str(e) or "nothing was written by the unfinished step: run the command again"
         errors.print(f"error: interrupted; {what}", markup=False, highlight=False)
         sys.exit(2)
-
-
-class _Interrupted(BaseException):
-    """Not a KeyboardInterrupt, of which Typer would make its own message and exit code."""
-
-
-def _interrupt(*_: Any) -> None:
-    raise _Interrupted
-
-
-@contextlib.contextmanager
-def _interrupts_wait() -> Iterator[Callable[[], None]]:
-    """Within, a signal waits for a call of what is yielded, which raises it; a second one does not wait."""
-    asked = False
-
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise _Interrupted
-        asked = True
-
-    def stop_if_asked() -> None:
-        if asked:
-            raise _Interrupted
-
-    before = {number: signal.signal(number, ask) for number in _SIGNALS}
-    try:
-        yield stop_if_asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
+from guided_dropout.cli_shared import MakeByDefault
 from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table
 from guided_dropout.errors import ScheduleError
 
-
-class _MakeByDefault(TyperGroup):
-    """``schedule DIR …`` is short for ``schedule make DIR …``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in {*self.commands, "--help"}:
-            typo = not Path(args[0]).exists() and difflib.get_close_matches(args[0], self.commands)
-            args = args if typo else ["make", *args]
-        return super().parse_args(ctx, args)
-
-
 schedule_app = typer.Typer(
-    cls=_MakeByDefault,
+    cls=MakeByDefault,
     help="Make, show and compare schedules. `schedule DIR --out FILE` is short for `schedule make DIR --out FILE`.",
     short_help="Turn a profile into a dropout rate for each site; show and compare schedules.",
     no_args_is_help=True,

@@ -1,8 +1,7 @@
-"""Figures. The only file that imports matplotlib; it keeps no global state and needs no display.
+"""Figures. With the other ``plots_*.py`` the only file that imports matplotlib; no global state, no display needed.
 
 Each ``plot_…`` draws on the ``ax`` it is given, or on a new figure of its own, and returns the `Axes`; its
-`figure_of` can be saved or handed to `figure_svg`. Colours are Okabe and Ito's, told apart by the colour-blind and,
-with the marks and hatches, in grey.
+`figure_of` can be saved or handed to `figure_svg`.
 """
 
 from __future__ import annotations
@@ -25,18 +24,17 @@ from guided_dropout.artefacts import staged_file
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
+from guided_dropout.plots_style import BLUE as _BLUE
+from guided_dropout.plots_style import GREY as _GREY
+from guided_dropout.plots_style import INK as _INK
+from guided_dropout.plots_style import ORANGE as _ORANGE
+from guided_dropout.plots_style import new_axes as _new_axes
+from guided_dropout.plots_style import percent as _percent
+from guided_dropout.plots_style import plain as _plain
+from guided_dropout.plots_style import series as _series
 from guided_dropout.schedule import DropoutSchedule, rates_from_scores
 from guided_dropout.schedule.places import by_role, place_of
 
-_BLUE, _ORANGE, _INK, _GREY = "#0072B2", "#D55E00", "#222222", "#8a8a8a"
-_SERIES = tuple(
-    zip(
-        ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#222222"),
-        "osD^vPX",
-        ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3))),
-        strict=True,
-    )
-)
 _KINDS = {"module": ("#56B4E9", ""), "attention": ("#F0E442", "////"), "attribute": ("#CC79A7", "xx")}
 
 
@@ -218,41 +216,31 @@ def figure_svg(figure: Figure) -> str:
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write the figure, all or nothing, as the ending of `path` says, ``.png`` or ``.svg``; return the path.
+    """Write the figure, all or nothing, as the ending of `path` says, ``.png``, ``.svg`` or ``.pdf``; return the path.
 
     Raises:
         ArtefactError: another ending, or `path` cannot be written.
     """
     path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise ArtefactError(f"cannot draw to {path}; expected a name that ends in .png or .svg")
+    check_figure_path(path)
     with staged_file(path) as tmp:
         if path.suffix == ".svg":
             tmp.write_text(figure_svg(figure), encoding="utf-8")
+        elif path.suffix == ".pdf":
+            figure.savefig(tmp, format="pdf", metadata={"CreationDate": None})
         else:
             figure.savefig(tmp, format="png", dpi=150)
     return path
 
 
-def _series(number: int) -> tuple[str, str, Any]:
-    """Colour, marker and line of a series; the three part ways from the eighth on, so that pairs stay distinct."""
-    lap, place = divmod(number, len(_SERIES))
-    color, _, line = _SERIES[place]
-    return color, _SERIES[(place + lap) % len(_SERIES)][1], line
+def check_figure_path(path: Path) -> None:
+    """Refuse a name that no figure can be written to.
 
-
-def _new_axes(width: float, height: float) -> Axes:
-    return Figure(figsize=(width, height), layout="constrained").add_subplot()
-
-
-def _percent(x: float, _: Any) -> str:
-    return f"{100 * x:.8f}".rstrip("0").rstrip(".") + " %"
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(visible=True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)
+    Raises:
+        ArtefactError: another ending than .png, .svg and .pdf.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ArtefactError(f"cannot draw to {path}; expected a name that ends in .png, .svg or .pdf")
 
 
 def _short(paths: Sequence[str]) -> list[str]:

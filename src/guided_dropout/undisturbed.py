@@ -1,4 +1,4 @@
-"""Leaving no trace: what a forward in training mode may change in a model, put back."""
+"""Leaving no trace: what a forward changes in a model, or needs changed, put back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ABSENT: Any = object()
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in training mode, and put back whatever a training-mode forward may change in it."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_same_random_states(model))
+        stack.enter_context(same_random_states(model))
         stack.enter_context(_same_buffers(model))
         modes = {module: module.training for module in model.modules()}
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
@@ -33,6 +33,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if is_foreign_dropout(module):
                 stack.enter_context(replaced(module, "forward", partial(_foreign_forward, module)))
         yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no key-value cache and no parameter that requires a gradient; everything as it was after."""
+    modes = [(m, m.training) for m in model.modules()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    cache = getattr(getattr(model, "config", None), "use_cache", None)
+    try:
+        model.eval()
+        for p, _ in wanted:
+            p.requires_grad_(False)
+        if cache is not None:
+            model.config.use_cache = False  # pyright: ignore
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+        if cache is not None:
+            model.config.use_cache = cache  # pyright: ignore
 
 
 def _foreign_forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -55,7 +77,7 @@ def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _same_random_states(model: nn.Module) -> Iterator[None]:
+def same_random_states(model: nn.Module) -> Iterator[None]:
     """Put the random states of Python, NumPy and PyTorch (CPU and the model's devices) back afterwards."""
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
