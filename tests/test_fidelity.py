@@ -31,7 +31,7 @@ def draw_samples(number, seed=0):
     for i in range(number):
         ids = torch.randint(5, 64, (3 + (7 * i) % 9,), generator=g)
         drawn.append({"input_ids": ids, "labels": ids.where(torch.rand(len(ids), generator=g) < 0.5, -100)})
-        drawn[-1]["labels"][0] = ids[0]
+        drawn[-1]["labels"][-1] = ids[-1]  # a target, also for a model that predicts the next token
     return drawn
 
 
@@ -72,7 +72,7 @@ def test_sub_samples_are_uniform():
     assert np.abs(counts / 2000 - 0.3).max() < 4 * np.sqrt(0.21 / 2000)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_one_pass_is_separate_estimates(family):
     """Tied weights, unseen rows of an embedding, a decoder; samples without a target do not count."""
     model = language_model(family).double()
