@@ -1,4 +1,4 @@
-"""Each metric is that of a slow computation that sorts everything, in float64, by other people's code where there is."""
+"""Each metric is that of a slow computation in float64 that sorts everything."""
 
 import itertools
 import math
@@ -6,17 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from fidelity_oracles import oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.spatial.distance import cosine, jensenshannon
-from scipy.stats import entropy, kendalltau, pearsonr, spearmanr
-from sklearn.metrics import jaccard_score
+from scipy.stats import entropy, kendalltau
 
 from guided_dropout.errors import ArtefactError, DataError
 from guided_dropout.fidelity.metrics import METRICS, compare, largest, value_metrics, values_at
 from guided_dropout.fidelity.schedules import bootstrap, curve, order_metrics, recommended
 from guided_dropout.fisher.order import kendall_taus
 
+VALUE = st.floats(1e-6, 1e6) | st.sampled_from([0.0, 1.0])
 SHAPES = {"a": (7, 5), "b": (11,), "c": (), "d": (3, 4, 2)}
 
 
@@ -29,34 +29,6 @@ def values(seed, *, zeros=0.0, levels=None):
         x = x.exp() if levels is None else x.abs().mul(levels / 6).floor() + 1
         found[name] = x.where(torch.rand(shape, generator=g) >= zeros, 0).float()
     return found
-
-
-def oracle(full, sub, top, exclude=()):
-    """By the definitions in the module's docstring."""
-    f = np.concatenate([t.double().flatten().numpy() for n, t in full.items() if n not in exclude])
-    g = np.concatenate([t.double().flatten().numpy() for n, t in sub.items() if n not in exclude])
-    m = max(1, math.floor(top * len(f) + 0.5))
-    masks = []
-    for x in (f, g):
-        mask = np.zeros(len(x), dtype=bool)
-        mask[sorted(range(len(x)), key=lambda i: (-x[i], i))[:m]] = True
-        masks.append(mask)
-    p, q = f[masks[0]], g[masks[0]]
-    constant = len(set(p)) < 2 or len(set(q)) < 2
-    errors = [(b - a) / a for a, b in zip(p, q, strict=True) if a > 0]
-    defined = p.sum() > 0 and q.sum() > 0
-    return {
-        "overlap": jaccard_score(*masks),
-        "spearman": None if constant else spearmanr(p, q).statistic,
-        "pearson": None if constant else pearsonr(p, q).statistic,
-        "cosine": 1 - cosine(p, q) if defined else None,
-        "js": jensenshannon(p, q) ** 2 if defined else None,
-        "kl": (entropy(p, q) if (q[p > 0] > 0).all() else None) if defined else None,
-        "kl_reverse": (entropy(q, p) if (p[q > 0] > 0).all() else None) if defined else None,
-        "mean_error": math.fsum(abs(e) for e in errors) / len(errors) if errors else None,
-        "rms_error": math.sqrt(math.fsum(e * e for e in errors) / len(errors)) if errors else None,
-        "zeros": sum(b == 0 for b in q) / len(q),
-    }
 
 
 def assert_same(found, want):
@@ -81,7 +53,7 @@ def test_all_metrics_are_those_of_sorting(zeros, levels, exclude):
 @settings(deadline=None, max_examples=60)
 @given(
     pairs=st.lists(
-        st.tuples(st.floats(1e-6, 1e6) | st.sampled_from([0.0, 1.0]), st.floats(1e-6, 1e6) | st.sampled_from([0.0, 1.0])),
+        st.tuples(VALUE, VALUE),
         min_size=3, max_size=25,
     )
 )  # fmt: skip
@@ -166,7 +138,7 @@ def test_order_metrics_count_the_sites_that_moved():
 
 
 def scores(number, spread, seed=0):
-    """Of sites whose true scores rise by `spread` from one to the next, with a noise common to all and one of their own."""
+    """Of sites whose true scores rise by `spread`, with a noise common to all and one of their own."""
     rng = np.random.default_rng(seed)
     true = (1 + spread) ** np.arange(12)
     return true * np.exp(0.4 * rng.standard_normal((number, 1)) + 0.3 * rng.standard_normal((number, 12)))

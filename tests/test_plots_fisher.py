@@ -117,7 +117,7 @@ def test_two_stacks_are_named():
 def test_layers_need_means_alone(bert):
     means = replace(bert, diagonal={}, shapes=bert.shapes)
     assert len(draw_layers({"a": means, "b": means}).axes) == 2
-    with pytest.raises(ArtefactError, match="hold|holds tensor means only"):
+    with pytest.raises(ArtefactError, match="holds tensor means only"):
         draw_spectrum({"a": means})
     with pytest.raises(ArtefactError, match="measure 'median'"):
         draw_layers({"a": bert}, measure="median")
@@ -152,7 +152,7 @@ def test_fidelity_shows_the_curve_the_draws_and_the_number_recommended():
     assert "top 5 %" in said
     assert errors.get_yscale() == "log"
     assert list(overlap.lines[1].get_ydata()) == pytest.approx([0.6, 0.6])
-    assert figure_svg(figure) == figure_svg(draw_fidelity(made_up()))
+    assert figure_svg(draw_fidelity(made_up())) == figure_svg(draw_fidelity(made_up()))
 
 
 def test_fidelity_of_schedules_or_parameters_alone():

@@ -62,7 +62,7 @@ def test_less_is_asked_sooner_had():
 
 def test_one_near_tie_does_not_keep_it_as_it_keeps_the_ranking():
     rng = np.random.default_rng(3)
-    true, scores = samples(rng, 1.5, 1000)
+    _, scores = samples(rng, 1.5, 1000)
     scores[:, 8] = scores[:, 7] * np.exp(0.5 * rng.standard_normal(1000))
     ranking = RankingTest(GROUPS, tolerance=0.0)
     ranking.add(means(scores))
@@ -145,6 +145,11 @@ def test_an_estimate_ends_by_it_and_goes_on_when_resumed(tmp_path):
         estimate(checkpoint=tmp_path / "c", progress=stop)
     with pytest.raises(ArtefactError, match=r'until_ranked\.rule was "stable", is "ranked"'):
         estimate_fisher(
-            model, iter(drawn), until_ranked=RankingTest(sites), scores_only=True, checkpoint=tmp_path / "c", resume=True
+            model,
+            iter(drawn),
+            until_ranked=RankingTest(sites),
+            scores_only=True,
+            checkpoint=tmp_path / "c",
+            resume=True,
         )
     assert estimate(checkpoint=tmp_path / "c", resume=True).provenance["ranking"] == found

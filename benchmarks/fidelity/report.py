@@ -48,11 +48,14 @@ def main() -> None:
 
 def _how(result: Fidelity) -> str:
     p = result.provenance
-    versions = ", ".join(f"{k} {p['versions'][k]}" for k in ("guided-dropout", "torch", "transformers", "numpy", "scipy"))
+    versions = ", ".join(
+        f"{k} {p['versions'][k]}" for k in ("guided-dropout", "torch", "transformers", "numpy", "scipy")
+    )
     return (
         f"{result.num_samples:,} samples of up to {p['max_length']} tokens of {Path(p['text']).name}, "
         f"{result.num_parameters:,} parameters ranked, {len(result.noise)} tensors of rounding noise left out; "
-        f"{result.draws} draws, seed {result.seed}; {p['platform']}, {p['device']}, {p['dtype']}; {p['date'][:10]}; {versions}."
+        f"{result.draws} draws, seed {result.seed}; {p['platform']}, {p['device']}, {p['dtype']}; "
+        f"{p['date'][:10]}; {versions}."
     )
 
 
@@ -69,9 +72,9 @@ def _hessian(found: dict[str, Any]) -> str:
     p, means = found["provenance"], found["tensor_means"]
     lines = [
         "## The Fisher beside the Hessian",
-        f"Rank correlation (Spearman) of the Fisher's diagonal with the Hessian's on {p['num_samples']} samples; the latter by "
-        f"Hutchinson's method with {p['vectors']} Rademacher vectors. *Halves*: between the estimates of two halves of the "
-        "vectors; *ceiling*: what a perfect agreement would show at that error.",
+        f"Rank correlation (Spearman) of the Fisher's diagonal with the Hessian's on {p['num_samples']} samples; the "
+        f"latter by Hutchinson's method with {p['vectors']} Rademacher vectors. *Halves*: between the estimates of two "
+        "halves of the vectors; *ceiling*: what a perfect agreement would show at that error.",
         f"Means of {means['tensors']} tensors: {means['spearman']:.3f} (halves {means['between_halves']:.3f}; "
         f"{means['negative']} of the Hessian's are negative).",
         "| layer | kind | parameters | Fisher – Hessian | halves | ceiling | Hessian negative |\n"

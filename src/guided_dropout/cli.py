@@ -14,7 +14,7 @@ import typer
 from guided_dropout.cli_fidelity import fidelity
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.cli_shared import MODEL_HELP, PROFILE_HELP, Model, Seed, choose, open_text
+from guided_dropout.cli_shared import PROFILE_HELP, Model, Seed, choose, open_text
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table
 from guided_dropout.errors import DataError, GuidedDropoutError
 from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait
@@ -99,7 +99,9 @@ def fisher(
     ] = False,
     until_stable: Annotated[
         bool,
-        typer.Option("--until-stable", help="Stop as soon as the order as a whole is settled; a few ties may stay open."),
+        typer.Option(
+            "--until-stable", help="Stop as soon as the order as a whole is settled; a few ties may stay open."
+        ),
     ] = False,
     stable_tau: Annotated[
         float, typer.Option(help="Of --until-stable: Kendall's tau with the order that other samples would give.")

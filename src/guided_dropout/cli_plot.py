@@ -55,7 +55,9 @@ def layers(
     measure: Annotated[
         str, typer.Option(help="share: of the total, by layer and kind; mean: of a parameter, a panel for each kind.")
     ] = "share",
-    by_size: Annotated[bool, typer.Option("--by-size", help="Layers with the largest share first, not by depth.")] = False,
+    by_size: Annotated[
+        bool, typer.Option("--by-size", help="Layers with the largest share first, not by depth.")
+    ] = False,
     normalise: Normalise = False,
     labels: Labels = None,
 ) -> None:

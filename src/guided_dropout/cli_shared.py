@@ -24,7 +24,7 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 class MakeByDefault(TyperGroup):
     """A group in which ``group X …`` is short for ``group make X …``."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: D102
         if args and args[0] not in {*self.commands, "--help"}:
             typo = not Path(args[0]).exists() and difflib.get_close_matches(args[0], self.commands)
             args = args if typo else ["make", *args]

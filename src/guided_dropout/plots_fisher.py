@@ -1,7 +1,7 @@
 """Figures of Fisher profiles and of how much text they need.
 
-Each ``draw_…`` makes a `Figure` of its own. Profiles come as label → profile and are laid over one another, or one below
-the other where that says more.
+Each ``draw_…`` makes a `Figure` of its own. Profiles come as label → profile and are laid over one another, or one
+below the other where that says more.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ _LOOKS = {
     "head": ("#8a8a8a", ""),
     "other": ("#ffffff", "xx"),
 }
+_HATCHES = ("", "////", "..", "xx")
 _ORDER = ("embedding", "attention", "intermediate", "output", "norm", "head", "other")
 assert set(_ORDER) == set(KINDS)
 
@@ -146,7 +147,9 @@ def draw_fidelity(result: Fidelity) -> Figure:
     """What sub-samples of a text are worth, over their number of samples: the schedule, and the parameters' values."""
     panels = bool(result.curve) + (2 if result.cells else 0)
     if not panels:
-        raise ArtefactError("neither an order of sites nor parameters were compared; expected one of them: nothing to draw")
+        raise ArtefactError(
+            "neither an order of sites nor parameters were compared; expected one of them: nothing to draw"
+        )
     figure = Figure(figsize=(1.2 + 4.1 * panels, 3.9), layout="constrained")
     axes = list(np.atleast_1d(figure.subplots(1, panels)))
     if result.curve:
@@ -255,7 +258,9 @@ def _shares(grouped: Mapping[str, Sequence[Group]], by_size: bool) -> Figure:
         plain(ax)
         ax.grid(axis="x", visible=False)
     _kind_legend(figure.axes[0], kinds)
-    figure.axes[-1].set_xlabel("layers, the largest share first" if by_size else "depth: layers in the order of the model")
+    figure.axes[-1].set_xlabel(
+        "layers, the largest share first" if by_size else "depth: layers in the order of the model"
+    )
     return figure
 
 
@@ -277,7 +282,7 @@ def _means(grouped: Mapping[str, Sequence[Group]], normalise: bool) -> Figure:
             x = np.array([list(depths).index(p) for p in values], dtype=float)
             ax.bar(
                 x - 0.4 + (number + 0.5) * width, list(values.values()), width, color=series(number)[0],
-                hatch=("", "////", "..", "xx")[number % 4], edgecolor="white" if number % 4 == 0 else INK, linewidth=0.4,
+                hatch=_HATCHES[number % 4], edgecolor=INK, linewidth=0.4,
             )  # fmt: skip
         ax.set_title(kind, fontsize=10, loc="left", color=INK)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
@@ -293,7 +298,7 @@ def _means(grouped: Mapping[str, Sequence[Group]], normalise: bool) -> Figure:
     figure.supylabel(_RELATIVE + ", mean" if normalise else f"mean {_FISHER}", fontsize=10)
     if len(grouped) > 1:
         handles = [
-            Patch(facecolor=series(i)[0], hatch=("", "////", "..", "xx")[i % 4], edgecolor=INK, linewidth=0.4, label=label)
+            Patch(facecolor=series(i)[0], hatch=_HATCHES[i % 4], edgecolor=INK, linewidth=0.4, label=label)
             for i, label in enumerate(grouped)
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)

@@ -15,11 +15,11 @@ With :math:`F` the whole text's values and :math:`\hat F` the sub-sample's, and 
 ``rms_error``       :math:`\sqrt{\frac1{|R|} \sum_R (\hat F - F)^2 / F^2}`, the root mean square of the same
 ==================  ====================================================================================================
 
-P and Q are :math:`F` and :math:`\hat F` on R, each divided by its sum there. Nothing is smoothed: 0 ln 0 is 0, and where
-:math:`\hat F` is zero and :math:`F` is not, ``kl`` is infinite and is given as None; ``js`` and ``kl_reverse`` are finite
-all the same. ``zeros`` is the share of R at which :math:`\hat F` is zero. Parameters with :math:`F = 0` (a share so
-large that R reaches them) have no relative error and are left out of the last two. What is not defined (a correlation
-of equal values, a sub-sample that is zero on all of R) is None.
+P and Q are :math:`F` and :math:`\hat F` on R, each divided by its sum there. Nothing is smoothed: 0 ln 0 is 0, and
+where :math:`\hat F` is zero and :math:`F` is not, ``kl`` is infinite and is given as None; ``js`` and ``kl_reverse``
+are finite all the same. ``zeros`` is the share of R at which :math:`\hat F` is zero. Parameters with :math:`F = 0` (a
+share so large that R reaches them) have no relative error and are left out of the last two. What is not defined (a
+correlation of equal values, a sub-sample that is zero on all of R) is None.
 """
 
 from __future__ import annotations

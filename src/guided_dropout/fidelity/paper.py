@@ -37,9 +37,7 @@ _ROWS = {
 }
 
 TABLE_1 = {
-    (fraction, top): figures
-    for top, rows in _ROWS.items()
-    for fraction, figures in zip(FRACTIONS, rows, strict=True)
+    (fraction, top): figures for top, rows in _ROWS.items() for fraction, figures in zip(FRACTIONS, rows, strict=True)
 }
 """(Fraction of the text, share of the parameters) → four figures.
 

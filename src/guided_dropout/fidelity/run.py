@@ -29,7 +29,7 @@ from guided_dropout.fisher.stream import Stream
 from guided_dropout.identity import model_identity
 from guided_dropout.objectives import Sample
 from guided_dropout.schedule.shapes import check_choice
-from guided_dropout.sites import GROUPINGS, DropoutSite, find_sites
+from guided_dropout.sites import GROUPINGS, find_sites
 from guided_dropout.undisturbed import evaluating
 
 
@@ -108,7 +108,8 @@ def fidelity(
         items = list(stream)
         if not items:
             raise DataError(
-                f"none of the {stream.skipped} samples has a target; expected labels other than -100: use longer samples"
+                f"none of the {stream.skipped} samples has a target; expected labels other than -100: use longer "
+                "samples"
             )
         subsamples = draw_subsamples(len(items), fractions, draws, seed)
         needed = 0 if scores_only else _bytes_needed(chosen, subsamples, tops)
@@ -201,8 +202,6 @@ def _orders(scores: np.ndarray, subsamples: Subsamples) -> tuple[Order, ...]:
     full = scores.mean(axis=0)
     orders = []
     for k, (fraction, size) in enumerate(zip(subsamples.fractions, subsamples.sizes, strict=True)):
-        by_draw = [
-            order_metrics(full, scores[subsamples.members(d, k)].mean(axis=0)) for d in range(subsamples.draws)
-        ]
+        by_draw = [order_metrics(full, scores[subsamples.members(d, k)].mean(axis=0)) for d in range(subsamples.draws)]
         orders.append(Order(fraction, size, {name: [found[name] for found in by_draw] for name in by_draw[0]}))
     return tuple(orders)

@@ -1,7 +1,8 @@
 r"""How well a sub-sample orders the dropout sites, which is all that a schedule depends on.
 
 A site's score is linear in the samples, so it is enough to know each sample's score at each site: the sub-sample's is
-their mean. That costs next to nothing, and so the curve over the number of samples is made from many random sub-samples.
+their mean. That costs next to nothing, and so the curve over the number of samples is made from many random
+sub-samples.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ def bootstrap(scores: _Array, seed: int) -> dict[str, Any]:
     number = len(scores)
     full = scores.sum(axis=0)
     weights = np.stack(
-        [np.random.default_rng([seed, _BOOTSTRAP, r]).multinomial(number, [1 / number] * number) for r in range(SUBSAMPLES)]
+        [
+            np.random.default_rng([seed, _BOOTSTRAP, r]).multinomial(number, [1 / number] * number)
+            for r in range(SUBSAMPLES)
+        ]
     )
     taus = kendall_taus(full, weights @ scores)
     return {"mean": float(taus.mean()), "lower": float(_lower(taus)), "replicates": SUBSAMPLES}

@@ -22,9 +22,9 @@ _SHOWN = {
 }
 PAPER = "paper's four"
 PAPER_NOTE = (
-    f"{PAPER}: Table 1 of Sharma et al. (2024), BERT-base on WikiText-103, one draw; the heads of its columns are lost in "
-    "the copy at hand: the first is a similarity, the others are errors. It is another model on another text: not to be "
-    "compared figure by figure."
+    f"{PAPER}: Table 1 of Sharma et al. (2024), BERT-base on WikiText-103, one draw; the heads of its columns are "
+    "lost in the copy at hand: the first is a similarity, the others are errors. It is another model on another text: "
+    "not to be compared figure by figure."
 )
 
 

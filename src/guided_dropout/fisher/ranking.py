@@ -105,9 +105,9 @@ class RankingTest(SiteScores):
         """What is known by now, as plain data.
 
         Returns:
-            ``rule``; ``samples``; ``confidence`` (1 - alpha); ``tolerance``; ``settled``; ``order``: the sites from the lowest
-            score to the highest; ``within_tolerance``: neighbours [lower, higher] whose order may be the other way
-            round, but by no more than the tolerance; ``undecided``: neighbours of which not even that is known.
+            ``rule``; ``samples``; ``confidence`` (1 - alpha); ``tolerance``; ``settled``; ``order``: the sites from the
+            lowest score to the highest; ``within_tolerance``: neighbours [lower, higher] whose order may be the other
+            way round, but by no more than the tolerance; ``undecided``: neighbours of which not even that is known.
         """
         order = self._order()
         decided, strict = self._claims(self.tolerance), self._claims(0.0)

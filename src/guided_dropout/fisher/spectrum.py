@@ -46,7 +46,9 @@ class Spectrum:
     def concentration(self, fractions: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """`top_share` of many fractions at once."""
         fraction = np.asarray(fractions, dtype=np.float64)
-        return np.asarray(np.interp(fraction * self.num_parameters, [0, *self.counts], [0.0, *self.sums]) / self.sums[-1])
+        return np.asarray(
+            np.interp(fraction * self.num_parameters, [0, *self.counts], [0.0, *self.sums]) / self.sums[-1]
+        )
 
     @property
     def gini(self) -> float:

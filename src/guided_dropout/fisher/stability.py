@@ -68,7 +68,9 @@ class StabilityTest(SiteScores):
         """Add a batch; see `SiteScores` for its form and errors."""
         scores = self._scores(means)
         first = self.samples
-        weights = [np.random.default_rng([self.seed, 6, first + b]).poisson(1.0, REPLICATES) for b in range(len(scores))]
+        weights = [
+            np.random.default_rng([self.seed, 6, first + b]).poisson(1.0, REPLICATES) for b in range(len(scores))
+        ]
         self._sum += scores.sum(axis=0)
         self._replicates += np.stack(weights, axis=1) @ scores
         self.samples += len(scores)
@@ -136,7 +138,7 @@ class StabilityTest(SiteScores):
         return {**self.settings(), "groups": {site: list(names) for site, names in self.groups.items()}}
 
     def _lower(self) -> float:
-        """What a share `confidence` of the replicates reaches; 1 for a single site, NaN for scores that are all equal."""
+        """What a share `confidence` of the replicates reaches; 1 for a single site, NaN for equal scores."""
         if len(self._sum) < 2:
             return 1.0
         taus = kendall_taus(self._sum, self._replicates)
