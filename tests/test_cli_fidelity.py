@@ -41,15 +41,16 @@ LINE = (
 def test_from_text_to_figures(folder, command):
     code, out, err = command(f"{LINE} --profile-out profile")
     assert code == 0, err
-    assert "80 samples in one pass, 2 draws of 2 sizes" in out
+    assert " samples in one pass, 2 draws of 2 sizes" in out
     assert "of memory for the sums" in out
     assert "paper's four" in out
     assert "0.986 0.041" in out
     assert "samples: from there on, at least 95 %" in out
     result = Fidelity.load(folder / "f.json")
-    assert (result.num_samples, result.draws, result.fractions) == (80, 2, (0.33, 0.05))
+    assert (result.num_samples + result.num_skipped, result.draws, result.fractions) == (80, 2, (0.33, 0.05))
+    assert f"{result.num_skipped} samples without a target were left out." in out
     assert {"source": "model", "max_length": 12}.items() <= result.provenance.items()
-    assert FisherProfile.from_pretrained(folder / "profile").num_samples == 80
+    assert FisherProfile.from_pretrained(folder / "profile").num_samples == result.num_samples
     assert not (folder / "f.json.checkpoint").exists()
     for line in (
         "plot fidelity f.json --out f.png",

@@ -133,7 +133,7 @@ def test_an_estimate_ends_by_it_and_goes_on_when_resumed(tmp_path):
             raise StopError
 
     def estimate(**changes):
-        rule = StabilityTest(sites, tau=0.5)
+        rule = StabilityTest(sites, tau=0.5)  # attention's key biases are left out on the way
         return estimate_fisher(model, iter(drawn), until_ranked=rule, scores_only=True, **changes)
 
     whole = estimate()

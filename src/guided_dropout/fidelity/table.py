@@ -60,9 +60,11 @@ def schedule_table(result: Fidelity) -> Table:
 def summary(result: Fidelity) -> list[str]:
     """What follows from it, a sentence each."""
     whole = f"all {result.num_samples:,} samples"
+    without = [f"{result.num_skipped:,} samples without a target were left out."] if result.num_skipped else []
     if result.curve is None or result.bootstrap is None or result.recommended is None:
-        return [f"The model has {result.sites} dropout sites whose scores differ: there is no order to compare."]
+        return [*without, f"{result.sites} dropout sites whose scores differ: there is no order to compare."]
     lines = [
+        *without,
         f"{result.recommended:,} samples: from there on, at least 95 % of {result.curve['subsamples']} random "
         f"sub-samples order the sites as {whole} do, to a Kendall's tau of {result.tau:g} or more.",
         f"The order of {whole} is itself an estimate: {result.bootstrap['replicates']} bootstrap replicates have a tau "

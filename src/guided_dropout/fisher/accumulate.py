@@ -201,6 +201,7 @@ class Accumulator:
         self.num, self.nonfinite = facts["num"], list(facts["nonfinite"])
         self._fallback, self.noise = dict(facts["fallback"]), set(facts["noise"])
         if self.ranking:
+            self.ranking.exclude(self.noise)
             self.ranking.load_state(facts["ranking"])
             self._ranked = facts["ranking"]
         self._loaded = tensors

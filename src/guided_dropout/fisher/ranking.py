@@ -42,7 +42,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import log_ndtr
 
-from guided_dropout.errors import ArtefactError, DataError
+from guided_dropout.errors import DataError
 from guided_dropout.fisher.site_scores import Means, SiteScores
 
 _Array = npt.NDArray[np.float64]
@@ -129,7 +129,8 @@ class RankingTest(SiteScores):
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here with the same result, as plain data for JSON."""
         return {
-            **self._settings(),
+            **self.settings(),
+            "groups": {site: list(names) for site, names in self.groups.items()},
             "samples": self.samples,
             "mean": self._mean.tolist(),
             "scatter": self._scatter.tolist(),
@@ -142,22 +143,13 @@ class RankingTest(SiteScores):
         Raises:
             ArtefactError: the settings differ.
         """
-        for name, here in self._settings().items():
-            if state.get(name) != here:
-                raise ArtefactError(
-                    f"a ranking begun with {name} {state.get(name)!r}; expected {here!r}: go on with the former, or "
-                    "begin anew"
-                )
+        self._check_same(state, self.settings(), "ranking")
         self.samples = state["samples"]
         self._mean, self._scatter, self._excess = (np.asarray(state[k]) for k in ("mean", "scatter", "excess"))
 
     def settings(self) -> dict[str, Any]:
         """What makes two tests of the same sites the same, as plain data."""
         return {"rule": "ranked", "alpha": self.alpha, "tolerance": self.tolerance}
-
-    def _settings(self) -> dict[str, Any]:
-        groups = {site: list(names) for site, names in self.groups.items()}
-        return {"alpha": self.alpha, "tolerance": self.tolerance, "groups": groups}
 
     def _add(self, scores: _Array) -> None:
         n, new = self.samples, len(scores)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from guided_dropout.errors import DataError
+from guided_dropout.errors import ArtefactError, DataError
 
 _Array = npt.NDArray[np.float64]
 Means = Mapping[str, npt.ArrayLike]
@@ -94,6 +94,27 @@ class SiteScores:
         for site, names in self.groups.items():
             self._alike.setdefault(frozenset(names), []).append(site)
         self._begin(len(self._alike))
+
+    def _check_same(self, state: Mapping[str, Any], settings: Mapping[str, Any], what: str) -> None:
+        """Refuse a state of a rule with other settings or other sites.
+
+        Raises:
+            ArtefactError: it is.
+        """
+        for name, here in settings.items():
+            if state.get(name) != here:
+                raise ArtefactError(
+                    f"a {what} begun with {name} {state.get(name)!r}; expected {here!r}: go on with the former, or "
+                    "begin anew"
+                )
+        groups = {site: list(names) for site, names in self.groups.items()}
+        there = state.get("groups", {})
+        if there != groups:
+            odd = next(site for site in {**groups, **there} if groups.get(site) != there.get(site))
+            raise ArtefactError(
+                f"a {what} begun with {odd} fed by {there.get(odd)}; expected {groups.get(odd)}: go on with the same "
+                "model, or begin anew"
+            )
 
     def _begin(self, size: int) -> None:
         """Make room for `size` different sites."""

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from guided_dropout.errors import ArtefactError, DataError
+from guided_dropout.errors import DataError
 from guided_dropout.fisher.order import kendall_taus
 from guided_dropout.fisher.ranking import MIN_SAMPLES
 from guided_dropout.fisher.site_scores import Means, SiteScores
@@ -110,7 +110,8 @@ class StabilityTest(SiteScores):
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here with the same result, as plain data for JSON."""
         return {
-            **self._settings(),
+            **self.settings(),
+            "groups": {site: list(names) for site, names in self.groups.items()},
             "samples": self.samples,
             "sum": self._sum.tolist(),
             "replicates": self._replicates.tolist(),
@@ -124,18 +125,10 @@ class StabilityTest(SiteScores):
         Raises:
             ArtefactError: the settings differ.
         """
-        for name, here in self._settings().items():
-            if state.get(name) != here:
-                raise ArtefactError(
-                    f"a stability test begun with {name} {state.get(name)!r}; expected {here!r}: go on with the "
-                    "former, or begin anew"
-                )
+        self._check_same(state, self.settings(), "stability test")
         self.samples = state["samples"]
         self._sum, self._replicates = np.asarray(state["sum"]), np.asarray(state["replicates"])
         self._next_look, self._settled = state["next_look"], state["settled"]
-
-    def _settings(self) -> dict[str, Any]:
-        return {**self.settings(), "groups": {site: list(names) for site, names in self.groups.items()}}
 
     def _lower(self) -> float:
         """What a share `confidence` of the replicates reaches; 1 for a single site, NaN for equal scores."""
