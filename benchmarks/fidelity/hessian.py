@@ -84,13 +84,13 @@ def compare(
     rows = []
     for (layer, kind), members in groups.items():
         f, h, a, b = (_flat(x, members) for x in (fisher, hessian, *halves))
-        r = float(spearmanr(a, b).statistic)
+        r = _rank_correlation(a, b)
         rows.append(
             {
                 "layer": layer,
                 "kind": kind,
                 "parameters": len(f),
-                "spearman": float(spearmanr(f, h).statistic),
+                "spearman": _rank_correlation(f, h),
                 "between_halves": r,
                 "ceiling": float(np.sqrt(2 * r / (1 + r))) if r > 0 else None,
                 "negative": float((h < 0).mean()),
@@ -101,11 +101,16 @@ def compare(
         "by_layer": rows,
         "tensor_means": {
             "tensors": len(names),
-            "spearman": float(spearmanr(f, h).statistic),
-            "between_halves": float(spearmanr(a, b).statistic),
+            "spearman": _rank_correlation(f, h),
+            "between_halves": _rank_correlation(a, b),
             "negative": int((h < 0).sum()),
         },
     }
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
 
 
 def _flat(tensors: Mapping[str, Tensor], names: Sequence[str]) -> np.ndarray:
@@ -114,7 +119,7 @@ def _flat(tensors: Mapping[str, Tensor], names: Sequence[str]) -> np.ndarray:
 
 def main() -> None:
     """One model, one text, one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--text", required=True)
     parser.add_argument("--out", required=True, type=Path)

@@ -24,7 +24,7 @@ from guided_dropout.plots_fisher import draw_fidelity, draw_layers, draw_lorenz,
 
 def main() -> None:
     """Figures and README of one model."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--profile", required=True)
     given = parser.parse_args()

@@ -138,13 +138,13 @@ def fidelity(
 
 
 def _print(result: Fidelity) -> None:
-    from guided_dropout.fidelity.table import PAPER, PAPER_NOTE, parameters_table, schedule_table, summary
+    from guided_dropout.fidelity.table import PAPER, PAPER_NOTE, SHORT, parameters_table, schedule_table, summary
 
     if result.orders:
         console.print(_rich(schedule_table(result)))
         console.print()
     if result.cells:
-        heads, rows = parameters_table(result)
+        heads, rows = parameters_table(result, SHORT)
         console.print(_rich((heads, rows)))
         if PAPER in heads:
             console.print(PAPER_NOTE, style="dim", highlight=False)
@@ -156,7 +156,7 @@ def _print(result: Fidelity) -> None:
 def _rich(rows: Rows) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for head in rows[0]:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right")
     for row in rows[1]:
         table.add_row(*row)
     return table

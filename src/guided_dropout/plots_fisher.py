@@ -57,11 +57,11 @@ def draw_spectrum(profiles: Profiles, *, normalise: bool = False) -> Figure:
         color, _, line = series(number)
         for ax in (linear, log):
             ax.plot(share, values, color=color, linestyle=line, linewidth=1.8, label=label)
-        # On linear axes the curve hugs both of them: what is left of it is what there is to see.
-        linear.plot([*share[-1:], 1], [0, 0] if s.num_zeros else [values[-1]] * 2, color=color, linestyle=line)
+        linear.plot([share[-1], 1], [0, 0] if s.num_zeros else [values[-1]] * 2, color=color, linestyle=line)
     linear.set_xlim(-0.02, 1)
     linear.set_ylim(bottom=0)
     linear.xaxis.set_major_formatter(FuncFormatter(percent))
+    _beginning(linear)
     log.set(xscale="log", yscale="log")
     _share_axis(log, min(1 / spectrum_size(p) for p in profiles.values()))
     for ax, title in ((linear, "linear axes"), (log, "logarithmic axes")):
@@ -69,8 +69,31 @@ def draw_spectrum(profiles: Profiles, *, normalise: bool = False) -> Figure:
         ax.set_title(title, fontsize=10, loc="left", color=INK)
         plain(ax)
     linear.set_ylabel(_RELATIVE if normalise else _FISHER)
-    _legend(log, profiles, "lower left")
+    if len(profiles) > 1:
+        log.legend(loc="lower left", frameon=False, fontsize=9, handlelength=3)
     return figure
+
+
+def _beginning(ax: Axes) -> None:
+    """On linear axes the curves hug both of them: an inset shows where they fall to a hundredth of the largest."""
+    curves = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
+    data = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in curves]
+    largest = max(y.max() for _, y in data)
+    ends = [x[y > largest / 100].max() for x, y in data if (y > largest / 100).any()]
+    inset = ax.inset_axes((0.24, 0.3, 0.72, 0.62))
+    for line, (x, y) in zip(curves, data, strict=True):
+        inset.plot(x, y, color=line.get_color(), linestyle=line.get_linestyle(), linewidth=1.6)
+    inset.set_xlim(0, max(ends))
+    inset.set_ylim(bottom=0)
+    inset.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    inset.xaxis.set_major_formatter(FuncFormatter(percent))
+    inset.tick_params(labelsize=8)
+    inset.set_title(f"the first {_two_digits(max(ends))}", fontsize=9, loc="right", color=INK)
+    plain(inset)
+
+
+def _two_digits(share: float) -> str:
+    return percent(float(f"{share:.1e}"))
 
 
 def draw_lorenz(profiles: Profiles) -> Figure:
@@ -191,9 +214,10 @@ def _draw_schedules(ax: Axes, result: Fidelity) -> None:
             f"{result.recommended:,} samples", (result.recommended, 0.04), xycoords=ax.get_xaxis_transform(),
             xytext=(-4, 0), textcoords="offset points", rotation=90, ha="right", fontsize=9, color=other,
         )  # fmt: skip
-    low = min(*curve["lower"], *(t for o in result.orders for t in o.values["tau"] if t is not None))
-    ax.set_ylim(min(0.0, np.floor(low * 10) / 10), 1.02)
-    ax.set_ylabel("Kendall's τ of the schedule with the whole text's")
+    low = min(*curve["lower"], *(t for o in result.orders for t in o.values["tau"] if t is not None), result.tau)
+    low = np.floor(low * 10 - 0.3) / 10
+    ax.set_ylim(low, 1 + 0.02 * (1 - low))
+    ax.set_ylabel("Kendall's τ with the order of all samples")
     handles = [
         Line2D([], [], color=color, linewidth=1.8, label=f"mean of {curve['subsamples']} sub-samples"),
         Line2D([], [], color=color, linewidth=1, linestyle="--", label="95 % of them reach"),
@@ -226,7 +250,8 @@ def _top_legend(ax: Axes, result: Fidelity) -> None:
 def _shares(grouped: Mapping[str, Sequence[Group]], by_size: bool) -> Figure:
     labels = {label: _depths(found) for label, found in grouped.items()}
     widest = max(len(places) for places in labels.values())
-    figure = Figure(figsize=(min(max(5.2, 2.2 + 0.42 * widest), 14), 0.7 + 2.7 * len(grouped)), layout="constrained")
+    width = min(max(6.4, 2.2 + 0.42 * widest), 14)
+    figure = Figure(figsize=(width, 0.9 + 2.7 * len(grouped)), layout="constrained")
     kinds = [k for k in _ORDER if any(g.place.kind == k for found in grouped.values() for g in found)]
     for ax, (label, found) in zip(np.atleast_1d(figure.subplots(len(grouped), 1)), grouped.items(), strict=True):
         whole = sum(g.total for g in found) or 1.0
@@ -257,7 +282,14 @@ def _shares(grouped: Mapping[str, Sequence[Group]], by_size: bool) -> Figure:
             ax.set_title(label, fontsize=10, loc="right", color=INK)
         plain(ax)
         ax.grid(axis="x", visible=False)
-    _kind_legend(figure.axes[0], kinds)
+    handles = []
+    for kind in kinds:
+        color, hatch = _LOOKS[kind]
+        handles.append(Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.5, label=kind))
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=max(3, int(width / 1.35)), frameon=False, fontsize=8.5,
+        handlelength=2.2, columnspacing=1.4,
+    )  # fmt: skip
     figure.axes[-1].set_xlabel(
         "layers, the largest share first" if by_size else "depth: layers in the order of the model"
     )
@@ -281,8 +313,9 @@ def _means(grouped: Mapping[str, Sequence[Group]], normalise: bool) -> Figure:
             values = {_depth(g): g.mean / mean for g in found if g.place.kind == kind}
             x = np.array([list(depths).index(p) for p in values], dtype=float)
             ax.bar(
-                x - 0.4 + (number + 0.5) * width, list(values.values()), width, color=series(number)[0],
-                hatch=_HATCHES[number % 4], edgecolor=INK, linewidth=0.4,
+                x - 0.4 + (number + 0.5) * width, list(values.values()), width, edgecolor=INK, linewidth=0.5,
+                color=series(number)[0] if len(grouped) > 1 else _LOOKS[kind][0],
+                hatch=_HATCHES[number % 4] if len(grouped) > 1 else _LOOKS[kind][1],
             )  # fmt: skip
         ax.set_title(kind, fontsize=10, loc="left", color=INK)
         ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4), useMathText=True)
@@ -347,24 +380,11 @@ def _depth_ticks(ax: Axes, labels: Sequence[str]) -> None:
     ax.set_xlim(-0.7, len(labels) - 0.3)
 
 
-def _kind_legend(ax: Axes, kinds: Sequence[str]) -> None:
-    handles = []
-    for kind in kinds:
-        color, hatch = _LOOKS[kind]
-        handles.append(Patch(facecolor=color, hatch=hatch, edgecolor=INK, linewidth=0.5, label=kind))
-    _above(ax, handles, len(kinds))
-
-
 def _above(ax: Axes, handles: Sequence[Line2D | Patch], columns: int) -> None:
     ax.legend(
         handles=list(handles), loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=8.5,
         handlelength=2.6, columnspacing=1.4,
     )  # fmt: skip
-
-
-def _legend(ax: Axes, profiles: Profiles, place: str) -> None:
-    if len(profiles) > 1:
-        ax.legend(loc=place, frameon=False, fontsize=9, handlelength=3)
 
 
 def spectrum_size(profile: FisherProfile) -> int:

@@ -104,7 +104,9 @@ class SubsampleSums:
         cells = [np.arange(len(self._items))] if self._scores_only else self._subsamples.cells()
         for cell in cells:
             yield from batches(
-                (self._items[place] for place in cell), batch_size=batch_size, tokens_per_batch=tokens_per_batch
+                (self._items[place] for place in cell.tolist()),
+                batch_size=batch_size,
+                tokens_per_batch=tokens_per_batch,
             )
 
     def add(self, batch: Sequence[Item]) -> None:

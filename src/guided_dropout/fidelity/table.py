@@ -20,6 +20,8 @@ _SHOWN = {
     "mean_error": "mean err",
     "rms_error": "RMS err",
 }
+SHORT = ("overlap", "spearman", "cosine", "js", "mean_error", "rms_error")
+"""Those that fit on a terminal."""
 PAPER = "paper's four"
 PAPER_NOTE = (
     f"{PAPER}: Table 1 of Sharma et al. (2024), BERT-base on WikiText-103, one draw; the heads of its columns are "
@@ -28,18 +30,18 @@ PAPER_NOTE = (
 )
 
 
-def parameters_table(result: Fidelity) -> Table:
+def parameters_table(result: Fidelity, metrics: Sequence[str] = tuple(_SHOWN)) -> Table:
     """A row for each share and fraction: the metrics, mean ± standard deviation over the draws, and the paper's."""
     with_paper = any((cell.fraction, cell.top) in TABLE_1 for cell in result.cells)
     rows = []
     for top in result.tops:
         for cell in (cell for cell in result.cells if cell.top == top):
             row = [_percent(top), _percent(cell.fraction), f"{cell.samples:,}"]
-            row += [shown(cell.values[metric]) for metric in _SHOWN]
+            row += [shown(cell.values[metric]) for metric in metrics]
             if with_paper:
                 row.append(" ".join(f"{v:.3f}" for v in TABLE_1.get((cell.fraction, top), ())))
             rows.append(row)
-    return ["top", "text", "samples", *_SHOWN.values(), *([PAPER] if with_paper else [])], rows
+    return ["top", "text", "samples", *(_SHOWN[m] for m in metrics), *([PAPER] if with_paper else [])], rows
 
 
 def schedule_table(result: Fidelity) -> Table:
