@@ -182,8 +182,10 @@ def test_several_models(tmp_path):
 
 
 def test_a_margin_allows_equivalence(tmp_path):
-    experiment = write_experiment(tmp_path / "e", arms=MAIN, tasks=["cola"], fractions=[1.0], seeds=6, value=lambda k: 0.6 + 0.001 * ((k.seed * 7) % 5)
-                                  * (k.arm == "guided") - 0.002 * (k.arm == "guided"))  # fmt: skip
+    def value(key):
+        return 0.6 + (key.arm == "guided") * (0.001 * ((key.seed * 7) % 5) - 0.002)
+
+    experiment = write_experiment(tmp_path / "e", arms=MAIN, tasks=["cola"], fractions=[1.0], seeds=6, value=value)
     assert "no difference within" not in " ".join(claims(report_experiment(experiment.path)[0]))
     analysis, files = report_experiment(experiment.path, tmp_path / "out", margin=0.01)
     assert files[0].parent == tmp_path / "out"

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guided_dropout.cli_bench import bench_app
+from guided_dropout.cli_fidelity import fidelity
 from guided_dropout.cli_landscape import landscape_app
 from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.cli_shared import choose, open_text
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table, weights_note
@@ -34,6 +36,7 @@ app = typer.Typer(
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(bench_app, name="bench")
 app.add_typer(landscape_app, name="landscape")
+app.add_typer(plot_app, name="plot")
 
 
 @app.command()
@@ -100,7 +103,16 @@ def fisher(
     until_ranked: Annotated[
         bool, typer.Option("--until-ranked", help="Stop as soon as the order of the sites is settled.")
     ] = False,
-    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked.")] = 0.95,
+    until_stable: Annotated[
+        bool,
+        typer.Option(
+            "--until-stable", help="Stop as soon as the order as a whole is settled; a few ties may stay open."
+        ),
+    ] = False,
+    stable_tau: Annotated[
+        float, typer.Option(help="Of --until-stable: Kendall's tau with the order that other samples would give.")
+    ] = 0.95,
+    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked and --until-stable.")] = 0.95,
     rank_tolerance: Annotated[
         float, typer.Option(help="Of --until-ranked: scores that differ by less may change places.")
     ] = 0.05,
@@ -116,6 +128,7 @@ def fisher(
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.fisher.ranking import RankingTest
+    from guided_dropout.fisher.stability import StabilityTest
     from guided_dropout.models import DTYPES, check_placement, load_lm, load_model, load_tokenizer, to_device
     from guided_dropout.sites import find_sites
 
@@ -133,8 +146,11 @@ def fisher(
         source_of_labels = choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
         precision = choose("--dtype", dtype, DTYPES)
         number = inputs.number_of_samples(samples)
-        if until_ranked and number is None:
-            raise DataError("--until-ranked with --samples all; expected samples drawn at random: give their number")
+        if until_ranked and until_stable:
+            raise DataError("both --until-ranked and --until-stable; expected one rule to stop by: leave one out")
+        if (until_ranked or until_stable) and number is None:
+            rule = "--until-ranked" if until_ranked else "--until-stable"
+            raise DataError(f"{rule} with --samples all; expected samples drawn at random: give their number")
         if text is not None:
             limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
             lines = open_text(text, limit)
@@ -149,9 +165,13 @@ def fisher(
                 loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
             )  # fmt: skip
         ranking = None
-        if until_ranked:
+        if until_ranked or until_stable:
             sites = {s.path: s.parameters for s in find_sites(loaded) if not s.in_head}
-            ranking = RankingTest(sites, alpha=1 - rank_confidence, tolerance=rank_tolerance)
+            ranking = (
+                RankingTest(sites, alpha=1 - rank_confidence, tolerance=rank_tolerance)
+                if until_ranked
+                else StabilityTest(sites, tau=stable_tau, confidence=rank_confidence, seed=seed)
+            )
         if device_map is None:
             loaded = to_device(loaded, device or world.device)
     if world.is_main:
@@ -216,13 +236,24 @@ def _print_fisher(measured: FisherProfile, folder: Path) -> None:
         + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
     )
     if ranking := measured.provenance.get("ranking"):
-        doubtful = [" < ".join(pair) for pair in ranking["undecided"]]
-        console.print(
-            f"order of the sites {'settled' if ranking['settled'] else 'not settled'} after {ranking['samples']:,} "
-            f"samples (confidence {ranking['confidence']:.0%}, tolerance {ranking['tolerance']:.0%})"
-            + (f"; undecided: {', '.join(doubtful)}" if doubtful else "")
-        )
+        console.print(_settled(ranking))
     console.print(folder)
+
+
+def _settled(found: Mapping[str, Any]) -> str:
+    """What a rule to stop by has found, in a line."""
+    state, after = "" if found["settled"] else "not ", f"after {found['samples']:,} samples"
+    if found["rule"] == "stable":
+        lower = "–" if found["tau_lower"] is None else f"{found['tau_lower']:.3f}"
+        return (
+            f"order of the sites {state}stable {after}: {found['confidence']:.0%} of the bootstrap replicates have a "
+            f"Kendall's tau of {lower} or more with it ({found['tau']:g} was asked for)"
+        )
+    doubtful = ", ".join(" < ".join(pair) for pair in found["undecided"])
+    return (
+        f"order of the sites {state}settled {after} (confidence {found['confidence']:.0%}, tolerance "
+        f"{found['tolerance']:.0%})" + (f"; undecided: {doubtful}" if doubtful else "")
+    )
 
 
 class _Counted:
@@ -289,6 +320,9 @@ def inspect(
         console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
     if planned and (note := weights_note(planned, loaded)):
         console.print(note, style="dim", highlight=False)
+
+
+app.command()(fidelity)
 
 
 @app.command(epilog=arms_help())

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import Added, BatchedSquares, requiring_grad
-from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.reference import sum_of_squares
+from guided_dropout.fisher.site_scores import Observer
 from guided_dropout.fisher.stream import Item
 from guided_dropout.fisher.totals import FLUSH_EVERY, Totals
 from guided_dropout.objectives import Objective, Sample
@@ -84,7 +84,7 @@ class Accumulator:
         method: str = "batched",
         nonfinite: str = "error",
         scores_only: bool = False,
-        ranking: RankingTest | None = None,
+        ranking: Observer | None = None,
     ):
         if method not in METHODS:
             raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
@@ -100,6 +100,7 @@ class Accumulator:
         self.noise: set[str] = set()
         self._squares: BatchedSquares | ReferenceSquares | None = None
         self._loaded: Mapping[str, Tensor] | None = None
+        self._idle: Totals | None = None  # stands in for the sums until there is a batch
         self._unchecked: list[list[Item]] = []
         self._proved = False  # that the plan was made on samples whose squares are finite
         self._before: dict[str, Tensor] = {}
@@ -182,10 +183,11 @@ class Accumulator:
         """The sums, zeros where there was no sample. Call `check` first."""
         if self._squares is not None:
             return self._squares.totals
-        totals = Totals(self.parameters, scores_only=self.scores_only)
-        if self._loaded is not None:
-            totals.load_state(self._loaded)
-        return totals
+        if self._idle is None:
+            self._idle = Totals(self.parameters, scores_only=self.scores_only)
+            if self._loaded is not None:
+                self._idle.load_state(self._loaded)
+        return self._idle
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, facts) from which `load` goes on. Call `check` first."""
@@ -199,6 +201,7 @@ class Accumulator:
         self.num, self.nonfinite = facts["num"], list(facts["nonfinite"])
         self._fallback, self.noise = dict(facts["fallback"]), set(facts["noise"])
         if self.ranking:
+            self.ranking.exclude(self.noise)
             self.ranking.load_state(facts["ranking"])
             self._ranked = facts["ranking"]
         self._loaded = tensors
@@ -216,6 +219,7 @@ class Accumulator:
                 self.model, self.objective, self.parameters, plan,
                 scores_only=self.scores_only, per_sample=self.ranking is not None,
             )  # fmt: skip
+        self._idle = None
         if self._loaded is not None:
             squares.totals.load_state(self._loaded)
             self._loaded = None

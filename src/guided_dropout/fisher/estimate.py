@@ -18,9 +18,9 @@ from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
+from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
 from guided_dropout.identity import model_identity, weights_digest
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
@@ -44,7 +44,7 @@ def estimate_fisher(
     seed: int = 0,
     method: str = "batched",
     scores_only: bool = False,
-    until_ranked: RankingTest | None = None,
+    until_ranked: StoppingRule | None = None,
     parameters: Choice = "all",
     nonfinite: str = "error",
     checkpoint: str | Path | None = None,
@@ -83,8 +83,9 @@ def estimate_fisher(
             has brought), or a function (name, parameter) → bool. The others cost nothing.
         scores_only: keep only each tensor's mean, which is all that a schedule needs: no memory of the parameters'
             size, and less arithmetic. The profile has no diagonal then.
-        until_ranked: stop as soon as this test says that the order of the sites is settled; what it found stands in
-            the profile's ``provenance["ranking"]``. The samples must come in random order.
+        until_ranked: stop as soon as this rule (`ranking.RankingTest` or `stability.StabilityTest`) says that the order
+            of the sites is settled; what it found stands in the profile's ``provenance["ranking"]``. The samples must
+            come in random order.
         nonfinite: a sample whose loss is NaN or infinite, or whose squared gradients overflow, is an ``"error"`` that
             names it; or ``"skip"``: such samples are left out, and their indices stand in the profile's
             ``coverage["nonfinite"]``.
@@ -115,7 +116,7 @@ def estimate_fisher(
     with evaluating(model), torch.enable_grad(), experts_apart(model):
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
-            _check_resident(model)
+            check_resident(model)
             if until_ranked is not None and (world.count > 1 or method == "reference"):
                 raise DataError(
                     f"until_ranked with {world.count} processes, method {method!r}; expected a single process and the "
@@ -123,7 +124,7 @@ def estimate_fisher(
                 )
             if checkpoint is not None and resume is None:
                 check_unused(checkpoint)
-            goal, checked = _begin(model, samples, objective, reduction, labels=labels, seed=seed)
+            goal, checked = begin(model, samples, objective, reduction, labels=labels, seed=seed)
             stream = Stream(goal, checked, process=world.index, processes=world.count)
             sums = Accumulator(
                 model, goal, chosen, method=method, nonfinite=nonfinite, scores_only=scores_only, ranking=until_ranked
@@ -139,7 +140,7 @@ def estimate_fisher(
                 "labels": labels,
                 "method": method,
                 "scores_only": scores_only,
-                "until_ranked": until_ranked and [until_ranked.alpha, until_ranked.tolerance],
+                "until_ranked": until_ranked and until_ranked.settings(),
                 "batch_size": batch_size if tokens_per_batch is None else None,
                 "tokens_per_batch": tokens_per_batch,
                 "processes": world.count,
@@ -164,7 +165,7 @@ def estimate_fisher(
                 run.resume(state)
         _check_same(world, identity)
         world.in_step(run.steps())
-    return _profile(
+    return profile_of(
         outer,
         goal,
         sums,
@@ -188,7 +189,7 @@ def _check_arguments(batch_size: int, tokens_per_batch: int | None, objective: s
         raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
 
 
-def _check_resident(model: nn.Module) -> None:
+def check_resident(model: nn.Module) -> None:
     """An offloaded weight is another tensor in each forward: its gradient could not be told apart, only lost."""
     away = [n for n, p in model.named_parameters() if p.is_meta]
     if away:
@@ -199,7 +200,7 @@ def _check_resident(model: nn.Module) -> None:
         )
 
 
-def _begin(
+def begin(
     model: nn.Module, samples: Iterable[Sample], objective: str, reduction: str, *, labels: str, seed: int
 ) -> tuple[Objective, Iterator[Sample]]:
     """The model's objective, found on the first sample, and all samples, checked as they are read."""
@@ -244,7 +245,7 @@ def _check_same(world: Processes, identity: Mapping[str, Any]) -> None:
             raise ModelError(f"process {index} works on something else than process 0: {odd}; expected the same in all")
 
 
-def _profile(
+def profile_of(
     model: nn.Module, goal: Objective, sums: Accumulator, skipped: int, world: Processes, **facts: Any
 ) -> FisherProfile:
     """The mean over the samples of all processes; tensor by tensor, so that only one is in float64 at a time."""

@@ -35,14 +35,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy.special import log_ndtr
 
-from guided_dropout.errors import ArtefactError, DataError
+from guided_dropout.errors import DataError
+from guided_dropout.fisher.site_scores import Means, SiteScores
 
 _Array = npt.NDArray[np.float64]
 
@@ -51,7 +52,7 @@ _TIGHTEST_AT = 500  # samples at which the bound is tightest; it holds at any nu
 _ROWS = 64
 
 
-class RankingTest:
+class RankingTest(SiteScores):
     """A sequential test of whether the order of the sites' Fisher scores is settled.
 
     A site's score is the mean, over the parameters that feed it, of each one's mean Fisher information. Samples are
@@ -74,35 +75,14 @@ class RankingTest:
         if not 0 <= tolerance < math.inf:
             raise DataError(f"rank tolerance {tolerance}; expected a relative difference of 0 or more, as 0.05")
         self.alpha, self.tolerance = alpha, tolerance
-        self._set_groups(groups)
+        super().__init__(groups)
 
-    def _set_groups(self, groups: Mapping[str, Sequence[str]]) -> None:
-        if not groups:
-            raise DataError("no sites to rank; expected at least one dropout site")
-        if empty := [site for site, names in groups.items() if not names]:
-            raise DataError(f"no parameter with a gradient feeds {empty[0]}; expected at least one to rank it by")
-        self.groups = {site: tuple(names) for site, names in groups.items()}
-        self._alike: dict[frozenset[str], list[str]] = {}
-        for site, names in self.groups.items():
-            self._alike.setdefault(frozenset(names), []).append(site)
-        size = len(self._alike)
-        self.samples = 0
+    def _begin(self, size: int) -> None:
         self._mean = np.zeros(size)
         self._scatter = np.zeros((size, size))  # sums of products of deviations from the mean
         self._excess = np.zeros((size, size))  # [a, b]: the most by which a sample's score at a exceeded that at b
 
-    def exclude(self, names: Iterable[str]) -> None:
-        """Leave parameters out of the scores (a profile's `noise`); before the first sample.
-
-        Raises:
-            DataError: samples were added already, or nothing is left to rank a site by.
-        """
-        if self.samples:
-            raise DataError(f"{self.samples} samples are ranked already; expected to leave parameters out before")
-        out = frozenset(names)
-        self._set_groups({site: [n for n in group if n not in out] for site, group in self.groups.items()})
-
-    def add(self, means: Mapping[str, npt.ArrayLike]) -> None:
+    def add(self, means: Means) -> None:
         """Add a batch.
 
         Args:
@@ -125,9 +105,9 @@ class RankingTest:
         """What is known by now, as plain data.
 
         Returns:
-            ``samples``; ``confidence`` (1 - alpha); ``tolerance``; ``settled``; ``order``: the sites from the lowest
-            score to the highest; ``within_tolerance``: neighbours [lower, higher] whose order may be the other way
-            round, but by no more than the tolerance; ``undecided``: neighbours of which not even that is known.
+            ``rule``; ``samples``; ``confidence`` (1 - alpha); ``tolerance``; ``settled``; ``order``: the sites from the
+            lowest score to the highest; ``within_tolerance``: neighbours [lower, higher] whose order may be the other
+            way round, but by no more than the tolerance; ``undecided``: neighbours of which not even that is known.
         """
         order = self._order()
         decided, strict = self._claims(self.tolerance), self._claims(0.0)
@@ -136,6 +116,7 @@ class RankingTest:
         sites = list(self._alike.values())
         pairs = [[sites[low][0], sites[high][0]] for low, high in itertools.pairwise(order)]
         return {
+            "rule": "ranked",
             "samples": self.samples,
             "confidence": 1 - self.alpha,
             "tolerance": self.tolerance,
@@ -148,7 +129,8 @@ class RankingTest:
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here with the same result, as plain data for JSON."""
         return {
-            **self._settings(),
+            **self.settings(),
+            "groups": {site: list(names) for site, names in self.groups.items()},
             "samples": self.samples,
             "mean": self._mean.tolist(),
             "scatter": self._scatter.tolist(),
@@ -161,33 +143,13 @@ class RankingTest:
         Raises:
             ArtefactError: the settings differ.
         """
-        for name, here in self._settings().items():
-            if state.get(name) != here:
-                raise ArtefactError(
-                    f"a ranking begun with {name} {state.get(name)!r}; expected {here!r}: go on with the former, or "
-                    "begin anew"
-                )
+        self._check_same(state, self.settings(), "ranking")
         self.samples = state["samples"]
         self._mean, self._scatter, self._excess = (np.asarray(state[k]) for k in ("mean", "scatter", "excess"))
 
-    def _settings(self) -> dict[str, Any]:
-        groups = {site: list(names) for site, names in self.groups.items()}
-        return {"alpha": self.alpha, "tolerance": self.tolerance, "groups": groups}
-
-    def _scores(self, means: Mapping[str, npt.ArrayLike]) -> _Array:
-        """[B, S]: the score of each sample at each site."""
-        values = {}
-        for name in {name: None for group in self._alike for name in group}:
-            if name not in means:
-                raise DataError(f"no values of {name}; expected those of each parameter that feeds a site")
-            values[name] = np.asarray(means[name], dtype=np.float64)
-        if len({v.shape for v in values.values()}) > 1 or next(iter(values.values())).ndim != 1:
-            shapes = sorted({str(list(v.shape)) for v in values.values()})
-            raise DataError(f"values of shapes {', '.join(shapes)}; expected one number a sample for each parameter")
-        for name, v in values.items():
-            if not (np.isfinite(v) & (v >= 0)).all():
-                raise DataError(f"a mean square of {name} is negative or not finite; expected neither")
-        return np.stack([sum(values[name] for name in sorted(group)) / len(group) for group in self._alike], axis=1)
+    def settings(self) -> dict[str, Any]:
+        """What makes two tests of the same sites the same, as plain data."""
+        return {"rule": "ranked", "alpha": self.alpha, "tolerance": self.tolerance}
 
     def _add(self, scores: _Array) -> None:
         n, new = self.samples, len(scores)

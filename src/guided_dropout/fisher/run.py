@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from guided_dropout.errors import ArtefactError
-from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, Digest, State
+from guided_dropout.fisher.site_scores import Observer
 from guided_dropout.fisher.stream import Item
+
+
+class Sums(Protocol):
+    """What samples are added to; `accumulate.Accumulator` is one."""
+
+    @property
+    def ranking(self) -> Observer | None:
+        """Ends the run once it is settled."""
+        ...
+
+    def add(self, batch: Sequence[Item]) -> None:
+        """Add a batch."""
+
+    def check(self) -> None:
+        """Make sure that all sums are finite."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, facts) from which `load` goes on."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Take up what `state` gave."""
 
 
 class Run:
@@ -24,7 +48,7 @@ class Run:
 
     def __init__(
         self,
-        sums: Accumulator,
+        sums: Sums,
         batches: Iterator[list[Item]],
         checkpoint: Checkpoint | None = None,
         progress: Callable[[int], Any] | None = None,

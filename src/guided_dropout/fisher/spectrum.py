@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.integrate import trapezoid
 
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile
@@ -40,7 +41,24 @@ class Spectrum:
 
         Linear between bins: exact to the width of one bin at the boundary.
         """
-        return float(np.interp(fraction * self.num_parameters, [0, *self.counts], [0.0, *self.sums]) / self.sums[-1])
+        return float(self.concentration(fraction))
+
+    def concentration(self, fractions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """`top_share` of many fractions at once."""
+        fraction = np.asarray(fractions, dtype=np.float64)
+        return np.asarray(
+            np.interp(fraction * self.num_parameters, [0, *self.counts], [0.0, *self.sums]) / self.sums[-1]
+        )
+
+    @property
+    def gini(self) -> float:
+        """Gini coefficient of the values: 0 where all are equal, towards 1 where one parameter holds everything.
+
+        Twice the area between the concentration curve and that of equal values; exact to the width of a bin.
+        """
+        share = np.array([0, *self.counts, self.num_parameters]) / self.num_parameters
+        held = np.array([0.0, *self.sums, self.sums[-1]]) / self.sums[-1]
+        return float(trapezoid(held, share) * 2 - 1)
 
 
 def spectrum(profile: FisherProfile) -> Spectrum:

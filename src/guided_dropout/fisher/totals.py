@@ -56,6 +56,13 @@ class Totals:
                 partial.zero_()
         self._since_flush = 0
 
+    def clear(self) -> None:
+        """Begin anew from zero; the memory of the float64 sums is given back."""
+        for partial in self._partial.values():
+            partial.zero_()
+        self._exact = {}
+        self._since_flush = 0
+
     def total(self, name: str) -> Tensor:
         """The whole sum of a parameter: float64 once anything was flushed, otherwise as the partial sums are."""
         exact = self._exact.get(name)
