@@ -214,7 +214,10 @@ def plot_shares(
     ax.set_xticks(shares)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}"))
-    ax.set_yscale("symlog", linthresh=0.01) if values_span(landscape, chosen, radius) else None
+    if _differ_much(landscape, chosen, radius):
+        ax.set_yscale("symlog", linthresh=0.01)
+    if ax.dataLim.y0 > -1e-9:
+        ax.set_ylim(bottom=0)
     ax.set_xlabel("share of the parameters that move (%)")
     ax.set_ylabel(f"rise of the loss at radius {radius:g} (nats)")
     ax.legend(frameon=False, fontsize=9, handlelength=2.8)
@@ -222,7 +225,7 @@ def plot_shares(
     return ax
 
 
-def values_span(landscape: Landscape, masks: Sequence[Mask], radius: float) -> bool:
+def _differ_much(landscape: Landscape, masks: Sequence[Mask], radius: float) -> bool:
     """Whether the rises differ so much that a linear axis would hide the small ones."""
     means = [abs(float(landscape.rises(m, radius)[0].mean())) for m in masks]
     return max(means) > 30 * max(min(means), 1e-12)
