@@ -8,9 +8,9 @@ scores of all samples and those of a replicate reaches :math:`\tau_0` in a share
 
 It is looked at each time the samples have grown by a twentieth, from the hundredth on, and is no test: nothing bounds
 the error of many looks, and the bootstrap is an approximation. It errs on the side of caution, since a replicate has
-the sampling error twice. In 100 simulated runs per line (24 sites whose true scores rise by the factor given from one to
-the next; log-normal samples with a coefficient of variation of 1.3, most of it common to all sites; up to 4,000 samples
-in batches of 25; :math:`\tau_0` .95, confidence .95) all runs stopped:
+the sampling error twice. In 100 simulated runs per line (24 sites whose true scores rise by the factor given from one
+to the next; log-normal samples with a coefficient of variation of 1.3, most of it common to all sites; up to 4,000
+samples in batches of 25; :math:`\tau_0` .95, confidence .95) all runs stopped:
 
 ======  ===============  ==========================  ===============================
 factor  samples, median  tau with the truth, mean    share of runs with .95 or more
