@@ -119,7 +119,7 @@ def test_diff_prints_both_rates_the_means_and_the_order(command):
         ("schedule profile --aggregate maximum --out new", "unknown aggregate 'maximum'"),
         ("schedule profile --mean-rate 0.7 --out new", "choose a mean rate below 0.5"),
         ("schedule show nowhere.json", "cannot read nowhere.json: No such file"),
-        ("schedule show a.json --plot new.pdf", "cannot draw to new.pdf"),
+        ("schedule show a.json --plot new.jpg", "cannot draw to new.jpg"),
         ("schedule show profile/profile.json", "holds 'fisher-profile'; expected 'dropout-schedule'"),
         ("schedule diff a.json nowhere.json", "cannot read nowhere.json"),
     ],
