@@ -176,7 +176,7 @@ def test_diff_prints_both_rates_the_means_and_the_order(command):
         ("schedule control a.json --kind shuffled --seed -3 --out new", "seed -3 of the control shuffled; expected"),
         ("schedule control nowhere.json --kind uniform --out new", "cannot read nowhere.json: No such file"),
         ("schedule show nowhere.json", "cannot read nowhere.json: No such file"),
-        ("schedule show a.json --plot new.pdf", "cannot draw to new.pdf"),
+        ("schedule show a.json --plot new.jpg", "cannot draw to new.jpg"),
         ("schedule show profile/profile.json", "holds 'fisher-profile'; expected 'dropout-schedule'"),
         ("schedule diff a.json nowhere.json", "cannot read nowhere.json"),
     ],

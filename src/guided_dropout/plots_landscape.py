@@ -216,6 +216,7 @@ def plot_shares(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}"))
     if _differ_much(landscape, chosen, radius):
         ax.set_yscale("symlog", linthresh=0.01)
+        ax.margins(y=0.1)
     if ax.dataLim.y0 > -1e-9:
         ax.set_ylim(bottom=0)
     ax.set_xlabel("share of the parameters that move (%)")
