@@ -48,7 +48,7 @@ def curve(label, *, band=False, fractions=(0.1, 0.25, 1.0)):
 def test_curves_have_a_panel_a_task_and_a_line_an_arm(number, fractions):
     arms = ["guided", "dropout", "uniform", "shuffled"]
     panels = {f"task-{t}": [curve(a, band=a == "guided", fractions=fractions) for a in arms] for t in range(number)}
-    figure = plot_curves(panels, dict.fromkeys(panels, "matthews_correlation"))
+    figure = plot_curves(panels, dict.fromkeys(panels, "Matthews correlation"))
     assert len(figure.axes) == number
     for ax in figure.axes:
         assert [list(line.get_ydata()) for line in ax.lines] == [

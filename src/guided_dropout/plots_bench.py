@@ -116,7 +116,7 @@ def plot_curves(panels: Mapping[str, Sequence[Curve]], metrics: Mapping[str, str
         _fraction_axis(ax, fractions)
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
         ax.set_title(task, fontsize=10, loc="left", fontweight="bold")
-        ax.set_ylabel(_words(metrics[task]), fontsize=9)
+        ax.set_ylabel(metrics[task], fontsize=9)
         ax.tick_params(labelsize=8)
         plain(ax)
     figure.supxlabel("share of the training data", fontsize=9)
@@ -216,7 +216,7 @@ def plot_runs(panels: Mapping[str, Sequence[ArmRuns]], *, arm: str | None, metri
             ax.xaxis.set_major_locator(MaxNLocator(nbins=5))
             ax.tick_params(labelsize=8)
             ax.tick_params(axis="y", length=0)
-    grid[-1][0].set_xlabel(f"{_words(metric)} of each run", fontsize=9)
+    grid[-1][0].set_xlabel(f"{metric} of each run", fontsize=9)
     if arm is not None:
         grid[-1][1].set_xlabel(f"{arm} − arm, seed by seed", fontsize=9)
     _runs_legend(figure, panels)
@@ -345,18 +345,6 @@ def _runs_legend(figure: Figure, panels: Mapping[str, Sequence[ArmRuns]]) -> Non
     handles.append(Line2D([], [], color=INK, linewidth=2.4, label="mean of an arm"))
     handles += _kind_handles([runs.effect for runs in rows if runs.effect], "difference to")
     figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=8.5)
-
-
-_NAMES = {
-    "matthews_correlation": "Matthews correlation",
-    "pearson": "Pearson's r",
-    "spearman": "Spearman's ρ",
-    "f1": "F1",
-}
-
-
-def _words(metric: str) -> str:
-    return _NAMES.get(metric, metric.replace("_", " "))
 
 
 def _signed(x: float) -> str:

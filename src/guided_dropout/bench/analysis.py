@@ -150,8 +150,8 @@ def analyse(
     if not runs:
         raise DataError("found no runs; expected at least one: run `guided-dropout bench run` first")
     keys = [run.key for run in runs]
-    models = _axis(grid and grid.models, [k.model for k in keys])
-    tasks = _axis(grid and grid.tasks, [k.task for k in keys])
+    models = _axis(grid.models if grid else (), [k.model for k in keys])
+    tasks = _axis(grid.tasks if grid else (), [k.task for k in keys])
     fractions = tuple(sorted({*(grid.fractions if grid else ()), *(k.fraction for k in keys)}, reverse=True))
     arms = tuple(controls.in_order([*(grid.arms if grid else ()), *(k.arm for k in keys)]))
 
@@ -178,8 +178,8 @@ def analyse(
     )  # fmt: skip
 
 
-def _axis(asked: Sequence[str] | None, found: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys([*(asked or ()), *found]))
+def _axis(asked: Sequence[str], found: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys([*asked, *found]))
 
 
 def _cell(place: tuple[str, str, float], runs: Sequence[Run], arms: Sequence[str], confidence: float) -> Cell:
@@ -200,7 +200,7 @@ def _cell(place: tuple[str, str, float], runs: Sequence[Run], arms: Sequence[str
 def _compare(cell: Cell, a: str, b: str, margin: float | None, confidence: float) -> Comparison:
     arms = cell.arms[a], cell.arms[b]
     pair, role = compare_arms(*arms, confidence=confidence), controls.role(a, b)
-    same_mean = role in (controls.CONTROL, controls.STANDARD) and _same_mean(*arms)
+    same_mean = controls.may_be_fair(a, b) and _same_mean(*arms)
     return Comparison(cell.model, cell.task, cell.fraction, role, same_mean, pair, pair.verdict(margin))
 
 
@@ -261,7 +261,7 @@ def _guidance(comparisons: Sequence[Comparison]) -> list[Guidance]:
     families = defaultdict(list)
     for c in comparisons:
         families[c.model, c.task, c.fraction, c.pair.a].append(c)
-    return [_judged(*place, comparisons) for place, comparisons in families.items()]
+    return [_judged(m, t, f, guided, family) for (m, t, f, guided), family in families.items()]
 
 
 def _judged(model: str, task: str | None, fraction: float, guided: str, comparisons: Sequence[Comparison]) -> Guidance:

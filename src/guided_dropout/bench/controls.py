@@ -62,6 +62,12 @@ def role(guided: str, control: str) -> str:
     return {"dropout": STANDARD, "none": NONE}.get(name, OTHER)
 
 
+def may_be_fair(guided: str, control: str) -> bool:
+    """Whether the two arms differ in guidance alone, if they regularise as much on average."""
+    plain = (name_of(guided), name_of(control)) == ("guided", "dropout")  # a schedule can have the standard mean
+    return plain or role(guided, control) == CONTROL
+
+
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """All (guided arm, control) to compare among `arms`, the controls in the order of what they are for.
 

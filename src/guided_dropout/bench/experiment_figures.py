@@ -11,6 +11,7 @@ from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import Analysis, Cell, Comparison
 from guided_dropout.bench.csv_files import OVERALL
 from guided_dropout.bench.document import Block, Heading, Paragraph, Picture
+from guided_dropout.bench.phrases import metric_name
 from guided_dropout.bench.stats import HELPS, HURTS
 from guided_dropout.plots import figure_svg
 from guided_dropout.plots_bench import CURVES, ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
@@ -38,7 +39,7 @@ def curves(analysis: Analysis) -> list[Block]:
                 lines = [_curve(cells, arm, len(arms) <= 3 or arm in arms[:2]) for arm in arms]
                 if any(line.means for line in lines):
                     panels[task] = lines
-                    metrics[task] = next(c.metric for c in cells if c.metric)
+                    metrics[task] = metric_name(next(c.metric for c in cells if c.metric))
             if panels:
                 blocks.append(
                     _picture(
@@ -96,7 +97,7 @@ def run_by_run(analysis: Analysis) -> list[Block]:
             for number, part in enumerate(_cut(panels, [len(p) for p in panels.values()])):
                 blocks.append(
                     _picture(
-                        plot_runs(part, arm=main, metric=metric),
+                        plot_runs(part, arm=main, metric=metric_name(metric)),
                         f"runs-{model}-{task}-{number + 1}",
                         f"{model}, {task}: the metric of each run by arm, and the differences seed by seed",
                         f"{task}, {model}. Left: each run; the dashed line is the mean of {main}. Right: {main} − that "

@@ -91,7 +91,7 @@ def _progress(analysis: Analysis) -> list[Block]:
             f"{count(len(analysis.models), 'model')} ({', '.join(analysis.models)}), "
             f"{count(len(analysis.tasks), 'task')} ({', '.join(analysis.tasks)}), {count(len(analysis.arms), 'arm')}, "
             f"training on {listing([f'{100 * f:g} %' for f in analysis.fractions])} of the data, "
-            f"{count(seeds, 'paired seed')}. {f'Of the runs, {wrong}.' if wrong else 'All runs ended well.'}"
+            f"{count(seeds, 'paired seed')}. {f'Of the runs, {wrong}.' if wrong else 'All of them ended well.'}"
         )
     )
     return blocks

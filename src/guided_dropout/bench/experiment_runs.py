@@ -11,7 +11,7 @@ from guided_dropout.bench.arms import STATUSES
 from guided_dropout.bench.document import Block, Bullets, Details, Heading, Paragraph, Table
 from guided_dropout.bench.experiment_verdicts import place_cells, place_head
 from guided_dropout.bench.folder import Run
-from guided_dropout.bench.phrases import NOTHING, count, failure_line
+from guided_dropout.bench.phrases import NOTHING, count, failure_line, metric_name
 from guided_dropout.bench.sections import facts_line, meaning
 
 
@@ -89,7 +89,7 @@ def what_was_run(analysis: Analysis, facts: Mapping[str, Any]) -> list[Block]:
         if sizes:
             r = sizes[0][1]
             lines.append(
-                f"Task {task}: metric {r.metric}; {' / '.join(n for n, _ in sizes)} training examples "
+                f"Task {task}: {metric_name(r.metric)}; {' / '.join(n for n, _ in sizes)} training examples "
                 f"({r.recipe.get('train_data')}), {r.recipe.get('n_eval', 0):,} to evaluate on "
                 f"({r.recipe.get('eval_data')})."
             )

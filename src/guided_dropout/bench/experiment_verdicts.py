@@ -20,13 +20,20 @@ from guided_dropout.bench.phrases import (
 )
 from guided_dropout.bench.sections import Difference, difference_table, how_to_read
 
+_OTHERS = "Other guided arms"
 
-def claims(analysis: Analysis) -> Iterator[str]:
-    """What the experiment shows of its guided arms, a sentence or two for each model and fraction."""
-    guided = [a for a in analysis.arms if controls.name_of(a) in controls.GUIDED]
+
+def claims(analysis: Analysis, arms: Sequence[str] | None = None) -> Iterator[str]:
+    """What the experiment shows of guided arms, two paragraphs for each model and fraction.
+
+    Args:
+        analysis: of the runs.
+        arms: labels of guided arms; the main one if None.
+    """
+    arms = [a for a in analysis.arms if a == analysis.main] if arms is None else arms
     for model in analysis.models:
         for fraction in analysis.fractions:
-            for arm in guided:
+            for arm in arms:
                 place = place_name(analysis, model, fraction)
                 about = [c for c in analysis.comparisons
                          if (c.model, c.fraction, c.pair.a) == (model, fraction, arm)]  # fmt: skip
@@ -99,7 +106,8 @@ def _about_guidance(analysis: Analysis, model: str, fraction: float, arm: str) -
         if len(sentences) == 1:
             return next(iter(sentences))
         return " ".join(f"{g.task}: {guidance_sentence(g)}" for g in held)
-    return f"{guidance_sentence(overall)}{_task_by_task([g for g in held if g.task is not None])}"
+    tasks = [g for g in held if g.task is not None]
+    return f"Mean over {len(tasks)} tasks: {guidance_sentence(overall)}{_task_by_task(tasks)}"
 
 
 def _task_by_task(held: Sequence[Guidance]) -> str:
@@ -125,9 +133,11 @@ def _tables(analysis: Analysis) -> list[Block]:
             c for c in held if c.pair.a == main and c.role != controls.OTHER
         ],
         f"{main} against other regularizers": [c for c in held if c.pair.a == main and c.role == controls.OTHER],
-        "Other guided arms": [c for c in held if c.pair.a != main],
+        _OTHERS: [c for c in held if c.pair.a != main],
     }
-    return [block for title, part in parts.items() if part for block in (Heading(title, 3), _table(analysis, part))]
+    blocks = [block for title, part in parts.items() if part for block in (Heading(title, 3), _table(analysis, part))]
+    others = [a for a in analysis.arms if controls.name_of(a) in controls.GUIDED and a != main]
+    return [*blocks, *([Bullets(list(claims(analysis, others)))] if parts[_OTHERS] else [])]
 
 
 def _table(analysis: Analysis, held: Sequence[Comparison]) -> Table:

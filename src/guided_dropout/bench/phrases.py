@@ -10,6 +10,12 @@ from guided_dropout.bench.folder import Run
 from guided_dropout.bench.stats import HELPS, HURTS, UNDECIDED, Interval, verdict
 
 NOTHING = "–"
+_METRICS = {
+    "matthews_correlation": "Matthews correlation",
+    "pearson": "Pearson's r",
+    "spearman": "Spearman's ρ",
+    "f1": "F1",
+}
 
 
 def number(x: float | None) -> str:
@@ -51,6 +57,11 @@ def count(n: int, what: str) -> str:
 def of_the_data(fraction: float) -> str:
     """``"10 % of the training data"``."""
     return f"{100 * fraction:g} % of the training data"
+
+
+def metric_name(metric: str | None) -> str:
+    """A metric's name for people."""
+    return NOTHING if metric is None else _METRICS.get(metric, metric.replace("_", " "))
 
 
 def verdict_sentence(comparison: ArmComparison, *, margin: float | None = None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from guided_dropout.bench.analysis import Analysis, Cell
 from guided_dropout.bench.arms import ArmResult
 from guided_dropout.bench.document import Table
-from guided_dropout.bench.phrases import NOTHING, number, of_the_data
+from guided_dropout.bench.phrases import NOTHING, metric_name, number, of_the_data
 from guided_dropout.bench.published import PublishedRow, published
 
 _MISMATCHED = "accuracy_mismatched"  # MNLI on texts of other kinds than it was trained on
@@ -53,7 +53,7 @@ def _restarts(analysis: Analysis, model: str, fraction: float) -> Restarts | Non
         return None
     columns = [column for cell in cells for column in _columns(cell)]
     tasks = [name for name, _, _ in columns]
-    header = ("arm", "runs", *(f"{name} ({metric.replace('_', ' ')})" for name, metric, _ in columns))
+    header = ("arm", "runs", *(f"{name} ({metric})" for name, metric, _ in columns))
     rows = []
     for arm in analysis.arms:
         made = sorted({held.made if (held := cell.arms.get(arm)) else 0 for cell in cells})
@@ -73,11 +73,11 @@ def _restarts(analysis: Analysis, model: str, fraction: float) -> Restarts | Non
 def _columns(cell: Cell) -> list[tuple[str, str, dict[str, tuple[float, float]]]]:
     """Name, metric, and maximum and mean by arm: of the task, and of MNLI's other evaluation split."""
     main = {n: (s.maximum, s.mean) for n, arm in cell.arms.items() if (s := arm.summary)}
-    columns = [(cell.task, cell.metric or NOTHING, main)]
+    columns = [(cell.task, metric_name(cell.metric), main)]
     other = {n: v for n, arm in cell.arms.items() if (v := _values(arm, _MISMATCHED))}
     if other:
         pairs = {n: (max(v), math.fsum(v) / len(v)) for n, v in other.items()}
-        columns.append((f"{cell.task}-mm", cell.metric or NOTHING, pairs))
+        columns.append((f"{cell.task}-mm", metric_name(cell.metric), pairs))
     return columns
 
 

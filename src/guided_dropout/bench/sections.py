@@ -135,7 +135,8 @@ def _figures(row: Difference, corrected: bool) -> list[str]:
 
 
 def facts_line(facts: Mapping[str, Any]) -> str:
-    """Nested facts as one line: ``"epochs 3, batch_size 16"``."""
+    """Facts as one line: ``"epochs 3, batch size 16"``."""
+    known = {key.replace("_", " "): value for key, value in facts.items() if value is not None}
     return ", ".join(
-        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in facts.items()
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in known.items()
     )
