@@ -13,11 +13,9 @@ import time
 import traceback
 from pathlib import Path
 
-import tiny  # noqa: F401: imports the model's code
+import tiny  # noqa: F401 (the model's code)
 
-import guided_dropout.fisher
-import guided_dropout.models  # noqa: F401
-from guided_dropout import cli
+from guided_dropout import cli, fisher, models  # noqa: F401 (what the command line imports when it is called)
 
 LINE = (
     "fisher model --text text.txt --samples 300 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "
@@ -67,7 +65,7 @@ def written(folder: Path) -> list[tuple[int, int]]:
 
 
 def after_states(folder: Path, pid: int, number: int) -> int | None:
-    """Wait until so many states were written, as far as this process sees them all; the exit code if it ended before."""
+    """Wait until so many states were seen; the exit code if the process ended before."""
     before, end = written(folder), time.monotonic() + PATIENCE
     while number and time.monotonic() < end:
         if (code := ended(pid, 0)) is not None:

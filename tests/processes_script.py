@@ -8,8 +8,9 @@ import torch
 from families import language_model
 from tiny import save_tiny_bert
 
-from guided_dropout import cli, estimate_fisher
+from guided_dropout import cli, estimate_fisher, find_sites
 from guided_dropout.fisher.processes import current_processes, leave_processes
+from guided_dropout.fisher.ranking import RankingTest
 
 
 def draw_samples(lengths, *, seed=0):
@@ -19,6 +20,7 @@ def draw_samples(lengths, *, seed=0):
 
 SAMPLES = draw_samples([9, 4, 7, 12, 5, 5, 8, 3, 11, 6, 6, 10, 4, 9, 7])
 BLANK = {"input_ids": [5, 6], "labels": [-100, -100]}
+RANK_TOLERANCE = 3.0
 
 
 def outcome(work):
@@ -53,6 +55,12 @@ def main(folder: Path) -> None:
     report["nan"] = outcome(lambda: estimate_fisher(nan, spoilt, batch_size=2, distributed=True))
     skipped = estimate_fisher(nan, spoilt, batch_size=2, distributed=True, nonfinite="skip")
     report["skipped"] = [skipped.num_samples, skipped.coverage["nonfinite"]]
+
+    bert = language_model("bert")  # which has noise to be left out
+    sites = {s.path: s.parameters for s in find_sites(bert) if not s.in_head}
+    test = RankingTest(sites, tolerance=RANK_TOLERANCE)
+    ranked = estimate_fisher(bert, SAMPLES * 20, batch_size=2, until_ranked=test, distributed=True)
+    report["ranked"] = {"means": ranked.tensor_means, "noise": ranked.noise, **ranked.provenance["ranking"]}
 
     other = language_model("gpt2", seed=world.index)
     report["other"] = outcome(lambda: estimate_fisher(other, SAMPLES, distributed=True))

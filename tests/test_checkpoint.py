@@ -11,9 +11,10 @@ import torch
 from families import language_model
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import FisherProfile, estimate_fisher
+from guided_dropout import FisherProfile, estimate_fisher, find_sites
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.checkpoint import holds_state, remove_checkpoint
+from guided_dropout.fisher.ranking import RankingTest
 
 
 def draw_samples(lengths, *, seed=0):
@@ -79,6 +80,25 @@ def test_stopped_twice_and_resumed_is_as_if_never_stopped(model, tmp_path, optio
     assert_same(profile, estimate_fisher(model, samples, **options))
     remove_checkpoint(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ranked_run_is_resumed_without_its_noise(tmp_path):
+    """Which the state names: what is left out is known before the first batch after it."""
+    model = language_model("bert")
+    samples = draw_samples([9, 5, 7, 12] * 60)
+    sites = {s.path: s.parameters for s in find_sites(model) if not s.in_head}
+
+    def run(**options):
+        test = RankingTest(sites, tolerance=3.0)
+        return estimate_fisher(model, samples, batch_size=10, scores_only=True, until_ranked=test, **options)
+
+    with pytest.raises(StopError):
+        run(checkpoint=tmp_path / "c", progress=stopped_after(60))
+    found, expected = run(checkpoint=tmp_path / "c", resume=True), run()
+    assert found.noise
+    assert 100 <= found.num_samples < len(samples)
+    assert found.provenance["ranking"] == expected.provenance["ranking"]
+    assert_same(found, expected)
 
 
 def test_a_long_run_is_resumed_with_its_float64_sums(model, tmp_path):

@@ -31,7 +31,7 @@ def test_float64_is_found_by_trying():
 def test_a_model_on_such_a_device_is_refused():
     model = language_model("bert")
     samples = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
-    with WithoutFloat64(), pytest.raises(ModelError, match="is on cpu, which does not compute in float64; .* the CPU"):
+    with WithoutFloat64(), pytest.raises(ModelError, match=r"is on cpu, which does not compute in float64; .* the CPU"):
         estimate_fisher(model, samples)
 
 
@@ -51,8 +51,9 @@ def test_the_command_refuses_such_a_device_before_it_loads_anything(tmp_path, mo
 @pytest.mark.parametrize("capable", [True, False])
 def test_by_default_such_an_accelerator_is_left_alone(capable, monkeypatch):
     """`meta` stands in for an accelerator."""
+    model = language_model("bert")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
     monkeypatch.setattr(devices, "has_float64", lambda device: capable)
-    model = to_device(language_model("bert"))
+    model = to_device(model)
     assert {p.device.type for p in model.parameters()} == {"meta" if capable else "cpu"}

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from families import classifier_of, language_model
-from fisher_oracles import own_loss_oracle as token_loss_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -278,12 +277,19 @@ def test_losses_are_those_of_the_targets_alone():
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
 def test_the_mean_over_any_number_of_targets_has_all_digits_of_float64(family):
-    """A third, a seventh, … would have 24 bits in float32."""
+    """A third, a seventh, … would have 24 bits in float32. (So have transformers' own next-token losses.)"""
     model = language_model(family).double()
     samples = tokens([4, 8, 12, 14, 20], share=1.0)
     for s, targets in zip(samples, (3, 7, 11, 13, 19), strict=True):
-        s["labels"][: -targets or None] = -100
-        assert (s["labels"] != -100).sum() == targets
+        s["labels"][:-targets] = -100
     found = estimate_fisher(model, samples, batch_size=2).tensor_means
-    want = {n: t.mean().item() for n, t in token_loss_oracle(model, samples).items()}
+    want = dict.fromkeys(found, 0.0)
+    for s in samples:
+        inputs = {"decoder_input_ids": nn.functional.pad(s["labels"][None, :-1], (1, 0)).clamp(min=0)}
+        logits = model(input_ids=s["input_ids"][None], **(inputs if family == "t5" else {})).logits[0]
+        logits, labels = (logits[:-1], s["labels"][1:]) if family == "gpt2" else (logits, s["labels"])
+        model.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        for name, p in model.named_parameters():
+            want[name] += 0.0 if p.grad is None else p.grad.square().mean().item() / len(samples)
     assert found == pytest.approx(want, rel=1e-12, abs=1e-18 * max(want.values()))

@@ -9,11 +9,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import language_model
-from processes_script import SAMPLES, draw_samples
+from processes_script import RANK_TOLERANCE, SAMPLES, draw_samples
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import FisherProfile, cli, estimate_fisher
+from guided_dropout import FisherProfile, cli, estimate_fisher, find_sites
 from guided_dropout.errors import ModelError
+from guided_dropout.fisher.processes import BATCHES_BETWEEN
+from guided_dropout.fisher.ranking import MIN_SAMPLES, RankingTest
 
 HERE = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -51,6 +53,21 @@ def test_two_processes_give_the_profile_of_one(two):
         assert report["num"] == [len(SAMPLES), 1]
         assert report["means"] == close(expected.tensor_means)
         assert report["one"] == close(estimate_fisher(model, SAMPLES[:1]).tensor_means)
+
+
+def test_all_stop_together_when_the_order_is_settled(two):
+    """As one that looks at the samples of both, in the order of their index, every 32 of them."""
+    main, second = (report["ranked"] for report in two[0])
+    assert main == second
+    assert main["settled"]
+    assert main["samples"] % (2 * BATCHES_BETWEEN * 2) == 0
+    assert MIN_SAMPLES <= main["samples"] < 300
+    model = language_model("bert")
+    sites = {s.path: s.parameters for s in find_sites(model) if not s.in_head}
+    test = RankingTest(sites, tolerance=RANK_TOLERANCE)
+    samples = (SAMPLES * 20)[: main["samples"]]
+    one = estimate_fisher(model, samples, batch_size=main["samples"], until_ranked=test)
+    assert main == {"means": close(one.tensor_means), "noise": one.noise, **one.provenance["ranking"]}
 
 
 def test_an_error_in_one_ends_all_with_its_message(two):

@@ -207,6 +207,22 @@ def test_batches_scale_and_a_way_through_json_change_nothing(seed, cuts, scale):
     np.testing.assert_allclose(parts.state()["mean"], scale * samples.mean(0), rtol=1e-12)
 
 
+def test_several_tests_make_the_one_of_all_their_samples():
+    samples = like_a_bert(np.random.default_rng(5), np.array([1.0, 1.2, 1.1, 2.0]))[:350]
+    whole = RankingTest(GROUPS)
+    parts = [RankingTest(GROUPS) for _ in range(4)]  # the last has no samples
+    for test in (whole, *parts):
+        test.exclude(["a.bias"])
+    whole.add(means(samples))
+    for test, some in zip(parts, (samples[:7], samples[7:200], samples[200:]), strict=False):
+        test.add(means(some))
+    merged = RankingTest(GROUPS).merged([json.loads(json.dumps(test.state())) for test in parts])
+    assert merged.report() == whole.report()
+    assert merged.excluded == {"a.bias"}
+    np.testing.assert_allclose(merged.state()["scatter"], whole.state()["scatter"], rtol=1e-12)
+    np.testing.assert_allclose(merged.state()["excess"], whole.state()["excess"], rtol=1e-12)
+
+
 def test_a_state_of_another_test_is_refused():
     state = RankingTest(GROUPS, alpha=0.01).state()
     with pytest.raises(ArtefactError, match=r"begun with alpha 0\.01; expected 0\.05"):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guided_dropout.fisher.variants import SHORT, pair_with_all_targets, shortened
+from guided_dropout.fisher.variants import SHORT, longer, pair_with_all_targets, shortened
 from guided_dropout.objectives import IGNORE, Objective, has_target
 
 
@@ -34,8 +34,15 @@ def test_a_short_sample_is_the_ends_of_a_long_one_and_has_a_target(name, inputs,
     assert short["attention_mask"].all()
     assert short["index"] == 3
     assert has_target(objective, short)
-    assert (len(short["labels"]) < outputs or outputs == 2) and len(short["labels"]) <= max(2, length)
+    assert len(short["labels"]) <= max(2, min(length, outputs - 1))
     assert len(sample["input_ids"]) == inputs
+
+
+def test_a_longer_one_has_no_other_end():
+    sample = {"input_ids": torch.tensor([1, 8, 9, 2]), "labels": torch.tensor([-100, 8, -100, 2]), "index": 1}
+    more = longer(sample)
+    assert more["input_ids"].tolist() == [1, 8, 9, 9, 2]
+    assert more["labels"].tolist() == [-100, 8, -100, -100, 2]
 
 
 def test_a_single_label_stays():

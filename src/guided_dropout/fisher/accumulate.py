@@ -109,6 +109,33 @@ class Accumulator:
         """Parameters that took the reference loop in any batch → why."""
         return self._fallback | (self._squares.fallback if self._squares else {})
 
+    def prepare(self, batch: Sequence[Item]) -> bool:
+        """Make the plan on a batch, before anything is added; False where no sample in it is finite.
+
+        Raises:
+            ModelError: a loss is not finite.
+        """
+        return bool(self._prepare(batch))
+
+    def exclude(self, noises: Iterable[tuple[int, Sequence[str]]]) -> None:
+        """Leave noise out of the ranking, the same in all processes; before the first batch.
+
+        Args:
+            noises: what `known_noise` is in each process.
+        """
+        noises = list(noises)
+        out = set().union(*(names for samples, names in noises if samples or not any(n for n, _ in noises)))
+        self.noise |= out
+        if self.ranking and not self.ranking.samples:
+            self.ranking.exclude(out)
+            self._ranked = self.ranking.state()
+
+    @property
+    def known_noise(self) -> tuple[int, list[str]]:
+        """Samples that are ranked already, and what is left out of the ranking or, with none yet, should be."""
+        ranking = self.ranking
+        return (ranking.samples, sorted(ranking.excluded)) if ranking and ranking.samples else (0, sorted(self.noise))
+
     def add(self, batch: Sequence[Item]) -> None:
         """Add a batch.
 
@@ -119,12 +146,10 @@ class Accumulator:
             self.check()
         squares = self._squares
         if squares is None:
-            # The plan is checked on the first two; whether the others are finite shows as they are added.
-            if not self._losses(batch[:2]).isfinite().all():
-                batch = self._finite(batch, self._losses(batch))
-            if not batch:
+            batch = self._prepare(batch)
+            squares = self._squares
+            if squares is None:
                 return
-            squares = self._begin(batch)
         while batch:
             added = squares.add(_samples(batch))
             finite = self._finite(batch, added.losses)
@@ -205,6 +230,15 @@ class Accumulator:
             self._ranked = facts["ranking"]
         self._loaded = tensors
 
+    def _prepare(self, batch: Sequence[Item]) -> Sequence[Item]:
+        """Begin with what of a batch is finite, as far as that is known, and return it."""
+        # The plan is checked on the first two; whether the others are finite shows as they are added.
+        if not self._losses(batch[:2]).isfinite().all():
+            batch = self._finite(batch, self._losses(batch))
+        if batch:
+            self._squares = self._begin(batch)
+        return batch
+
     def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
         """Begun late: the plan's own check needs as much memory as the sums, and is done with it before they exist."""
         if self.method == "reference":
@@ -212,8 +246,6 @@ class Accumulator:
         else:
             plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
             self.noise |= plan.noise
-            if self.ranking and not self.ranking.samples:
-                self.ranking.exclude(plan.noise)
             squares = BatchedSquares(
                 self.model, self.objective, self.parameters, plan,
                 scores_only=self.scores_only, per_sample=self.ranking is not None,
@@ -223,7 +255,6 @@ class Accumulator:
             self._loaded = None
             if self._skip:
                 self._mark(squares.totals)
-        self._squares = squares
         return squares
 
     def _losses(self, batch: Sequence[Item]) -> Tensor:
@@ -245,7 +276,7 @@ class Accumulator:
                 f"{what} {named(bad)} (from 0) {how}; expected finite numbers: load the model in float32 or float64, "
                 "leave the sample out, or let all such be left out and counted with --skip-nonfinite"
             )
-        self.nonfinite.extend(bad)
+        self.nonfinite.extend(i for i in bad if i not in self.nonfinite)
 
     def _overflowing(self) -> list[int]:
         """The samples since the last look whose squares are not finite; the sums serve as scratch, and are undone."""

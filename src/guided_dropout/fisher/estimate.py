@@ -117,10 +117,9 @@ def estimate_fisher(
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
             _check_devices(model)
-            if until_ranked is not None and (world.count > 1 or method == "reference"):
+            if until_ranked is not None and method == "reference":
                 raise DataError(
-                    f"until_ranked with {world.count} processes, method {method!r}; expected a single process and the "
-                    "batched method: leave one of them out"
+                    "until_ranked with the method 'reference'; expected the batched one: leave one of them out"
                 )
             if checkpoint is not None and resume is None:
                 check_unused(checkpoint)
@@ -163,8 +162,19 @@ def estimate_fisher(
             run = Run(sums, drawn, place, progress)
             if place is not None and resume and (state := place.read()):
                 run.resume(state)
+            if until_ranked is not None:
+                run.prepare()
         _check_same(world, identity)
-        world.in_step(run.steps())
+        ranking = {}
+        if until_ranked is None:
+            world.in_step(run.steps())
+        else:
+            sums.exclude(world.gather(sums.known_noise))
+            world.in_step(run.steps(), until_ranked.state, lambda states: until_ranked.merged(states).settled)
+        with world.together():
+            sums.check()
+        if until_ranked is not None:
+            ranking["ranking"] = until_ranked.merged(world.gather(until_ranked.state())).report()
     return _profile(
         outer,
         goal,
@@ -174,9 +184,7 @@ def estimate_fisher(
         method=method,
         batch_size=batch_size if tokens_per_batch is None else None,
         tokens_per_batch=tokens_per_batch,
-        **({"seed": seed} if labels == "model" else {})
-        | ({"ranking": until_ranked.report()} if until_ranked else {})
-        | dict(facts or {}),
+        **({"seed": seed} if labels == "model" else {}) | ranking | dict(facts or {}),
     )
 
 
@@ -212,7 +220,7 @@ def _check_devices(model: nn.Module) -> None:
 def _begin(
     model: nn.Module, samples: Iterable[Sample], objective: str, reduction: str, *, labels: str, seed: int
 ) -> tuple[Objective, Iterator[Sample]]:
-    """The model's objective, found on the first sample with a finite loss, and all samples, checked as they are read."""
+    """The model's objective, found on the first sample with a finite loss, and all samples, checked when read."""
     stream = check_samples(model, samples)
     seen: list[Sample] = []
     goal = None
@@ -225,8 +233,8 @@ def _begin(
         raise DataError("there are no samples; expected at least one")
     if goal is None:
         raise ModelError(
-            f"{type(model).__name__} computes a loss that is NaN or infinite for each of the first {len(seen)} samples; "
-            "expected finite ones: load the model in float32, or check its weights"
+            f"{type(model).__name__} computes a loss that is NaN or infinite for each of the first {len(seen)} samples"
+            "; expected finite ones: load the model in float32, or check its weights"
         )
     if objective not in ("auto", goal.name):
         raise ModelError(

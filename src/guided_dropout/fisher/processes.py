@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,24 +60,40 @@ class Processes:
             error = e
         self._meet(error)
 
-    def in_step(self, steps: Iterable[Any]) -> None:
-        """Go through `steps` to the end, and return when all processes have.
+    def in_step(
+        self,
+        steps: Iterable[Any],
+        tell: Callable[[], Any] = lambda: None,
+        enough: Callable[[list[Any]], bool] | None = None,
+    ) -> None:
+        """Go through `steps` to the end or until there were enough, and return when all processes have.
+
+        Args:
+            steps: this process's own.
+            tell: what of this process `enough` is asked about.
+            enough: whether to stop, from what all processes tell, in their order. Asked after each step, or of the main
+                process at each meeting.
 
         Raises:
             ProcessError: another process failed.
         """
         if self.count == 1:
             for _ in steps:
-                pass
+                if enough and enough([tell()]):
+                    break
             return
-        steps, finished = iter(steps), [False]
+        steps, finished = iter(steps), (False,)
         while not all(finished):
-            error, taken = None, 0
+            error, value = None, None
             try:
                 taken = sum(1 for _ in itertools.islice(steps, BATCHES_BETWEEN))
+                value = taken < BATCHES_BETWEEN, tell()
             except BaseException as e:
                 error = e
-            finished = self._meet(error, taken < BATCHES_BETWEEN)
+            finished, told = zip(*self._meet(error, value), strict=True)
+            # Numbers may be rounded in another way elsewhere, and all must stop or none.
+            if enough and self.gather(self.is_main and enough(list(told)))[0]:
+                return
 
     def gather(self, value: Any) -> list[Any]:
         """Each process's `value`, in order, in each process."""

@@ -62,6 +62,7 @@ class RankingTest:
         alpha: accepted chance that the order is called settled although two neighbours in it stand the wrong way round
             by more than `tolerance`.
         tolerance: relative difference up to which two scores may change places: as share of the lower one.
+        excluded: parameters that `exclude` left out of the groups.
         samples: how many were added.
 
     Raises:
@@ -74,6 +75,8 @@ class RankingTest:
         if not 0 <= tolerance < math.inf:
             raise DataError(f"rank tolerance {tolerance}; expected a relative difference of 0 or more, as 0.05")
         self.alpha, self.tolerance = alpha, tolerance
+        self._given = {site: list(names) for site, names in groups.items()}
+        self.excluded: frozenset[str] = frozenset()
         self._set_groups(groups)
 
     def _set_groups(self, groups: Mapping[str, Sequence[str]]) -> None:
@@ -99,8 +102,8 @@ class RankingTest:
         """
         if self.samples:
             raise DataError(f"{self.samples} samples are ranked already; expected to leave parameters out before")
-        out = frozenset(names)
-        self._set_groups({site: [n for n in group if n not in out] for site, group in self.groups.items()})
+        self.excluded |= frozenset(names)
+        self._set_groups({site: [n for n in names if n not in self.excluded] for site, names in self._given.items()})
 
     def add(self, means: Mapping[str, npt.ArrayLike]) -> None:
         """Add a batch.
@@ -149,6 +152,7 @@ class RankingTest:
         """What `load_state` needs to go on from here with the same result, as plain data for JSON."""
         return {
             **self._settings(),
+            "excluded": sorted(self.excluded),
             "samples": self.samples,
             "mean": self._mean.tolist(),
             "scatter": self._scatter.tolist(),
@@ -156,7 +160,7 @@ class RankingTest:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up a state that `state` gave, of a test with the same settings.
+        """Take up a state that `state` gave, of a test with the same settings; what that left out is left out here.
 
         Raises:
             ArtefactError: the settings differ.
@@ -167,12 +171,27 @@ class RankingTest:
                     f"a ranking begun with {name} {state.get(name)!r}; expected {here!r}: go on with the former, or "
                     "begin anew"
                 )
+        if not self.samples:
+            self.exclude(state["excluded"])
         self.samples = state["samples"]
         self._mean, self._scatter, self._excess = (np.asarray(state[k]) for k in ("mean", "scatter", "excess"))
 
+    def merged(self, states: Iterable[Mapping[str, Any]]) -> RankingTest:
+        """A test with the same settings, of the samples of several whose states these are, as if it had seen them all.
+
+        All must have left out the same parameters.
+        """
+        whole = RankingTest(self._given, alpha=self.alpha, tolerance=self.tolerance)
+        for state in states:
+            part = RankingTest(self._given, alpha=self.alpha, tolerance=self.tolerance)
+            part.load_state(state)
+            if not whole.samples:
+                whole.exclude(part.excluded)
+            whole._join(part.samples, part._mean, part._scatter, part._excess)
+        return whole
+
     def _settings(self) -> dict[str, Any]:
-        groups = {site: list(names) for site, names in self.groups.items()}
-        return {"alpha": self.alpha, "tolerance": self.tolerance, "groups": groups}
+        return {"alpha": self.alpha, "tolerance": self.tolerance, "groups": self._given}
 
     def _scores(self, means: Mapping[str, npt.ArrayLike]) -> _Array:
         """[B, S]: the score of each sample at each site."""
@@ -190,12 +209,19 @@ class RankingTest:
         return np.stack([sum(values[name] for name in sorted(group)) / len(group) for group in self._alike], axis=1)
 
     def _add(self, scores: _Array) -> None:
-        n, new = self.samples, len(scores)
         mean = scores.mean(axis=0)
-        shift, centred = mean - self._mean, scores - mean
-        self._scatter += centred.T @ centred + np.outer(shift, shift) * (n * new / (n + new))
+        centred = scores - mean
+        excess = (scores[:, :, None] - scores[:, None, :]).max(axis=0)
+        self._join(len(scores), mean, centred.T @ centred, excess)
+
+    def _join(self, new: int, mean: _Array, scatter: _Array, excess: _Array) -> None:
+        """Add so many samples with these moments."""
+        n, shift = self.samples, mean - self._mean
+        if not new:
+            return
+        self._scatter = self._scatter + scatter + np.outer(shift, shift) * (n * new / (n + new))
         self._mean = self._mean + shift * (new / (n + new))
-        self._excess = np.maximum(self._excess, (scores[:, :, None] - scores[:, None, :]).max(axis=0))
+        self._excess = np.maximum(self._excess, excess)
         self.samples = n + new
 
     def _order(self) -> npt.NDArray[np.intp]:

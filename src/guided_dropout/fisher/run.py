@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,8 +34,21 @@ class Run:
         self._batches, self._checkpoint, self._progress = batches, checkpoint, progress
         self._digest = Digest()
 
+    def prepare(self) -> None:
+        """Make the plan on the first batch that will do, and add nothing yet.
+
+        Raises:
+            ModelError: a loss is not finite.
+        """
+        read = []
+        for batch in self._batches:
+            read.append(batch)
+            if self.sums.prepare(batch):
+                break
+        self._batches = itertools.chain(read, self._batches)
+
     def steps(self) -> Iterator[None]:
-        """Add batch after batch; yields after each. Ends early where the order of the sites is settled."""
+        """Add batch after batch; yields after each."""
         for batch in self._batches:
             self.sums.add(batch)
             self._take(batch)
@@ -42,9 +56,6 @@ class Run:
                 self._save(self._checkpoint)
             self._tell()
             yield
-            if self.sums.ranking and self.sums.ranking.settled:
-                break
-        self.sums.check()
 
     def resume(self, state: State) -> None:
         """Go on from `state`: pass over the samples that are in it.

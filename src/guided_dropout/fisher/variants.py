@@ -69,8 +69,8 @@ def altered(model: nn.Module, sample: Sample) -> dict[str, Any]:
 
 
 def longer(sample: Sample) -> dict[str, Any]:
-    """Another sample, one place longer."""
-    return {**sample, **{k: torch.cat([v, v[-1:]]) for k, v in sequences(sample).items()}}
+    """Another sample, one place longer: a token twice that is no end of text."""
+    return {**sample, **{k: torch.cat([v[: len(v) // 2 + 1], v[len(v) // 2 :]]) for k, v in sequences(sample).items()}}
 
 
 def pair_with_all_targets(objective: Objective, sample: Sample, *, equal: bool) -> list[Sample]:
