@@ -1,20 +1,20 @@
 """A run that was stopped, whatever stopped it, goes on to the profile of one that was not."""
 
-import contextlib
-import multiprocessing
-import os
-import random
+import json
+import signal
+import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
 from families import language_model
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import FisherProfile, cli, estimate_fisher
+from guided_dropout import FisherProfile, estimate_fisher, find_sites
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.checkpoint import holds_state, remove_checkpoint
+from guided_dropout.fisher.ranking import RankingTest
 
 
 def draw_samples(lengths, *, seed=0):
@@ -80,6 +80,25 @@ def test_stopped_twice_and_resumed_is_as_if_never_stopped(model, tmp_path, optio
     assert_same(profile, estimate_fisher(model, samples, **options))
     remove_checkpoint(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ranked_run_is_resumed_without_its_noise(tmp_path):
+    """Which the state names: what is left out is known before the first batch after it."""
+    model = language_model("bert")
+    samples = draw_samples([9, 5, 7, 12] * 60)
+    sites = {s.path: s.parameters for s in find_sites(model) if not s.in_head}
+
+    def run(**options):
+        test = RankingTest(sites, tolerance=3.0)
+        return estimate_fisher(model, samples, batch_size=10, scores_only=True, until_ranked=test, **options)
+
+    with pytest.raises(StopError):
+        run(checkpoint=tmp_path / "c", progress=stopped_after(60))
+    found, expected = run(checkpoint=tmp_path / "c", resume=True), run()
+    assert found.noise
+    assert 100 <= found.num_samples < len(samples)
+    assert found.provenance["ranking"] == expected.provenance["ranking"]
+    assert_same(found, expected)
 
 
 def test_a_long_run_is_resumed_with_its_float64_sums(model, tmp_path):
@@ -180,61 +199,22 @@ def test_it_is_written_as_often_as_asked(model, tmp_path):
     assert len(files) >= 2
 
 
-LINE = (
-    "fisher model --text text.txt --samples 300 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "
-    "--resume --device cpu --out"
-)
-
-
-def command(folder, out):
-    """The command line in a process of its own, its output in `out`.log."""
-    os.chdir(folder)
-    sys.argv = ["guided-dropout", *LINE.split(), out]
-    with open(f"{out}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        cli.main()
-
-
-def written(folder):
-    """Tells one state on disk from the next."""
-    with contextlib.suppress(FileNotFoundError):  # removed at the end
-        return [(f.stat().st_ino, f.stat().st_mtime_ns) for f in folder.glob("process-*")]
-    return []
-
-
-def wait_for_states(folder, process, number):
-    """Until so many states were written, as far as this process sees them all."""
-    before, end = written(folder), time.monotonic() + 300
-    while number and process.is_alive() and time.monotonic() < end:
-        if (now := written(folder)) != before:
-            before, number = now, number - 1
-        time.sleep(0.001)
-
-
 def test_killed_again_and_again_a_run_still_ends_with_the_same_profile(tmp_path):
     """SIGKILL at random points, before the first state is written, while one is written, between two."""
     save_tiny_bert(tmp_path / "model")
     lines = [" ".join(WORDS[(i * i + 3 * j + i) % 17] for j in range(3 + i % 9)) for i in range(700)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    processes = multiprocessing.get_context("forkserver")  # imports once, not for each process
-    processes.set_forkserver_preload(["guided_dropout.fisher", "guided_dropout.models", "test_checkpoint"])
-    whole = processes.Process(target=command, args=(tmp_path, "whole"))
-    whole.start()
-    rng, kills, state = random.Random(0), 0, tmp_path / "killed.checkpoint"
-    while True:
-        process = processes.Process(target=command, args=(tmp_path, "killed"))
-        process.start()
-        if kills < 4:
-            wait_for_states(state, process, 0 if kills == 0 else rng.randint(1, 20))
-            process.join(rng.uniform(0, 0.01))
-        else:
-            process.join(300)
-        if not process.is_alive():
-            break
-        process.kill()
-        process.join()
-        kills += 1
-    whole.join(300)
-    assert (whole.exitcode, process.exitcode) == (0, 0), (tmp_path / "killed.log").read_text()
-    assert kills >= 3
+    script = Path(__file__).with_name("kill_script.py")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=300
+    )  # fmt: skip
+    logs = "\n".join(f"--- {f.name}\n{f.read_text()}" for f in sorted(tmp_path.glob("*.log")))
+    told = f"exit code {done.returncode}\n{done.stdout}{done.stderr}\n{logs}"
+    assert done.returncode == 0, told
+    codes = json.loads(done.stdout)
+    *killed, last = codes["killed"]
+    assert (codes["whole"], last) == (0, 0), told
+    assert set(killed) == {-signal.SIGKILL}, told
+    assert len(killed) >= 3, told
     assert_same(FisherProfile.from_pretrained(tmp_path / "killed"), FisherProfile.from_pretrained(tmp_path / "whole"))
-    assert not state.exists()
+    assert not (tmp_path / "killed.checkpoint").exists()

@@ -24,6 +24,7 @@ from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares
 from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.totals import Totals
+from guided_dropout.fisher.variants import SHORT
 from guided_dropout.sites import find_sites
 
 VOCAB = 61
@@ -38,12 +39,12 @@ def assert_close(found, expected, *, rtol=1e-5):
         assert error <= rtol * want.norm() + 1e-11 * largest, f"{name}: {error:.2e} of {want.norm():.2e}"
 
 
-def bert(width, layers, heads, seed, pad=0):
+def bert(width, layers, heads, seed, pad=0, positions=24):
     torch.manual_seed(seed)
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCAB, hidden_size=width * heads, num_hidden_layers=layers, num_attention_heads=heads,
-            intermediate_size=20, max_position_embeddings=24, pad_token_id=pad,
+            intermediate_size=20, max_position_embeddings=positions, pad_token_id=pad,
         )
     )  # fmt: skip
 
@@ -192,6 +193,43 @@ def test_parameters_whose_samples_cannot_be_told_apart_take_the_loop_and_are_nam
     assert f"{path}linear.weight" not in profile.coverage["fallback"]
 
 
+class OddWithSome(nn.Module):
+    """Has the samples in the opposite order in one operation, for long or for short samples only."""
+
+    def __init__(self, width, long):
+        super().__init__()
+        self.linear, self.long = nn.Linear(width, width), long
+
+    def forward(self, x):
+        odd = (x.shape[1] > SHORT) == self.long
+        return x + (self.linear(x.flip(0)).flip(0) if odd else self.linear(x))
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_what_a_model_does_with_samples_of_their_own_length_is_proved(long):
+    """Although a plan is made on a few tokens."""
+    model = bert(4, 1, 2, seed=2)
+    odd = OddWithSome(8, long)
+    model.bert.encoder.layer[0].output.register_forward_hook(lambda m, a, out: odd(out))
+    model.bert.encoder.layer[0].output.odd = odd
+    samples = draw_samples([22, 24, 21])
+    profile = estimate_fisher(model.double(), samples, batch_size=3)
+    path = "bert.encoder.layer.0.output.odd.linear"
+    assert profile.coverage["fallback"] == ([f"{path}.bias", f"{path}.weight"] if long else [])
+    want = estimate_fisher(model, samples, method="reference")
+    assert profile.tensor_means == pytest.approx(want.tensor_means, rel=1e-9, abs=1e-14)
+
+
+def test_little_is_run_before_the_first_batch():
+    """Two samples without gradients, in a batch, and alone; the rest is a few tokens each."""
+    model = bert(4, 1, 2, seed=2, positions=512).requires_grad_(False)
+    samples = draw_samples([512, 500, 490, 480])
+    tokens = []
+    model.register_forward_pre_hook(lambda m, a, k: tokens.append(k["input_ids"].numel()), with_kwargs=True)
+    estimate_fisher(model, samples, batch_size=4)
+    assert sum(tokens) - 4 * 512 < 4 * 2 * 512
+
+
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
@@ -323,7 +361,7 @@ def test_an_overflow_after_resuming_takes_nothing_of_the_state_with_it(tmp_path)
 
 
 def test_no_finite_sample_at_all_is_an_error():
-    with pytest.raises(ModelError, match="NaN or infinite logits for each of the first 2 samples"):
+    with pytest.raises(ModelError, match="a loss that is NaN or infinite for each of the first 2 samples"):
         estimate_fisher(spoilt("loss"), samples_with_bad([5, 6], bad=[0, 1]), nonfinite="skip")
 
 
@@ -378,10 +416,12 @@ def test_scores_only_and_sums_per_sample_equal_the_whole(family):
         ("gpt2", None),
     ],
 )
-def test_tensors_without_a_true_gradient_are_found(family, part):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lengths", [[14, 12], [9, 9], [30, 31]])
+def test_tensors_without_a_true_gradient_are_found(family, part, dtype, lengths):
     """Softmax does not see what is added to all keys alike."""
-    model = language_model(family).requires_grad_(False)
-    samples = draw_samples([14, 12])
+    model = language_model(family).to(dtype).requires_grad_(False)
+    samples = draw_samples(lengths)
     goal = detect_objective(model, samples[0])
     plan = checked_plan(model, goal, dict(model.named_parameters()), samples)
     assert plan.noise == {n for n, _ in model.named_parameters() if part and n.endswith(part)}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from guided_dropout import estimate_fisher
-from guided_dropout.detection import detect_objective
+from guided_dropout.detection import NotFiniteError, detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.objectives import Batch, Objective
 from guided_dropout.samples import check_samples
@@ -116,6 +116,35 @@ def test_objectives_are_found_in_each_precision(dtype):
     for num_labels, label, name in ((3, 2, "classification"), (1, 0.7, "regression")):
         model = classifier_of("bert", num_labels=num_labels).to(dtype)
         assert detect_objective(model, labelled([9], [label])[0]).name == name
+
+
+def spoilt_logits(model, change):
+    """`change` is called with the logits, to change them in place."""
+
+    def hook(module, args, logits):
+        change(logits)
+
+    model.get_output_embeddings().register_forward_hook(hook)
+    return model
+
+
+def test_a_loss_that_is_not_finite_tells_nothing():
+    nan = spoilt_logits(language_model("gpt2"), lambda z: z.fill_(torch.nan))
+    with pytest.raises(NotFiniteError, match="GPT2LMHeadModel computes a loss of nan for a sample; expected a finite"):
+        detect_objective(nan, tokens([9])[0])
+    endless = spoilt_logits(language_model("bert"), lambda z: z[..., 5:].fill_(-torch.inf))
+    with pytest.raises(NotFiniteError, match="BertForMaskedLM computes a loss of inf"):
+        detect_objective(endless, tokens([9])[0])
+    classifier = classifier_of("bert")
+    classifier.classifier.bias.data.fill_(torch.nan)
+    with pytest.raises(NotFiniteError, match="BertForSequenceClassification computes a loss of nan"):
+        detect_objective(classifier, labelled([9], [1])[0])
+
+
+def test_a_nan_that_a_loss_does_not_see_does_not_mislead():
+    """A next-token model's last logits predict nothing."""
+    model = spoilt_logits(language_model("gpt2"), lambda z: z[:, -1].fill_(torch.nan))
+    assert detect_objective(model, tokens([9])[0]).name == "causal"
 
 
 # --- labels drawn from the model's own prediction
@@ -244,3 +273,23 @@ def test_losses_are_those_of_the_targets_alone():
         for row, n, s in zip(logits, (3, 6, 4), tokens([3, 6, 4], share=1.0), strict=True)
     ]
     torch.testing.assert_close(objective.losses(logits, batch), torch.stack(each), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_the_mean_over_any_number_of_targets_has_all_digits_of_float64(family):
+    """A third, a seventh, … would have 24 bits in float32. (So have transformers' own next-token losses.)"""
+    model = language_model(family).double()
+    samples = tokens([4, 8, 12, 14, 20], share=1.0)
+    for s, targets in zip(samples, (3, 7, 11, 13, 19), strict=True):
+        s["labels"][:-targets] = -100
+    found = estimate_fisher(model, samples, batch_size=2).tensor_means
+    want = dict.fromkeys(found, 0.0)
+    for s in samples:
+        inputs = {"decoder_input_ids": nn.functional.pad(s["labels"][None, :-1], (1, 0)).clamp(min=0)}
+        logits = model(input_ids=s["input_ids"][None], **(inputs if family == "t5" else {})).logits[0]
+        logits, labels = (logits[:-1], s["labels"][1:]) if family == "gpt2" else (logits, s["labels"])
+        model.zero_grad()
+        nn.functional.cross_entropy(logits, labels).backward()
+        for name, p in model.named_parameters():
+            want[name] += 0.0 if p.grad is None else p.grad.square().mean().item() / len(samples)
+    assert found == pytest.approx(want, rel=1e-12, abs=1e-18 * max(want.values()))

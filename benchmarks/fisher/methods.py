@@ -75,7 +75,7 @@ class Method(ABC):
 def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
     """Logits [B, T, V] → each sample's mean cross-entropy over its targets [B]."""
     ce = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return (ce.view_as(batch.targets) * batch.weights).sum(1)
+    return (ce.view_as(batch.targets) * batch.weights.to(ce.dtype)).sum(1)
 
 
 class PlainBackward(Method):
@@ -255,7 +255,7 @@ class Vmap(Method):
         """All gradients, then their squares."""
         batch = self.objective.collate(self.model, samples)
         mask = (1.0 - batch.inputs["attention_mask"]) * torch.finfo(torch.float32).min
-        gradients = self.mapped(self.parameters, batch.inputs["input_ids"], mask, batch.targets, batch.weights)
+        gradients = self.mapped(self.parameters, batch.inputs["input_ids"], mask, batch.targets, batch.weights.float())
         for name in list(gradients):
             self.add(self.parameters[name], gradients.pop(name).square_().sum(0))
         self.seen += len(samples)

@@ -22,8 +22,9 @@ from benchmarks.landscape.methods import METHODS, UnavailableError, version_of
 from guided_dropout.artefacts import write_json, write_text
 from guided_dropout.corpus import lm_samples
 from guided_dropout.demo.text import demo_paragraphs
+from guided_dropout.devices import to_device
 from guided_dropout.landscape.losses import Evaluation
-from guided_dropout.models import load_lm, load_tokenizer, to_device
+from guided_dropout.models import load_lm, load_tokenizer
 from guided_dropout.provenance import provenance
 from guided_dropout.texts import stream_text
 from guided_dropout.undisturbed import evaluating

@@ -124,12 +124,13 @@ def fisher(
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
     from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fisher import estimate_fisher, profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.fisher.ranking import RankingTest
     from guided_dropout.fisher.stability import StabilityTest
-    from guided_dropout.models import DTYPES, check_placement, load_lm, load_model, load_tokenizer, to_device
+    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer
     from guided_dropout.sites import find_sites
 
     state = out.with_name(f"{out.name}.checkpoint")

@@ -64,11 +64,12 @@ def fidelity(
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
     from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fidelity import fidelity as run
     from guided_dropout.fidelity.memory import in_gigabytes
     from guided_dropout.fisher import profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
-    from guided_dropout.models import DTYPES, check_placement, load_lm, load_tokenizer, to_device
+    from guided_dropout.models import DTYPES, load_lm, load_tokenizer
 
     state = out.with_name(f"{out.name}.checkpoint")
     shares, tops = _numbers("--fractions", fractions), _numbers("--top", top)

@@ -101,11 +101,12 @@ def make(
     """Evaluate the loss on a line or plane around the weights, the same text at each point."""
     from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.devices import to_device
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.landscape import Mask, landscape, loss_landscape, record, toward
     from guided_dropout.landscape.grid import Grid
-    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer, to_device
+    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer
 
     state = out.with_name(f"{out.name}.checkpoint")
     world = current_processes()

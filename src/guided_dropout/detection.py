@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,10 @@ from guided_dropout.samples import IGNORE, Sample, as_tensor
 
 # What a model that does not suit may raise in its forward.
 _UNSUITED = (RuntimeError, ValueError, TypeError, IndexError)
+
+
+class NotFiniteError(ModelError):
+    """The loss of a sample is NaN or infinite, so that one loss cannot be told from another."""
 
 
 def detect_objective(
@@ -36,6 +41,7 @@ def detect_objective(
 
     Raises:
         DataError: an unknown reduction or kind of labels, or labels of another form than the model's.
+        NotFiniteError: the loss of this sample is NaN or infinite.
         ModelError: the model is neither, or computes another loss.
     """
     if reduction not in REDUCTIONS:
@@ -78,13 +84,14 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
     ids = ids.to(next(model.parameters()).device)
     with torch.no_grad():
         out = model(input_ids=ids[None], labels=ids[None])
+    _require_finite(model, out.loss)
     found = {
         name: _nearest(
             partial(F.cross_entropy, ignore_index=IGNORE), out.logits[0], Objective(name).targets(ids), out.loss
         )
         for name in ("mlm", "causal")
     }
-    name = min(found, key=lambda n: abs(found[n] - out.loss.item()))
+    name = min(found, key=lambda n: _distance(found[n], out.loss))
     if not _same(found[name], out.loss):
         raise ModelError(
             f"{type(model).__name__} computes a loss ({out.loss:.4f}) that is neither masked-LM ({found['mlm']:.4f}) "
@@ -111,6 +118,7 @@ def _of_classifier(model: nn.Module, sample: Sample) -> str | None:
         classes = logits.shape[1]
         score = value.to(logits) if classes == 1 else value.clamp(min=0).to(logits.device)  # −100 would give no loss
         own = _own_loss(model, inputs, score.expand(2))
+        _require_finite(model, own)
     except _UNSUITED as e:
         if isinstance(e, GuidedDropoutError):
             raise
@@ -146,8 +154,20 @@ def _nearest(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, targets: 
         loss(z, targets.to(z.dtype) if targets.is_floating_point() else targets).item()
         for z in (logits, logits.to(wide))
     ]
-    return min(values, key=lambda value: abs(value - own.item()))
+    return min(values, key=lambda value: _distance(value, own))
+
+
+def _distance(found: float, own: Tensor) -> float:
+    return abs(found - own.item()) if math.isfinite(found) else math.inf
 
 
 def _same(found: float, own: Tensor) -> bool:
-    return abs(found - own.item()) <= 1e-3 * max(1.0, abs(own.item()))
+    return _distance(found, own) <= 1e-3 * max(1.0, abs(own.item()))
+
+
+def _require_finite(model: nn.Module, own: Tensor) -> None:
+    if not own.isfinite():
+        raise NotFiniteError(
+            f"{type(model).__name__} computes a loss of {own.item()} for a sample; expected a finite one, which "
+            "tells what loss it is: load the model in float32, or check its weights"
+        )

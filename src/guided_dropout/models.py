@@ -208,40 +208,6 @@ def drawn_parameters(model: PreTrainedModel) -> frozenset[str] | None:
     return _drawn.get(model)
 
 
-def check_placement(device: str | None, device_map: str | None, processes: int) -> None:
-    """Refuse what contradicts itself: a model is on one device, or spread over those of its only process.
-
-    Raises:
-        ModelError: it does.
-    """
-    if device_map is not None and device is not None:
-        raise ModelError(f"--device {device} and --device-map {device_map}; expected one of them")
-    if device_map is not None and processes > 1:
-        raise ModelError(
-            f"--device-map {device_map} in {processes} processes; expected one process, which uses all devices: start "
-            "it without a launcher, or leave --device-map out to give each process a whole model"
-        )
-
-
-def to_device(model: PreTrainedModel, device: str | torch.device | None = None) -> PreTrainedModel:
-    """Move `model` to `device`, by default the accelerator if there is one.
-
-    Raises:
-        ModelError: no such device.
-    """
-    if device is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = "cpu" if found is None or found.type == "mps" else found  # MPS has no float64, which sums need
-    try:
-        return model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0].rstrip(".")
-        raise ModelError(
-            f"cannot put the model on device {device} ({reason}); expected a device that is there and holds it, for "
-            "instance cpu or cuda:0: choose another --device, or a smaller model"
-        ) from e
-
-
 def check_length(model: PreTrainedModel, max_length: int) -> None:
     """Refuse samples longer than the model has positions for.
 

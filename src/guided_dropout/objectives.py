@@ -57,7 +57,7 @@ class Batch:
         targets: [B, T] int64 token that the logits at each position should predict, −100 for none; for next-token
             models it is the labels moved one place to the left, as the models do themselves. [B, 1] for one label per
             sample, int64 class or float64 score.
-        weights: like `targets`, float32: what each target's loss counts for, 0 where there is no target.
+        weights: like `targets`, float64: what each target's loss counts for, 0 where there is no target.
         indices: the samples' numbers in the stream, where labels are drawn; otherwise empty.
     """
 
@@ -114,8 +114,9 @@ class Objective:
             k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in prepared[0] if k != "labels"
         }
         mask = torch.ones_like(targets, dtype=torch.bool) if self.name == "regression" else targets != IGNORE
-        count = mask.sum(1, keepdim=True).clamp(min=1)
-        weights = mask / (count if self.reduction == "mean" else torch.ones_like(count))
+        weights = mask.double()  # a third in float32 would cost a float64 model half of its digits
+        if self.reduction == "mean":
+            weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
         indices = tuple(s[INDEX] for s in samples) if self.labels == "model" else ()
         return Batch(inputs, targets, weights, indices)
 

@@ -108,7 +108,7 @@ def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
     classifier = bench.classifier(chosen.num_labels, head_seed=0).train()
     encoded = bench.encoded(some, chosen, training.max_length)
     device = "cuda" if plan.device != "cpu" and torch.cuda.is_available() else "cpu"
-    classifier.to(device)
+    classifier.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=0.0)
     begun = 0.0
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

@@ -19,7 +19,7 @@ from guided_dropout.fidelity.schedules import bootstrap, curve, order_metrics, r
 from guided_dropout.fidelity.subsamples import Subsamples, draw_subsamples
 from guided_dropout.fidelity.sums import SubsampleSums
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
-from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_resident, profile_of
+from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_devices, profile_of
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.processes import Processes
 from guided_dropout.fisher.profile import FisherProfile
@@ -102,7 +102,7 @@ def fidelity(
     sites = [site for site in find_sites(model) if not site.in_head]
     chosen, outer, inner = select_parameters(model), model, without_wrapper(model)
     with evaluating(inner), torch.enable_grad(), experts_apart(inner):
-        check_resident(inner)
+        check_devices(inner)
         goal, checked = begin(inner, samples, objective, reduction, labels="data", seed=seed)
         stream = Stream(goal, checked)
         items = list(stream)

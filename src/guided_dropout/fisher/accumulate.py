@@ -120,7 +120,9 @@ class Accumulator:
             self.check()
         squares = self._squares
         if squares is None:
-            batch = self._finite(batch, losses_of(self.model, self.objective, _samples(batch)))
+            # The plan is checked on the first two; whether the others are finite shows as they are added.
+            if not self._losses(batch[:2]).isfinite().all():
+                batch = self._finite(batch, self._losses(batch))
             if not batch:
                 return
             squares = self._begin(batch)
@@ -227,6 +229,9 @@ class Accumulator:
                 self._mark(squares.totals)
         self._squares = squares
         return squares
+
+    def _losses(self, batch: Sequence[Item]) -> Tensor:
+        return losses_of(self.model, self.objective, _samples(batch))
 
     def _finite(self, batch: Sequence[Item], losses: Tensor) -> list[Item]:
         """Those of `batch` whose loss is finite."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
 from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
-from guided_dropout.fisher.plan import UNSUITED, make_plan, sequences, turned
-from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample, has_target
+from guided_dropout.fisher.plan import UNSUITED, make_plan
+from guided_dropout.fisher.totals import Totals
+from guided_dropout.fisher.variants import SHORT, longer, pair_with_all_targets, sequences, shortened, turned
+from guided_dropout.objectives import Objective, Sample
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
@@ -22,6 +24,7 @@ _TOLERANCE_HALF = 0.25
 _NOISE = {torch.float64: 0.05, torch.float32: 0.05}
 _NOISE_HALF = 0.3
 _SMALL = 1 << 16  # tensors up to this size are looked at for noise: biases are, and it costs no memory
+_SLICE = 1 << 18  # elements
 
 
 def checked_plan(
@@ -31,116 +34,147 @@ def checked_plan(
 
     What differs takes the reference loop. What is computed differently each time it is computed, in a batch or alone,
     has no gradient but rounding noise (attention's key biases, which softmax does not see), and is named in the plan.
+
+    The plan is made on a few tokens of the first sample and proved on the first two samples as they are. Should any
+    parameter need the loop then, it is made and proved once more on as many tokens as the samples have.
     """
-    plan = _checked(model, objective, parameters, samples)
+    objective = replace(objective, labels="data")  # a label drawn on the edge may differ, and is not what is checked
+    plan = _checked(model, objective, parameters, [samples[0], samples[1] if len(samples) > 1 else turned(samples[0])])
     release_memory()  # with what the check took still held, all that follows would have a higher peak
     return plan
 
 
 def _checked(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
+    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], first: Sequence[Sample]
 ) -> Plan:
-    objective = replace(objective, labels="data")  # a label drawn on the edge may differ, and is not what is checked
-    few = [shortened(objective, s) for s in (samples[0], samples[1 % len(samples)])]
+    longest = max(len(t) for s in first for t in sequences(s).values())
+    if longest > SHORT + 1:
+        with suppress(*UNSUITED):  # a model that does not take so few tokens
+            plan, fallback = _proved(model, objective, parameters, first, SHORT)
+            if not fallback:
+                return plan
+    return _proved(model, objective, parameters, first, longest)[0]
+
+
+def _proved(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    first: Sequence[Sample],
+    length: int,
+) -> tuple[Plan, set[str]]:
+    """A plan made on `length` tokens, checked on the first two samples; and what took the loop in the check."""
+    short = shortened(objective, first[0], length)
     # Some models treat batches with and without padding apart: one of each. With a target at each position, so that no
     # row that is given to the wrong sample goes unseen.
-    full = [_with_all_targets(s) for s in (few[0], turned(few[0]))]
-    if len({len(s["input_ids"]) for s in few}) == 1:
-        full[1] = shortened(objective, full[1])
-    batches = (few, full)
-    plan = make_plan(model, objective, parameters, few[0])
+    are_padded = len({len(s["input_ids"]) for s in first}) > 1
+    pair = pair_with_all_targets(objective, short, equal=are_padded)
+    plan = make_plan(model, objective, parameters, short)
     problem = ""
     for tried in (plan, replace(plan, head=None)):  # logits that their own backward needs must not be overwritten
         plan, fast = tried, BatchedSquares(model, objective, parameters, tried)
         try:
-            for batch in batches:
+            for batch in (first, pair):
                 fast.add(batch)
             break
         except UNSUITED as e:
             problem = f"the batched pass failed: {e}"
     else:
-        return replace(plan, fallback=dict.fromkeys(parameters, problem))
-    alone = [_Gradients() for _ in few]
-    norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
-    for gradients, sample in zip((*alone, None, None), (*few, *full), strict=True):
-
-        def compare(name: str, gradient: Tensor, gradients: _Gradients | None = gradients) -> None:
-            total = fast.totals[name]
-            square = gradient.to(total.dtype).square()
-            total.sub_(square)
-            norms[name] += square.norm().item()
-            if gradients is not None:
-                gradients.take(name, gradient)
-
-        with _arriving(parameters, compare):
-            batch = objective.collate(model, [sample])
-            objective.losses(model(**batch.inputs).logits, batch).sum().backward()
-    # Beside a longer sample these are padded, and their rounding takes another course.
-    noise = _noise(model, objective, parameters, [*few, max(samples[:2], key=lambda s: len(s["input_ids"]))], alone)
+        return replace(plan, fallback=dict.fromkeys(parameters, problem)), set(parameters)
+    norms = _subtract_plain(fast.totals, model, objective, parameters, [*first, *pair])
     tolerance = max(_TOLERANCE.get(p.dtype, _TOLERANCE_HALF) for p in parameters.values())
+    differences = {n: torch.stack([_norm(t) for t in _slices(fast.totals[n])]).norm().item() for n in parameters}
+    off = {n: d for n, d in differences.items() if not d <= tolerance * norms[n]}
+    # In half precision both ways round alike, so that noise does not show as a difference between them.
+    doubtful = off if tolerance < _TOLERANCE_HALF else parameters
+    small = {n: parameters[n] for n in doubtful if parameters[n].numel() <= _SMALL}
+    noise = _noise(model, objective, small, pair)
     floor = 1e-9 * max(norms.values())
-    wrong = [
-        n for n in parameters if n not in noise and not fast.totals[n].norm().item() <= tolerance * norms[n] + floor
-    ]
-    return replace(plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
+    wrong = [n for n in off if n not in noise and not off[n] <= tolerance * norms[n] + floor]
+    plan = replace(plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
+    return plan, {*wrong, *fast.fallback}
 
 
-def shortened(objective: Objective, sample: Sample) -> Sample:
-    """The sample without its last tokens, if something is left to predict then.
-
-    One with a single label stays whole: some classifiers read an end-of-text token.
-    """
-    if objective.name in PER_SAMPLE:
-        return sample
-    length = len(sample["input_ids"])
-    cut = max(2, length - 3)
-    short = {**sample, **{k: v[:cut] for k, v in sequences(sample).items() if len(v) == length}}
-    return short if has_target(objective, short) else sample
-
-
-def _with_all_targets(sample: Sample) -> Sample:
-    labels = torch.as_tensor(sample["labels"])
-    if labels.dim() == 0:
-        return sample
-    return {**sample, "labels": labels.where(labels != IGNORE, labels.max())}
-
-
-class _Gradients:
-    """One sample's gradients of the small tensors."""
-
-    def __init__(self) -> None:
-        self.small: dict[str, Tensor] = {}
-
-    def take(self, name: str, gradient: Tensor) -> None:
-        if gradient.numel() <= _SMALL:
-            self.small[name] = gradient.detach().double()
-
-
-def _noise(
+def _subtract_plain(
+    totals: Totals,
     model: nn.Module,
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
     samples: Sequence[Sample],
-    alone: Sequence[_Gradients],
+) -> dict[str, float]:
+    """Subtract from `totals` the squares that plain autograd gives, sample by sample; returns the sum of their norms.
+
+    It goes in slices, so that nothing of a parameter's size is held beside its gradient and the sum.
+    """
+    norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
+
+    def subtract(name: str, gradient: Tensor) -> None:
+        parts = []
+        for total, slice_ in zip(_slices(totals[name]), _slices(gradient), strict=True):
+            square = slice_.to(total.dtype).square()
+            total.sub_(square)
+            parts.append(_norm(square))
+        norms[name] += torch.stack(parts).norm().item()
+
+    for sample in samples:
+        batch = objective.collate(model, [sample])
+        with _arriving(parameters, subtract):
+            objective.losses(model(**batch.inputs).logits, batch).sum().backward()
+    return norms
+
+
+def _slices(t: Tensor) -> tuple[Tensor, ...]:
+    """Along the first dimension, small enough for a cache."""
+    t = torch.atleast_1d(t)
+    return t.split(max(1, _SLICE * len(t) // max(1, t.numel())))
+
+
+def _norm(squares: Tensor) -> Tensor:
+    """In float64, since the squares of what is noise, squared again, are too small for float32."""
+    return torch.linalg.vector_norm(squares, dtype=torch.float64)
+
+
+def _noise(
+    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
 ) -> set[str]:
-    """Names of the tensors whose gradients differ between a sample alone and the same one in a batch."""
-    batch = objective.collate(model, samples)
-    together = [_Gradients() for _ in alone]
-    small = {n: parameters[n] for g in alone for n in g.small}
-    if not small:
+    """Those of `parameters` whose gradients differ between a sample alone and the same one in a batch, scaled."""
+    if not parameters:
         return set()
-    with requiring_grad(small.values()):
-        losses = objective.losses(model(**batch.inputs).logits, batch)
-    for b, gradients in enumerate(together):
-        with _arriving(small, gradients.take):
-            losses[b].backward(retain_graph=b + 1 < len(together))
+    alone = [_gradients(model, objective, parameters, [s], of=1)[0] for s in samples]
+    # Beside a longer sample these are padded, and times an odd factor each number is rounded in another way.
+    beside = longer(max(samples, key=lambda s: len(s["input_ids"])))
+    together = _gradients(model, objective, parameters, [*samples, beside], of=len(samples), scale=0.7)
     found = set()
-    for name in small:
-        pairs = [(a.small[name], t.small[name]) for a, t in zip(alone, together, strict=True) if name in a.small]
+    for name, p in parameters.items():
+        pairs = [(a[name], t[name]) for a, t in zip(alone, together, strict=True)]
         size = sum(a.norm().item() ** 2 for a, _ in pairs)
-        share = _NOISE.get(parameters[name].dtype, _NOISE_HALF)
+        share = _NOISE.get(p.dtype, _NOISE_HALF)
         if size and sum((a - t).norm().item() ** 2 for a, t in pairs) > share**2 * size:
             found.add(name)
+    return found
+
+
+def _gradients(
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: Sequence[Sample],
+    *,
+    of: int,
+    scale: float = 1.0,
+) -> list[dict[str, Tensor]]:
+    """For each of the first samples of a batch: name → gradient in float64, from the loss times `scale`."""
+    batch = objective.collate(model, samples)
+    found = []
+    with requiring_grad(parameters.values()):
+        losses = scale * objective.losses(model(**batch.inputs).logits, batch)
+        for loss in losses[:of]:
+            grads = [torch.zeros_like(p) for p in parameters.values()]
+            if loss.requires_grad:
+                grads = torch.autograd.grad(
+                    loss, list(parameters.values()), retain_graph=True, materialize_grads=True
+                )  # fmt: skip
+            found.append({name: g.double() / scale for name, g in zip(parameters, grads, strict=True)})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from guided_dropout.detection import detect_objective
+from guided_dropout.detection import NotFiniteError, detect_objective
+from guided_dropout.devices import has_float64
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, differences, fingerprint, remove_checkpoint
@@ -106,8 +108,8 @@ def estimate_fisher(
 
     Raises:
         DataError: no samples, a malformed sample, or none with a target.
-        ModelError: the model is no language model, parts of it are offloaded, no parameter was chosen, or a sample's
-            loss is not finite.
+        ModelError: the model is no language model, parts of it are offloaded or on a device without float64, no
+            parameter was chosen, or a sample's loss is not finite.
         ArtefactError: a checkpoint that is of another run or damaged, or that was not expected.
         ProcessError: another of the processes failed.
     """
@@ -116,7 +118,7 @@ def estimate_fisher(
     with evaluating(model), torch.enable_grad(), experts_apart(model):
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
-            check_resident(model)
+            check_devices(model)
             if until_ranked is not None and (world.count > 1 or method == "reference"):
                 raise DataError(
                     f"until_ranked with {world.count} processes, method {method!r}; expected a single process and the "
@@ -189,8 +191,11 @@ def _check_arguments(batch_size: int, tokens_per_batch: int | None, objective: s
         raise DataError(f"objective {objective!r}; expected auto, {', '.join(OBJECTIVES)}")
 
 
-def check_resident(model: nn.Module) -> None:
-    """An offloaded weight is another tensor in each forward: its gradient could not be told apart, only lost."""
+def check_devices(model: nn.Module) -> None:
+    """Refuse weights that are elsewhere, and devices on which there can be no sums.
+
+    An offloaded weight is another tensor in each forward: its gradient could not be told apart, only lost.
+    """
     away = [n for n, p in model.named_parameters() if p.is_meta]
     if away:
         raise ModelError(
@@ -198,42 +203,39 @@ def check_resident(model: nn.Module) -> None:
             f"the CPU or disk, {away[0]} among them; expected all of them on devices that compute: use more or larger "
             "devices, a smaller --dtype, or --device cpu without --device-map"
         )
+    for device in sorted({str(p.device) for p in model.parameters()}):
+        if not has_float64(device):
+            raise ModelError(
+                f"{type(model).__name__} is on {device}, which does not compute in float64; expected a device that "
+                "does, for the sums: move the model to the CPU"
+            )
 
 
 def begin(
     model: nn.Module, samples: Iterable[Sample], objective: str, reduction: str, *, labels: str, seed: int
 ) -> tuple[Objective, Iterator[Sample]]:
-    """The model's objective, found on the first sample, and all samples, checked as they are read."""
+    """The model's objective, found on the first sample with a finite loss, and all samples, checked when read."""
     stream = check_samples(model, samples)
     seen: list[Sample] = []
+    goal = None
     for sample in itertools.islice(stream, _FIRST):
         seen.append(sample)
-        if _is_finite(model, sample):
+        with contextlib.suppress(NotFiniteError):
+            goal = detect_objective(model, sample, reduction, labels=labels, seed=seed)
             break
-    else:
-        if not seen:
-            raise DataError("there are no samples; expected at least one")
+    if not seen:
+        raise DataError("there are no samples; expected at least one")
+    if goal is None:
         raise ModelError(
-            f"{type(model).__name__} gives NaN or infinite logits for each of the first {len(seen)} samples; expected "
-            "finite ones: load the model in float32, or check its weights"
+            f"{type(model).__name__} computes a loss that is NaN or infinite for each of the first {len(seen)} samples"
+            "; expected finite ones: load the model in float32, or check its weights"
         )
-    goal = detect_objective(model, seen[-1], reduction, labels=labels, seed=seed)
     if objective not in ("auto", goal.name):
         raise ModelError(
             f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
             f"{objective}: use --objective {goal.name} or load another head"
         )
     return goal, itertools.chain(seen, stream)
-
-
-def _is_finite(model: nn.Module, sample: Sample) -> bool:
-    """Whether the model's output for `sample` can tell one loss from another."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return True  # its loss is known without
-    ids = torch.as_tensor(sample["input_ids"])[None].to(next(model.parameters()).device)
-    with torch.no_grad():
-        out = model(input_ids=ids)
-    return not hasattr(out, "logits") or bool(out.logits.isfinite().all())
 
 
 def _check_same(world: Processes, identity: Mapping[str, Any]) -> None:

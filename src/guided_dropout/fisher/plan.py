@@ -16,6 +16,7 @@ from guided_dropout.fisher.fast import BatchedSquares, Capture
 from guided_dropout.fisher.operations import Key, Operation, ParameterOperations, replaced, tensors_of
 from guided_dropout.fisher.places import Place, Plan
 from guided_dropout.fisher.rules import EMBEDDING
+from guided_dropout.fisher.variants import altered, longer
 from guided_dropout.objectives import Batch, Objective, Sample
 
 # Where a shortcut does not suit a model, one of these comes up in its forward.
@@ -51,14 +52,14 @@ def _places(
     """Where the operations have the samples, and which belong to the head."""
     places: dict[Key, Place] = {}
     in_head: set[Key] = set()
-    other_sample = _other(model, sample)
+    other_sample = altered(model, sample)
     for padded in (False, True):  # which some models treat apart
         runs: list[_Look] = []
         for samples in ([sample] * 2, [sample] * 3, [sample, sample, other_sample]):
             look = _Look(model, share, runs[0].seen if runs else {}, len(samples))
             batch = objective.collate(model, samples)
             if padded:
-                batch = objective.collate(model, [*samples, _longer(sample)])
+                batch = objective.collate(model, [*samples, longer(sample)])
                 batch = Batch({k: v[:-1] for k, v in batch.inputs.items()}, batch.targets[:-1], batch.weights[:-1])
             with look.watching(head), ParameterOperations(parameters, look):
                 model(**batch.inputs)
@@ -71,29 +72,6 @@ def _places(
                 places[k] = replace(place, unpadded=known)
         in_head |= other.in_head
     return places, in_head
-
-
-def sequences(sample: Sample) -> dict[str, Tensor]:
-    """What a sample holds for each of its tokens; not its index, nor a single label."""
-    return {k: t for k, v in sample.items() if (t := torch.as_tensor(v)).dim()}
-
-
-def turned(sample: Sample) -> dict[str, Any]:
-    """Another sample of the same form: its tokens in the opposite order."""
-    return {**sample, **{k: v.flip(0) for k, v in sequences(sample).items() if k in ("input_ids", "labels")}}
-
-
-def _other(model: nn.Module, sample: Sample) -> dict[str, Any]:
-    """Another sample of the same form, with other tokens."""
-    other, ids = turned(sample), torch.as_tensor(sample["input_ids"])
-    if torch.equal(other["input_ids"], ids):
-        other["input_ids"] = (ids + 1) % model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-    return other
-
-
-def _longer(sample: Sample) -> dict[str, Any]:
-    """Another sample, one place longer."""
-    return {**sample, **{k: torch.cat([v, v[-1:]]) for k, v in sequences(sample).items()}}
 
 
 @dataclass(frozen=True)
