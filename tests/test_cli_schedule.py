@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import profile_of
+from families import language_model, profile_of
 from test_cli import run
 from tiny import save, save_tiny_bert
 
+from guided_dropout import add_residual_sites
 from guided_dropout.models import load_lm
 from guided_dropout.schedule import DropoutSchedule, controls
 
@@ -129,6 +130,18 @@ def test_control_takes_a_seed_and_a_model(folder, command, tmp_path):
     assert code == 0, err
     assert DropoutSchedule.load(new).rates == controls.magnitude(planned, trained).rates
     assert f"note: the schedule was made on other weights of this backbone ({folder / 'model'})" in out
+
+
+def test_control_by_magnitude_adds_the_residual_sites_that_the_schedule_has(command, tmp_path):
+    model = language_model("llama")
+    save(model, tmp_path / "llama", tokenizer=False)
+    with add_residual_sites(model):
+        planned = DropoutSchedule.from_profile(profile_of(model), model)
+        derived = controls.magnitude(planned, model)
+    line = ("--kind", "magnitude", "--model", tmp_path / "llama", "--out", tmp_path / "control.json")
+    code, _, err = command("schedule", "control", planned.save(tmp_path / "planned.json"), *line)
+    assert code == 0, err
+    assert DropoutSchedule.load(tmp_path / "control.json").rates == derived.rates
 
 
 def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, command, tmp_path):

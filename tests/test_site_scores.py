@@ -113,3 +113,16 @@ def test_unknown_names_are_refused() -> None:
         DropoutSchedule.from_profile(profile_of(model), model, grouping="data-flow")
     with pytest.raises(ScheduleError, match=r"unknown aggregate 'mean'"):
         DropoutSchedule.from_profile(profile_of(model), model, aggregate="mean")
+
+
+def test_equal_values_at_the_edge_of_the_top_count_wherever_they_stand() -> None:
+    model = language_model("bert")
+    profile = random_profile(model)
+    for tensor in profile.diagonal.values():
+        tensor.fill_(1.0)
+    sites = find_sites(model)
+    whole = sum(t.numel() for t in profile.diagonal.values())
+    found = site_scores(profile, model, sites, aggregate="top_share")
+    for site in sites:
+        own = sum(profile.diagonal[name].numel() for name in site.parameters)
+        assert found[site.path] == pytest.approx(own / whole)

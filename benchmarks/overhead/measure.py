@@ -94,7 +94,8 @@ def rounds(setting: Setting, schedule: DropoutSchedule) -> Iterator[dict[str, fl
 def _stepper(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], *, compiled: bool) -> Callable[[], float]:
     """A function that takes one training step and returns its seconds."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
-    run = torch.compile(model, fullgraph=True) if compiled else model
+    # By default the second set of rates would be compiled as inputs of the graph, the first as numbers in it.
+    run = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
     device = batch["input_ids"].device
 
     def wait() -> None:

@@ -57,6 +57,7 @@ def summary(folder: Path) -> str:
         "One step is forward, backward and AdamW. Copies of one classifier take it in turn on the same batch, in all",
         f"orders one after another ({CYCLE} rounds). A ratio is the median over the rounds of a copy's seconds over",
         f"those of `{YARDSTICK}` in the same round, with its quartiles, and a 95 % bootstrap interval for the median.",
+        "Compiled copies are one graph each, compiled for their own rates.",
         "",
         *(f"- `{name}`: {text}" for name, text in COPIES.items()),
         "",

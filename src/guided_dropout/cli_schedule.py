@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
+=======
+import contextlib
+import difflib
+>>>>>>> loose4
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,13 +146,17 @@ def control(
 
 def _by_magnitude(planned: DropoutSchedule, file: Path, model: str | None) -> DropoutSchedule:
     from guided_dropout.models import load_model
+    from guided_dropout.regularizers import add_residual_sites
+    from guided_dropout.residual import ATTRIBUTE
     from guided_dropout.schedule import controls
 
     source = model or planned.model.get("name_or_path")
     if not source:
         raise ScheduleError(f"{file} does not say which model it was made on; name it with --model")
     loaded = load_model(source)
-    derived = controls.magnitude(planned, loaded)
+    with_residual_sites = any(path.endswith(f".{ATTRIBUTE}") for path in planned.rates)
+    with add_residual_sites(loaded) if with_residual_sites else contextlib.nullcontext():
+        derived = controls.magnitude(planned, loaded)
     if note := weights_note(planned, loaded):
         console.print(note, style="dim", highlight=False)
     return derived
