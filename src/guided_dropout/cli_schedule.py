@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import contextlib
-import difflib
->>>>>>> loose4
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -146,7 +141,7 @@ def control(
 
 def _by_magnitude(planned: DropoutSchedule, file: Path, model: str | None) -> DropoutSchedule:
     from guided_dropout.models import load_model
-    from guided_dropout.regularizers import add_residual_sites
+    from guided_dropout.regularizers.residual import added_sites
     from guided_dropout.residual import ATTRIBUTE
     from guided_dropout.schedule import controls
 
@@ -155,7 +150,7 @@ def _by_magnitude(planned: DropoutSchedule, file: Path, model: str | None) -> Dr
         raise ScheduleError(f"{file} does not say which model it was made on; name it with --model")
     loaded = load_model(source)
     with_residual_sites = any(path.endswith(f".{ATTRIBUTE}") for path in planned.rates)
-    with add_residual_sites(loaded) if with_residual_sites else contextlib.nullcontext():
+    with added_sites(loaded, with_residual_sites):
         derived = controls.magnitude(planned, loaded)
     if note := weights_note(planned, loaded):
         console.print(note, style="dim", highlight=False)
