@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import Analysis, Cell, Comparison
 from guided_dropout.bench.csv_files import OVERALL
@@ -125,8 +127,8 @@ def _groups(analysis: Analysis) -> list[list[str]]:
     fair = [a for a in dict.fromkeys(fair) if a in others]
     rest = [a for a in others if a not in fair]
     room = CURVES - len(fixed)
-    parts = [part[i : i + room] for part in (fair, rest) for i in range(0, len(part), room)]
-    return [[*fixed, *part] for part in parts]
+    parts = [part for arms in (fair, rest) if arms for part in np.array_split(arms, -(-len(arms) // room))]
+    return [[*fixed, *map(str, part)] for part in parts]
 
 
 def _curve(cells: Sequence[Cell], arm: str, band: bool) -> Curve:

@@ -1,0 +1,44 @@
+"""`guided-dropout bench report` as a stranger meets it."""
+
+import pytest
+from samples_of_experiments import write_experiment
+from test_cli import run
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    return lambda *args: run(tmp_path, *args, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_it_says_what_was_found_and_where_it_is(command, tmp_path):
+    write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=4, missing=lambda k: k.seed == 3)
+    code, out, err = command("bench", "report", "e", "--margin", 0.05)
+    assert code == 0, err
+    assert "12 of 16 runs" in out
+    assert "100 % of the training data. Against standard dropout. cola: guided − dropout = " in out
+    assert "e/report/report.html" in out
+    assert "±0.05" in (tmp_path / "e" / "report" / "report.md").read_text()
+    code, out, err = command("bench", "report", "e", "--out", "elsewhere")
+    assert code == 0, err
+    assert (tmp_path / "elsewhere" / "comparisons.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("bench report nowhere", "cannot read nowhere/experiment.json"),
+        ("bench report e --margin 0", "found a margin of 0.0; expected a difference above 0"),
+        ("bench report e --out mine", "holds other files and no report.html"),
+        ("bench report empty", "found no runs; expected at least one: run `guided-dropout bench run` first"),
+    ],
+)
+def test_mistakes_are_one_line(command, tmp_path, line, words):
+    write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=1)
+    write_experiment(tmp_path / "empty", missing=lambda k: True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    code, _, err = command(*line.split())
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
