@@ -139,6 +139,12 @@ def pool(parts: Sequence[Examples]) -> Examples:
     return Examples(texts, [label for part in parts for label in part.labels], " + ".join(p.source for p in parts))
 
 
+def _known_as(source: str) -> str:
+    """A path without the folders that mean nothing elsewhere."""
+    path = Path(source)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else source
+
+
 def to_examples(
     table: Table, texts: Sequence[str], label: str, read: Callable[[Any, str], float], *, advice: str = "check it"
 ) -> Examples:
@@ -160,7 +166,7 @@ def to_examples(
     return Examples(
         [_texts(row, table.where(i)) for i, row in rows],
         [read(value, table.where(i)) for i, value in enumerate(table.columns[label])],
-        table.source,
+        _known_as(table.source),
     )
 
 
