@@ -9,7 +9,7 @@ from families import classifier_of, language_model, profile_of
 from test_sites_families import random_states, state_of
 from torch import Tensor, nn
 
-from guided_dropout import DropoutSchedule, apply_dropout, find_sites
+from guided_dropout import DropoutSchedule, add_residual_sites, apply_dropout, find_sites
 from guided_dropout.regularizers import Context, GaussianDropout
 from guided_dropout.sites import trace
 
@@ -51,6 +51,14 @@ def test_a_schedule_goes_from_one_to_the_other_and_noise_takes_the_place_of_drop
         assert applied.rates == schedule.rates
         with GaussianDropout().apply(without, Context()) as noise:
             assert noise.facts["sites"] == len(schedule.rates)
+
+
+def test_what_is_written_through_it_needs_no_residual_site() -> None:
+    added = []
+    for rates in ({}, WITHOUT):
+        with add_residual_sites(language_model("modernbert", **rates)) as handle:
+            added.append(handle.sites)
+    assert added[0] == added[1] == tuple(f"model.layers.{layer}.mlp.Wo.residual_dropout" for layer in (0, 1))
 
 
 class Blocks(nn.Module):

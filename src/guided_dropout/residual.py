@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from guided_dropout.probe import DROPOUTS, run_once, tensors_in
+from guided_dropout.knobs import AbsentKnob, find_knobs
+from guided_dropout.probe import DROPOUTS, QUIET, run_once, tensors_in, turned
 
 ATTRIBUTE = "residual_dropout"
 _ADDS = {"add", "__add__", "__radd__", "add_", "__iadd__"}
@@ -76,7 +77,9 @@ def find_residual_writes(model: nn.Module, inputs: Mapping[str, Any] | None = No
         SiteError: the model does not run on the tiny batch.
     """
     watch = _Watch()
-    run_once(model, inputs, watch.calls_of(model), watch)
+    # A dropout that was left out is a site already, so it should be seen.
+    absent = (turned(knob, QUIET) for knob in find_knobs(model).values() if isinstance(knob, AbsentKnob))
+    run_once(model, inputs, *absent, watch.calls_of(model), watch)
     return list(watch.writes.values())
 
 
