@@ -57,6 +57,7 @@ def test_the_verdicts_come_first(clear):
     assert position == sorted(position)
     assert "96 runs of 96" in text
     assert "Not finished" not in text
+    assert "collapsed on" not in text
 
 
 def test_the_page_is_whole_and_needs_nothing_outside(clear):
@@ -148,6 +149,11 @@ def test_what_went_wrong_is_counted_and_named(tmp_path):
     assert "second line" not in text
     statuses = [r["status"] for r in rows(folder, "runs.csv")]
     assert (statuses.count("failed"), statuses.count("diverged"), statuses.count("collapsed")) == (1, 1, 1)
+
+
+def test_a_task_on_which_little_is_learned_is_named(tmp_path):
+    _, text, _ = report(tmp_path, fractions=[0.1], seeds=4, collapsed=lambda k: k.task == "rte" and k.seed > 1)
+    assert "Half of the runs or more collapsed on rte (10 % of the training data)." in text
 
 
 def test_everything_failed(tmp_path):

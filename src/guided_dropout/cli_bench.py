@@ -130,7 +130,7 @@ def run(
 @bench_app.command()
 def report(
     experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bench run` wrote, finished or not.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the report. [default: DIR/report]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; by default DIR/report.")] = None,
     margin: Annotated[
         float | None,
         typer.Option(

@@ -54,22 +54,41 @@ def verdicts(analysis: Analysis) -> list[Block]:
         return [*blocks, Paragraph("No guided arm has been run beside another, so nothing is compared.")]
     blocks += [Paragraph(text, strong=True) for text in texts] if len(texts) <= 6 else [Bullets(texts)]
     blocks += _tables(analysis)
+    return [*blocks, _rules(analysis), *_untrained(analysis)]
+
+
+def _rules(analysis: Analysis) -> Paragraph:
     margin = analysis.margin
     equal = (
-        f"no difference: the interval includes zero and lies within ±{margin:g}; "
-        if margin is not None
-        else "no difference is never claimed, because no margin was given that would not matter; "
+        "No difference is never claimed, because no margin was given that would not matter"
+        if margin is None
+        else f"No difference: the interval includes zero and lies within ±{margin:g}"
     )
-    blocks.append(
+    chance = round(1 / (1 - analysis.confidence))
+    return Paragraph(
+        f"Helps or hurts: the {analysis.confidence:.0%} t interval of the paired differences excludes zero. {equal}. "
+        "Undecided: anything else at this number of seeds. † holds after Holm's correction over the tasks of that row's "
+        f"model and fraction; without it, about one in {chance} comparisons excludes zero by chance. The mean over tasks "
+        "takes each seed's mean of the tasks' metrics, whatever these measure, as the GLUE score does."
+    )
+
+
+def _untrained(analysis: Analysis) -> list[Block]:
+    """A warning where half of the runs or more learned nothing."""
+    places = []
+    for cell in analysis.cells.values():
+        collapsed = sum(arm.collapsed for arm in cell.arms.values())
+        if 2 * collapsed >= sum(arm.made for arm in cell.arms.values()):
+            places.append(f"{cell.task} ({place_name(analysis, cell.model, cell.fraction)})")
+    if not places:
+        return []
+    return [
         Paragraph(
-            f"Helps or hurts: the {analysis.confidence:.0%} t interval of the paired differences excludes zero. {equal}"
-            "undecided: anything else at this number of seeds. † holds after Holm's correction over the tasks of that "
-            "row's model and fraction. Without it, about one in "
-            f"{round(1 / (1 - analysis.confidence))} comparisons excludes zero by chance. The mean over tasks takes "
-            "each seed's mean of the tasks' metrics, whatever these measure, as the GLUE score does."
+            f"Half of the runs or more collapsed on {listing(places)}. There, a difference is about whether training "
+            "works at all, and the lack of one says little.",
+            strong=True,
         )
-    )
-    return blocks
+    ]
 
 
 def comparisons(analysis: Analysis) -> list[Block]:
@@ -107,7 +126,7 @@ def _about_guidance(analysis: Analysis, model: str, fraction: float, arm: str) -
             return next(iter(sentences))
         return " ".join(f"{g.task}: {guidance_sentence(g)}" for g in held)
     tasks = [g for g in held if g.task is not None]
-    return f"Mean over {len(tasks)} tasks: {guidance_sentence(overall)}{_task_by_task(tasks)}"
+    return f"Mean over {len(tasks)} tasks. {guidance_sentence(overall)}{_task_by_task(tasks)}"
 
 
 def _task_by_task(held: Sequence[Guidance]) -> str:
