@@ -1,5 +1,7 @@
 """From an experiment's runs to verdicts: which arms are compared, what is corrected, what is said of guidance."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from samples_of_experiments import made, write_experiment
@@ -9,7 +11,7 @@ from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import analyse
 from guided_dropout.bench.folder import Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.bench.phrases import guidance_sentence
+from guided_dropout.bench.phrases import cell_text, guidance_sentence
 from guided_dropout.bench.stats import holm
 from guided_dropout.errors import DataError
 
@@ -99,6 +101,20 @@ def test_the_same_mean_is_seen_in_the_results():
     own = {"l2_sp": {"arm_parameters": {"alpha": 0.1}}, "guided_l2_sp": {"arm_parameters": {"alpha": 1.0}}}
     (c,) = analyse(runs({"l2-sp": 0.6, "guided-l2-sp": 0.6}, **own)).comparisons
     assert not c.same_mean
+
+
+def test_equal_dropout_is_not_enough_where_something_else_differs():
+    found = analyse(runs({"dropout": 0.6, "l2-sp": 0.6, "guided-l2-sp": 0.6})).comparisons
+    assert {c.pair.b: c.same_mean for c in found} == {"dropout": False, "l2-sp": True}
+    found = analyse(runs({"guided-gaussian": 0.6, "guided": 0.6})).comparisons
+    assert not any(c.same_mean for c in found)
+
+
+def test_the_dagger_is_for_verdicts_that_hold_after_holm():
+    c = comparison(analyse(runs({"dropout": 0.6, "guided": 0.62})), "dropout")
+    assert cell_text(c, 0.05).endswith(" helps†")
+    assert cell_text(replace(c, t_holm=0.051), 0.05).endswith(" helps")
+    assert cell_text(replace(c, verdict="undecided at this n"), 0.05).endswith(" undecided")
 
 
 def test_holm_is_over_the_tasks_of_a_pair_and_fraction():

@@ -51,7 +51,8 @@ def verdicts(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = [Heading("What it shows")]
     texts = list(claims(analysis))
     if not texts:
-        return [*blocks, Paragraph("No guided arm has been run beside another, so nothing is compared.")]
+        nothing = Paragraph("No guided arm has been run beside another, so nothing is compared.")
+        return [*blocks, nothing, *_untrained(analysis)]
     blocks += [Paragraph(text, strong=True) for text in texts] if len(texts) <= 6 else [Bullets(texts)]
     blocks += _tables(analysis)
     return [*blocks, _rules(analysis), *_untrained(analysis)]
@@ -67,9 +68,9 @@ def _rules(analysis: Analysis) -> Paragraph:
     chance = round(1 / (1 - analysis.confidence))
     return Paragraph(
         f"Helps or hurts: the {analysis.confidence:.0%} t interval of the paired differences excludes zero. {equal}. "
-        "Undecided: anything else at this number of seeds. † holds after Holm's correction over the tasks of that row's "
-        f"model and fraction; without it, about one in {chance} comparisons excludes zero by chance. The mean over tasks "
-        "takes each seed's mean of the tasks' metrics, whatever these measure, as the GLUE score does."
+        "Undecided: anything else at this number of seeds. † holds after Holm's correction over the tasks of that "
+        f"row's model and fraction; without it, about one in {chance} comparisons excludes zero by chance. The mean "
+        "over tasks takes each seed's mean of the tasks' metrics, whatever these measure, as the GLUE score does."
     )
 
 
