@@ -35,13 +35,14 @@ def gradient(model, evaluation, names):
     return torch.cat([g.flatten() for g in found])
 
 
-@pytest.mark.parametrize(("family", "tolerance"), [("bert", 1e-6), ("gpt2", 1e-6), ("t5", 1e-3), ("llama", 1e-3)])
+@pytest.mark.parametrize(("family", "tolerance"), [("bert", 1e-5), ("gpt2", 1e-5), ("t5", 1e-3), ("llama", 1e-3)])
 def test_hessian_vector_products_are_differences_of_gradients(family, tolerance):
     """T5 and Llama normalise in float32, whatever the weights."""
     model = language_model(family).double().eval()
     evaluation = Evaluation(model, SAMPLES, batch_size=3)
     names = list(movable_parameters(model))
-    vector = {n: torch.randn_like(p) for n, p in movable_parameters(model).items()}
+    generator = torch.Generator().manual_seed(0)
+    vector = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in movable_parameters(model).items()}
     found = hessian_vector_product(evaluation, vector)
     step, sides = 1e-5, []
     for sign in (1, -1):

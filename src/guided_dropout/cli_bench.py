@@ -34,12 +34,12 @@ def run(
     out: Annotated[Path, typer.Option(help="Folder of the experiment; what is there already is not run again.")],
     tasks: Annotated[list[str] | None, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli.")] = None,
     arms: Annotated[
-        list[str] | None, typer.Option(help="As in `finetune --arm`; the first is what others are compared with.")
+        list[str] | None, typer.Option(help="As in `finetune --arm`. \\[default: dropout, guided, uniform]")
     ] = None,
     fractions: Annotated[
-        list[str] | None, typer.Option(help="Parts of the training data, such as 1.0,0.5,0.1. [default: 1.0]")
+        list[str] | None, typer.Option(help="Parts of the training data, such as 1.0,0.5,0.1. \\[default: 1.0]")
     ] = None,
-    seeds: Annotated[int | None, typer.Option(help="Paired seeds, from 0 on. [default: 5]")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Paired seeds, from 0 on. \\[default: 5]")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -52,7 +52,8 @@ def run(
         str | None,
         typer.Option(
             metavar="glue|paper",
-            help="glue: GLUE's own dev split. paper: that and the training data pooled and dealt anew. [default: glue]",
+            help="glue: GLUE's own dev split. paper: that and the training data pooled and dealt anew. "
+            "\\[default: glue]",
         ),
     ] = None,
     profile: Annotated[
@@ -60,14 +61,14 @@ def run(
     ] = None,
     schedule: Annotated[
         list[Path] | None,
-        typer.Option(help="Its schedule. [default: the paper's linear one from 0.1 to 0, made from the profile]"),
+        typer.Option(help="Its schedule. \\[default: the paper's linear one from 0.1 to 0, made from the profile]"),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, each in a process with a model of its own.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training data. [default: 3]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step. [default: 16]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. [default: 2e-5]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. [default: 128]")] = None,
-    rate: Annotated[float | None, typer.Option(help="Rate of plain dropout. [default: 0.1]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data. \\[default: 3]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples per step. \\[default: 16]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-5]")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. \\[default: 128]")] = None,
+    rate: Annotated[float | None, typer.Option(help="Rate of plain dropout. \\[default: 0.1]")] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     residual_sites: ResidualSites = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
