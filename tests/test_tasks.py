@@ -212,7 +212,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_data_set_laid_out_like_the_hubs_is_read(repository: Path) -> None:
     cola = load_task(COLA, repository, "validation")
     assert (cola.texts, cola.labels) == ([("One.",), ("Two two.",)], [1, 0])
-    assert cola.source.endswith("glue/cola/validation")
+    assert cola.source.endswith("cola/validation")
     assert list(load_task(STSB, repository)) == [(("a", "c"), 2.5), (("b", "d"), 0.0)]
     assert list(load_task(TASKS["mnli"], repository, "validation")) == [(("a", "b"), 2)]
 
