@@ -18,7 +18,7 @@ import tiny  # noqa: F401 (the model's code)
 from guided_dropout import cli, fisher, models  # noqa: F401 (what the command line imports when it is called)
 
 LINE = (
-    "fisher model --text text.txt --samples 300 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "
+    "fisher model --text text.txt --samples 120 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "
     "--resume --device cpu --out"
 )
 KILLS, PATIENCE = 4, 200.0
@@ -83,7 +83,7 @@ def main() -> None:
     while True:
         pid = start("killed")
         if len(codes) < KILLS:
-            code = after_states(Path("killed.checkpoint"), pid, rng.randint(1, 20) if codes else 0)
+            code = after_states(Path("killed.checkpoint"), pid, rng.randint(1, 10) if codes else 0)
             code = ended(pid, rng.uniform(0, 0.01)) if code is None else code
         else:
             code = ended(pid, PATIENCE)

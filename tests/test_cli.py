@@ -1,10 +1,12 @@
 """The command line as a stranger meets it: the whole chain, and one line and exit code 2 for each mistake."""
 
+import contextlib
 import json
+import os
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, WORDS, save, save_tiny_bert, tiny_bert_config
 from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
 
-from guided_dropout import cli
+from guided_dropout import cli, fisher
 from guided_dropout.arms import ARMS
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.models import quiet
@@ -35,15 +37,33 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(folder, *args, monkeypatch, capsys):
-    """(exit code, stdout, stderr) of the command line, run in `folder`."""
+@contextlib.contextmanager
+def own_signals():
+    """Within, the command line may handle signals; one that it does not handle ends the test, not pytest."""
+
+    def unexpected(number, _):
+        pytest.fail(f"signal {number} came to nobody")
+
+    before = {number: signal.signal(number, unexpected) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code(folder, *args, monkeypatch):
+    """Of the command line, run in `folder`."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["guided-dropout", *map(str, args)])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stopped:
+    with own_signals(), pytest.raises(SystemExit) as stopped:
         cli.main()
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
+    return stopped.value.code or 0
+
+
+def run(folder, *args, monkeypatch, capsys):
+    """(exit code, stdout, stderr) of the command line, run in `folder`."""
+    return (exit_code(folder, *args, monkeypatch=monkeypatch), *capsys.readouterr())
 
 
 @pytest.fixture
@@ -58,11 +78,8 @@ def chain(folder):
         "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out profile",
         "schedule profile --upper 0.2 --lower 0.01 --out schedule.json",
     ):
-        done = subprocess.run(
-            [sys.executable, "-c", "from guided_dropout.cli import main; main()", *line.split()],
-            cwd=folder, capture_output=True, text=True, check=False, timeout=120,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        with pytest.MonkeyPatch.context() as patch:
+            assert exit_code(folder, *line.split(), monkeypatch=patch) == 0
     return folder
 
 
@@ -330,36 +347,32 @@ def test_a_schedule_for_another_model_is_refused(chain, command):
     assert "another model" in err
 
 
-# Sends itself a signal when the first samples are done.
-INTERRUPTED = """
-import os, sys
-from guided_dropout import cli, fisher
+def signalling(monkeypatch, *, before=(), after=()):
+    """Have `fisher` send these signals to itself before the first batch, and after each."""
+    estimate = fisher.estimate_fisher
 
-number, estimate = int(sys.argv.pop()), fisher.estimate_fisher
+    def send(numbers):
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0)
 
-def interrupted(*args, progress, **options):
-    def interrupt(done):
-        os.kill(os.getpid(), number)
-        progress(done)
+    def signalled(*args, progress, **options):
+        send(before)
+        return estimate(*args, progress=lambda done: (send(after), progress(done)), **options)
 
-    return estimate(*args, progress=interrupt, **options)
-
-fisher.estimate_fisher = interrupted
-cli.main()
-"""
+    monkeypatch.setattr(fisher, "estimate_fisher", signalled)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_says_how_to_go_on_and_does(chain, command, number):
+def test_an_interrupted_run_says_how_to_go_on_and_does(chain, command, monkeypatch, number):
     line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out interrupted"
     before = sorted(chain.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, *line.split(), str(int(number))],
-        cwd=chain, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
+    with monkeypatch.context() as patch:
+        signalling(patch, after=[number])
+        code, _, err = command(*line.split())
+    assert code == 2, err
     state = "interrupted.checkpoint"
-    assert done.stderr == (
+    assert err == (
         f"error: interrupted; the state is in {state}: run the same command with --resume to go on from there\n"
     )
     assert set(chain.rglob("*")) - set(before) == {chain / state, chain / state / "process-1-of-1.safetensors"}
@@ -373,17 +386,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(chain, command, number):
     shutil.rmtree(chain / "interrupted")
 
 
-def test_an_interrupt_before_the_first_batch_leaves_nothing(chain):
-    script = INTERRUPTED.replace(
-        "return estimate", "os.kill(os.getpid(), number); time.sleep(0); os.kill(os.getpid(), number)"
-    )
+def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, command, monkeypatch):
     before = sorted(chain.rglob("*"))
-    done = subprocess.run(
-        [sys.executable, "-c", f"import time\n{script}", *FISHER.split(), str(int(signal.SIGINT))],
-        cwd=chain, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert done.stderr == "error: interrupted; nothing was written by the unfinished step: run the command again\n"
+    signalling(monkeypatch, before=[signal.SIGINT, signal.SIGINT])  # the first waits for a batch
+    code, _, err = command(*FISHER.split())
+    assert code == 2, err
+    assert err == "error: interrupted; nothing was written by the unfinished step: run the command again\n"
     assert sorted(chain.rglob("*")) == before
 
 

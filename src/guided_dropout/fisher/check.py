@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -15,7 +16,7 @@ from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import UNSUITED, make_plan
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.variants import SHORT, longer, pair_with_all_targets, sequences, shortened, turned
-from guided_dropout.objectives import Objective, Sample
+from guided_dropout.objectives import PER_SAMPLE, Objective, Sample
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
@@ -65,34 +66,46 @@ def _proved(
 ) -> tuple[Plan, set[str]]:
     """A plan made on `length` tokens, checked on the first two samples; and what took the loop in the check."""
     short = shortened(objective, first[0], length)
-    # Some models treat batches with and without padding apart: one of each. With a target at each position, so that no
-    # row that is given to the wrong sample goes unseen.
-    are_padded = len({len(s["input_ids"]) for s in first}) > 1
-    pair = pair_with_all_targets(objective, short, equal=are_padded)
     plan = make_plan(model, objective, parameters, short)
+    batches = _batches(objective, first, short)
     problem = ""
     for tried in (plan, replace(plan, head=None)):  # logits that their own backward needs must not be overwritten
         plan, fast = tried, BatchedSquares(model, objective, parameters, tried)
         try:
-            for batch in (first, pair):
+            for batch in batches:
                 fast.add(batch)
             break
         except UNSUITED as e:
             problem = f"the batched pass failed: {e}"
     else:
         return replace(plan, fallback=dict.fromkeys(parameters, problem)), set(parameters)
-    norms = _subtract_plain(fast.totals, model, objective, parameters, [*first, *pair])
+    norms = _subtract_plain(fast.totals, model, objective, parameters, [s for batch in batches for s in batch])
     tolerance = max(_TOLERANCE.get(p.dtype, _TOLERANCE_HALF) for p in parameters.values())
     differences = {n: torch.stack([_norm(t) for t in _slices(fast.totals[n])]).norm().item() for n in parameters}
     off = {n: d for n, d in differences.items() if not d <= tolerance * norms[n]}
     # In half precision both ways round alike, so that noise does not show as a difference between them.
     doubtful = off if tolerance < _TOLERANCE_HALF else parameters
     small = {n: parameters[n] for n in doubtful if parameters[n].numel() <= _SMALL}
-    noise = _noise(model, objective, small, pair)
+    noise = _noise(model, objective, small, batches[-1])
     floor = 1e-9 * max(norms.values())
     wrong = [n for n in off if n not in noise and not off[n] <= tolerance * norms[n] + floor]
     plan = replace(plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
     return plan, {*wrong, *fast.fallback}
+
+
+def _batches(objective: Objective, first: Sequence[Sample], short: Sample) -> list[Sequence[Sample]]:
+    """Whole samples with padding and without, which some models treat apart, and two short ones.
+
+    The latter, which come last, have a target at each position, so that no row that is given to the wrong sample goes
+    unseen.
+    """
+    are_padded = len({len(s["input_ids"]) for s in first}) > 1
+    pair = pair_with_all_targets(objective, short, equal=are_padded)
+    if are_padded:
+        return [first, [first[0], turned(first[0])], pair]
+    if objective.name in PER_SAMPLE:  # see `pair_with_all_targets`
+        return [first, pair]
+    return [first, [first[0], pair[1]], pair]
 
 
 def _subtract_plain(
@@ -107,17 +120,18 @@ def _subtract_plain(
     It goes in slices, so that nothing of a parameter's size is held beside its gradient and the sum.
     """
     norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
+    times = Counter(map(id, samples))
 
     def subtract(name: str, gradient: Tensor) -> None:
         parts = []
         for total, slice_ in zip(_slices(totals[name]), _slices(gradient), strict=True):
             square = slice_.to(total.dtype).square()
-            total.sub_(square)
+            total.sub_(square, alpha=number)
             parts.append(_norm(square))
-        norms[name] += torch.stack(parts).norm().item()
+        norms[name] += number * torch.stack(parts).norm().item()
 
-    for sample in samples:
-        batch = objective.collate(model, [sample])
+    for sample in {id(s): s for s in samples}.values():
+        number, batch = times[id(sample)], objective.collate(model, [sample])
         with _arriving(parameters, subtract):
             objective.losses(model(**batch.inputs).logits, batch).sum().backward()
     return norms

@@ -85,7 +85,7 @@ class _Seen:
         x: shape of the rule's operand.
         tensors: shapes of all tensors.
         out: shape of the output.
-        separable: whether it can be run on each sample's part alone.
+        separable: whether it can be run on each sample's part alone; not asked where a rule finds rows.
         prints: [n] float64, a number for each index of the operand's dimension of samples.
     """
 
@@ -144,7 +144,7 @@ class _Look:
         tensors = tuple(t.shape for t in operation.tensors())  # before the operation, which may be in place
         others = [t for t in operation.tensors() if operation.origin_of(t) is None]
         constant = all(t in self._constants for t in others)
-        separable = not constant and self._is_separable(operation)
+        separable = not constant and not self._has_rows(operation) and self._is_separable(operation)
         prints = self._prints(operation)
         out = operation.run()
         if not isinstance(out, Tensor):
@@ -186,6 +186,12 @@ class _Look:
             return None
         parts = x.detach().movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x[:, None].double()
         return parts @ torch.arange(parts.shape[1], dtype=torch.float64, device=x.device).add(1).cos()
+
+    def _has_rows(self, operation: Operation) -> bool:
+        """Whether a rule covers the operation and finds the samples along one dimension of its operand."""
+        two, call, rule = self._two.get(operation.key), operation.call, operation.rule
+        dim = None if two is None or call is None else _batch_dim(two.x, call.x.shape)
+        return dim is not None and rule is not None and call is not None and rule.repeats_along(call)(dim)
 
     def _is_separable(self, operation: Operation) -> bool:
         """Whether the operation on one sample's parts gives that sample's part of the output."""
