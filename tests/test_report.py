@@ -68,6 +68,8 @@ def test_pairs_are_made_by_seed_not_by_position_and_diverged_runs_are_counted():
     [
         (run("guided", 0, 0.5, task="shape"), "differ in their task"),
         (run("guided", 0, 0.5, recipe={"epochs": 3}), "differ in their recipe"),
+        (run("guided", 0, 0.5, model={"name_or_path": "other"}), "differ in their model: name is 'other'"),
+        (run("guided", 0, 0.5, model={"name_or_path": "demo", "num_parameters": 7}), "model: num_parameters is 7"),
         (run("guided", 0, 0.5, pairing={"weights": "other", "batches": "b0"}), "weights is 'other'"),
         (run("dropout", 0, 0.5), "two runs of the arm dropout"),
     ],
@@ -75,6 +77,12 @@ def test_pairs_are_made_by_seed_not_by_position_and_diverged_runs_are_counted():
 def test_runs_that_do_not_belong_together_are_refused(odd, words):
     with pytest.raises(DataError, match=re.escape(words)):
         group_by_arm([run("dropout", 0, 0.5), odd])
+
+
+@pytest.mark.parametrize("name", ["elsewhere/m", "/home/me/models/m/"])
+def test_a_model_may_lie_in_another_folder(name):
+    there = run("dropout", 0, 0.5, model={"name_or_path": "m"})
+    assert len(group_by_arm([there, run("guided", 0, 0.5, model={"name_or_path": name})])) == 2
 
 
 def test_no_runs():

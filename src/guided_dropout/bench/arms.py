@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from guided_dropout.bench.stats import (
     UNDECIDED,
@@ -203,7 +204,7 @@ def check_comparable(results: Sequence[RunResult]) -> None:
         for what, found, expected in (
             ("task", r.task, first.task),
             ("metric", r.metric, first.metric),
-            ("model", r.model.get("name_or_path"), first.model.get("name_or_path")),
+            ("model", _called(r.model), _called(first.model)),
             ("recipe", dict(r.recipe), dict(first.recipe)),
         ):
             if found != expected:
@@ -221,6 +222,16 @@ def check_comparable(results: Sequence[RunResult]) -> None:
                 f"the run of the arm {r.arm} saw other weights or batches than another of the same seeds "
                 f"({_difference(dict(r.pairing), dict(pairing[r.seeds]))}); expected paired runs: run them again"
             )
+
+
+def _called(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model as it is called wherever its folder lies: an experiment may go on from another place."""
+    name = str(model.get("name_or_path") or "")
+    return {
+        "name": name.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        "architecture": model.get("architecture"),
+        "num_parameters": model.get("num_parameters"),
+    }
 
 
 def _lost(arm: ArmResult) -> dict[Seeds, None]:
