@@ -15,15 +15,14 @@ from PIL import Image
 
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.artefacts import staged_file, write_json, write_text
-from guided_dropout.corpus import lm_samples
-from guided_dropout.demo.text import demo_paragraphs
+from guided_dropout.cli_shared import open_text
+from guided_dropout.inputs import MAX_CHARACTERS, text_inputs
 from guided_dropout.landscape import Landscape, loss_landscape
 from guided_dropout.landscape.compare import as_json, differences, numbers
 from guided_dropout.landscape.record import remove_record
 from guided_dropout.models import load_lm, load_tokenizer
 from guided_dropout.plots import figure_of, save_figure
 from guided_dropout.plots_landscape import figure_lines, figure_planes, plot_shares
-from guided_dropout.texts import stream_text
 
 PLANES = ["all", "top:0.5", "bottom:0.5"]
 SHARES = (0.8, 0.4, 0.1, 0.01, 0.0025)
@@ -54,15 +53,13 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     work = args.work / args.name
     model, tokenizer = load_lm(args.model), load_tokenizer(args.model)
-    lines = demo_paragraphs() if args.text == "demo" else stream_text(args.text)
-    text = Path(args.text).name
+    lines = open_text(args.text, MAX_CHARACTERS)
 
     def drawn(number: int, seed: int) -> Any:
-        return lm_samples(
-            lines, tokenizer, objective="mlm", num_samples=number, max_length=args.max_length, seed=seed
-        )  # fmt: skip
+        inputs = text_inputs(model, tokenizer, lines, num_samples=number, max_length=args.max_length, seed=seed)
+        return inputs.samples
 
-    facts = {"source": args.name, "text": text, "max_length": args.max_length}
+    facts = {"source": args.name, "text": lines.name, "max_length": args.max_length}
     if not (work / "profile").exists():
         made = estimate_fisher(model, drawn(args.fisher_samples, 0), batch_size=16, facts={**facts, "seed": 0})
         made.save_pretrained(work / "profile")
