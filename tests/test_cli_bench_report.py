@@ -1,8 +1,13 @@
 """`guided-dropout bench report` as a stranger meets it."""
 
+import csv
+from collections import defaultdict
+
 import pytest
 from samples_of_experiments import write_experiment
 from test_cli import run
+
+from guided_dropout.bench.folder import Experiment
 
 
 @pytest.fixture
@@ -24,12 +29,32 @@ def test_it_says_what_was_found_and_where_it_is(command, tmp_path):
     assert (tmp_path / "elsewhere" / "comparisons.csv").exists()
 
 
+def test_any_two_arms_can_be_compared(command, tmp_path):
+    write_experiment(tmp_path / "e", tasks=["cola", "rte"], fractions=[1.0, 0.1], seeds=4)
+    code, out, err = command("bench", "compare", "e", "uniform", "dropout", "--csv", "pair.csv")
+    assert code == 0, err
+    rows = list(csv.DictReader((tmp_path / "pair.csv").read_text().splitlines()))
+    assert [(r["fraction"], r["task"]) for r in rows] == [
+        (f, t) for f in ("1.0", "0.1") for t in ("cola", "rte", "mean over tasks")
+    ]
+    values = defaultdict(dict)
+    for run_ in Experiment(tmp_path / "e").runs():
+        if (run_.key.task, run_.key.fraction) == ("rte", 0.1):
+            values[run_.key.arm][run_.key.seed] = run_.result.value
+    expected = [values["uniform"][s] - values["dropout"][s] for s in range(4)]
+    assert float(rows[4]["mean"]) == pytest.approx(sum(expected) / 4)
+    assert int(rows[4]["pairs"]) == 4
+    assert f"10 % of the training data, rte: uniform − dropout = {sum(expected) / 4:+.4f}" in out
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [
         ("bench report nowhere", "cannot read nowhere/experiment.json"),
         ("bench report e --margin 0", "found a margin of 0.0; expected a difference above 0"),
         ("bench report e --out mine", "holds other files and no report.html"),
+        ("bench compare e guided mixout", "found no runs of 'mixout'; expected one of these arms: dropout, guided"),
+        ("bench compare e guided guided", "'guided' with itself; expected two arms"),
         ("bench report empty", "found no runs; expected at least one: run `guided-dropout bench run` first"),
     ],
 )

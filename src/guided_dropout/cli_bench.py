@@ -1,4 +1,4 @@
-"""The command line's `bench`: run an experiment, report on it."""
+"""The command line's `bench`: run an experiment, report on it, compare two of its arms."""
 
 from __future__ import annotations
 
@@ -151,6 +151,33 @@ def report(
         console.print(claim, highlight=False, markup=False)
     for file in files:
         console.print(file)
+
+
+@bench_app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `bench run` wrote, finished or not.")],
+    arm: Annotated[str, typer.Argument(metavar="ARM", help="Any arm of it, as in `bench run --arms`.")],
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="The arm that is subtracted.")],
+    margin: Annotated[float | None, typer.Option(help="As in `bench report`.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write all numbers to this file.")] = None,
+) -> None:
+    """Compare any two arms, seed by seed; `bench report` has the comparisons that guidance is judged by.
+
+    What nobody asked before the runs were made is a hint, not a test: an experiment has many pairs.
+    """
+    from guided_dropout.bench.analysis import analyse, compare_two
+    from guided_dropout.bench.csv_files import OVERALL, write_comparisons
+    from guided_dropout.bench.folder import Experiment
+    from guided_dropout.bench.phrases import of_the_data, verdict_sentence
+
+    there = Experiment(experiment)
+    analysis = analyse(there.runs(), there.grid, margin=margin)
+    found = compare_two(analysis, arm, other)
+    for c in found:
+        place = f"{c.model}, {of_the_data(c.fraction)}, {c.task or OVERALL}"
+        console.print(f"{place}: {verdict_sentence(c.pair, margin=margin)}", highlight=False, markup=False)
+    if csv is not None:
+        console.print(write_comparisons(csv, found, analysis))
 
 
 def _recipe(

@@ -178,6 +178,39 @@ def analyse(
     )  # fmt: skip
 
 
+def compare_two(analysis: Analysis, a: str, b: str) -> tuple[Comparison, ...]:
+    """Any arm against any other, a − b: in each cell that has both, then over the tasks.
+
+    An experiment has many pairs: what was not asked beforehand is a hint, however small its p.
+
+    Args:
+        analysis: of the experiment.
+        a: label of an arm.
+        b: label of the arm that is subtracted.
+
+    Raises:
+        DataError: the same arm twice, one of which there is no run, or two that no cell has both of.
+    """
+    for label in (a, b):
+        if not any(label in cell.arms for cell in analysis.cells.values()):
+            raise DataError(f"found no runs of {label!r}; expected one of these arms: {', '.join(analysis.arms)}")
+    if a == b:
+        raise DataError(f"{a!r} with itself; expected two arms of {', '.join(analysis.arms)}")
+    families = defaultdict(list)
+    for cell in analysis.cells.values():
+        if a in cell.arms and b in cell.arms:
+            compared = _compare(cell, a, b, analysis.margin, analysis.confidence)
+            families[cell.model, cell.fraction].append(compared)
+    if not families:
+        raise DataError(f"no model, task and fraction has runs of both {a!r} and {b!r}; expected one: run them")
+    found = []
+    for family in families.values():
+        found += _corrected(family)
+        if sum(c.pair.statistics is not None for c in family) > 1:
+            found.append(_mean_over_tasks(family, analysis.margin, analysis.confidence))
+    return tuple(found)
+
+
 def _axis(asked: Sequence[str], found: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*asked, *found]))
 

@@ -50,12 +50,14 @@ def role(guided: str, control: str) -> str:
     """What a comparison with `control` is about.
 
     Args:
-        guided: label of a guided arm.
+        guided: label of a guided arm; of any other, nothing is known.
         control: label of the arm that it is compared with.
 
     Returns:
         `STANDARD`, `CONTROL`, `NONE` or `OTHER`.
     """
+    if name_of(guided) not in GUIDED:
+        return OTHER
     controls, name = GUIDED[name_of(guided)], name_of(control)
     if name in (*controls.even, *controls.uneven):
         return CONTROL

@@ -29,6 +29,12 @@ def write_csv(folder: Path, analysis: Analysis) -> list[Path]:
     return [folder / name for name in tables]
 
 
+def write_comparisons(file: Path, found: Sequence[Comparison], analysis: Analysis) -> Path:
+    """Write comparisons in the columns of ``comparisons.csv``; return the path."""
+    write_text(file, _csv([_comparison(c, analysis) for c in found]))
+    return file
+
+
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     columns = dict.fromkeys(column for row in rows for column in row)
