@@ -37,7 +37,11 @@ def test_chosen_elements_are_exact():
     g = torch.Generator().manual_seed(0)
     samples = [{"input_ids": (ids := torch.randint(5, 64, (n,), generator=g)), "labels": ids} for n in (6, 4, 5)]
     objective = detect_objective(model, samples[0])
-    chosen = {"bert.encoder.layer.0.attention.self.query.weight": [0, 7], "bert.encoder.layer.1.output.dense.bias": [3]}
+    chosen = {
+        "bert.encoder.layer.0.attention.self.query.weight": [0, 7],
+        "bert.encoder.layer.0.intermediate.dense.weight": [5, 40],
+        "bert.encoder.layer.1.output.dense.bias": [3],
+    }
     found = exact_elements(model, objective, samples, chosen, batch_size=2)
     parameters, step = dict(model.named_parameters()), 1e-4
 

@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--elements", type=int, default=100, help="parameters of each layer and kind")
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", help="of the tensors to draw from; default: all")
     parser.add_argument("--vectors", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -203,7 +204,11 @@ def main() -> None:
     samples = list(drawn.samples)
     profile = estimate_fisher(model, samples)
     objective = detect_objective(model, samples[0])
-    drawn_places = draw(profile.diagonal, profile.noise, given.elements, given.seed)
+    drawn_places = {
+        (layer, kind): members
+        for (layer, kind), members in draw(profile.diagonal, profile.noise, given.elements, given.seed).items()
+        if given.kinds is None or kind in given.kinds
+    }
     chosen = {n: places for members in drawn_places.values() for n, places in members.items()}
     with progress_bar("elements and vectors", None) as update:
         steps = sum(map(len, chosen.values())) * -(-len(samples) // BATCH)
