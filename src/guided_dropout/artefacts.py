@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from guided_dropout.errors import ArtefactError
@@ -160,18 +160,48 @@ def write_tensors(
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
 
 
+@contextlib.contextmanager
+def _reading(path: str | Path, kind: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a {kind} file: {advice}") from e
+    except SafetensorError as e:
+        raise ArtefactError(f"{path} is not a whole {kind} file ({e}); {advice}") from e
+
+
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto the CPU.
 
     Raises:
         ArtefactError: no such file, or not a whole safetensors file.
     """
-    try:
+    with _reading(path, "safetensors", "make it again"):
         return load_file(path)
-    except OSError as e:
-        raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a safetensors file") from e
-    except SafetensorError as e:
-        raise ArtefactError(f"{path} is not a whole safetensors file ({e}); make it again") from e
+
+
+def read_header(path: str | Path, *, kind: str, schema: int, key: str, advice: str) -> dict[str, Any]:
+    """Read the JSON in a safetensors file's header, without its tensors, and check what the file says it is.
+
+    Args:
+        path: the file.
+        kind: expected value of the header's ``"kind"``.
+        schema: expected value of its ``"schema"``.
+        key: where the JSON stands in it.
+        advice: what to do where something is wrong; ends the message.
+
+    Raises:
+        ArtefactError: no such file, not a whole one, or of another kind or schema version.
+    """
+    with _reading(path, kind, advice), safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    found = (header.get("kind"), header.get("schema"))
+    if found != (kind, str(schema)):
+        raise ArtefactError(
+            f"{path} holds {found[0]!r}, version {found[1]}; this version of guided-dropout reads {kind!r}, version "
+            f"{schema}: {advice}"
+        )
+    return json.loads(header[key])
 
 
 def sha256_of(path: str | Path) -> str:
