@@ -14,7 +14,26 @@ import typer
 from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_fidelity import fidelity
 from guided_dropout.cli_landscape import landscape_app
-from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.cli_options import (
+    PROFILE_HELP,
+    BatchSize,
+    CheckpointEvery,
+    ColumnNames,
+    Device,
+    Dtype,
+    Grouping,
+    MaxCharacters,
+    MaxLength,
+    Model,
+    Objective,
+    ResidualSites,
+    Resume,
+    Seed,
+    Task,
+    TaskData,
+    TextOrTask,
+    TokensPerBatch,
+)
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.cli_shared import choose, open_text
@@ -55,41 +74,27 @@ def quickstart(
 def fisher(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the profile.")],
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to measure on: a UTF-8 file or folder (.txt, .jsonl, .gz, .xz), 'demo' (embedded), or "
-            "hub:NAME[:CONFIG[:SPLIT[:COLUMN]]], a data set."
-        ),
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
-    data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
+    text: TextOrTask = None,
+    task: Task = None,
+    data: TaskData = None,
     columns: ColumnNames = None,
-    objective: Annotated[
-        str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
-    ] = "auto",
+    objective: Objective = "auto",
     labels: Annotated[
         str,
         typer.Option("--fisher", help="empirical (the data's labels) or sampled (drawn from the model's prediction)."),
     ] = "empirical",
     samples: Annotated[str, typer.Option(help="How many samples to draw, or 'all', in their order.")] = "1000",
-    max_characters: Annotated[
-        int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Instead of --batch-size: tokens per forward pass at most, padding counted.")
-    ] = None,
+    max_characters: MaxCharacters = None,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 8,
+    tokens_per_batch: TokensPerBatch = None,
     reduction: Annotated[str, typer.Option(help="A sample's loss: mean or sum over its targets.")] = "mean",
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="Leave out and count samples whose loss is NaN or infinite.")
     ] = False,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
-    ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")] = 300.0,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
+    resume: Resume = None,
+    checkpoint_every: CheckpointEvery = 300.0,
+    device: Device = None,
     device_map: Annotated[
         str | None, typer.Option(help="Spread a model over several devices, for instance auto.")
     ] = None,
@@ -116,9 +121,7 @@ def fisher(
     rank_tolerance: Annotated[
         float, typer.Option(help="Of --until-ranked: scores that differ by less may change places.")
     ] = 0.05,
-    dtype: Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")] = (
-        "float32"
-    ),
+    dtype: Dtype = "float32",
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
@@ -296,7 +299,7 @@ def inspect(
     model: Model,
     profile: Annotated[str | None, typer.Option(help=f"Adds each site's score: {PROFILE_HELP}.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="Schedule file: adds each site's rate in it.")] = None,
-    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
+    grouping: Grouping = "owner",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parameters' names.")] = False,
 ) -> None:
     """List a model's dropout sites, found by running it: path, kind, the rate that arrives, what feeds it, score."""

@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from guided_dropout.cli_options import Model, Seed
+from guided_dropout.cli_options import (
+    BatchSize,
+    CheckpointEvery,
+    Device,
+    Dtype,
+    Grouping,
+    MaxCharacters,
+    MaxLength,
+    Model,
+    Objective,
+    Resume,
+    Seed,
+    Text,
+    TokensPerBatch,
+)
 from guided_dropout.cli_shared import choose, open_text
 from guided_dropout.console import console, progress_bar
 from guided_dropout.errors import DataError
@@ -21,7 +35,7 @@ if TYPE_CHECKING:
 
 def fidelity(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text to measure on, as for `fisher`.")],
+    text: Text,
     out: Annotated[Path, typer.Option(help="File for the result (JSON); `plot fidelity` draws it.")],
     samples: Annotated[str, typer.Option(help="How many samples to draw, or 'all': what 100 % is.")] = "1000",
     fractions: Annotated[
@@ -32,7 +46,7 @@ def fidelity(
     ] = "0.05,0.01,0.005,0.0025",
     draws: Annotated[int, typer.Option(help="Sub-samples of each size.")] = 5,
     tau: Annotated[float, typer.Option(help="Kendall's tau that a schedule should reach.")] = 0.95,
-    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
+    grouping: Grouping = "owner",
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="Compare schedules alone: next to no memory, less arithmetic.")
     ] = False,
@@ -42,23 +56,15 @@ def fidelity(
     max_memory: Annotated[
         float | None, typer.Option(help="Gigabytes that the sums may take; by default what is available.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="auto, mlm, causal or seq2seq, as for `fisher`.")] = "auto",
-    max_characters: Annotated[
-        int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Instead of --batch-size: tokens per forward pass at most, padding counted.")
-    ] = None,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
-    ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")] = 300.0,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")] = (
-        "float32"
-    ),
+    objective: Objective = "auto",
+    max_characters: MaxCharacters = None,
+    max_length: MaxLength = 128,
+    batch_size: BatchSize = 8,
+    tokens_per_batch: TokensPerBatch = None,
+    resume: Resume = None,
+    checkpoint_every: CheckpointEvery = 300.0,
+    device: Device = None,
+    dtype: Dtype = "float32",
     seed: Seed = 0,
 ) -> None:
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""

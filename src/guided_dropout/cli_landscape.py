@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model
+from guided_dropout.cli_options import (
+    PROFILE_HELP,
+    BatchSize,
+    ColumnNames,
+    Device,
+    Dtype,
+    MaxCharacters,
+    MaxLength,
+    Model,
+    Objective,
+    Resume,
+    Task,
+    TaskData,
+    TextOrTask,
+)
 from guided_dropout.cli_shared import MakeByDefault, choose, open_text
 from guided_dropout.console import console, progress_bar
 from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
@@ -36,11 +50,9 @@ Level = Annotated[float, typer.Option(help="Nats above the origin's loss below w
 def make(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the landscape.")],
-    text: Annotated[
-        str | None, typer.Option(help="Text, as for fisher: a file, a folder, 'demo' or hub:NAME. The same everywhere.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
-    data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
+    text: TextOrTask = None,
+    task: Task = None,
+    data: TaskData = None,
     columns: ColumnNames = None,
     dims: Annotated[int, typer.Option(help="1 for a line, 2 for a plane.")] = 2,
     points: Annotated[int, typer.Option(help="Points along each axis; odd, so that the origin is one.")] = 25,
@@ -77,23 +89,17 @@ def make(
     seeds: Annotated[int, typer.Option(help="Number of directions, each a landscape; 5 or more make intervals.")] = 1,
     seed: Annotated[int, typer.Option(help="The first direction's seed; also draws the samples.")] = 0,
     samples: Annotated[str, typer.Option(help="How many samples to draw from the text.")] = "64",
-    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    max_characters: Annotated[
-        int | None, typer.Option(help="Read no more of the text. Without it, 200 million.")
-    ] = None,
-    objective: Annotated[
-        str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 32,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
-    ] = None,
+    max_length: MaxLength = 128,
+    max_characters: MaxCharacters = None,
+    objective: Objective = "auto",
+    batch_size: BatchSize = 32,
+    resume: Resume = None,
     keep_directions: Annotated[
         bool,
         typer.Option("--keep-directions", help="Write the directions too; a seed alone gives Gaussian ones again."),
     ] = False,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")] = "float32",
+    device: Device = None,
+    dtype: Dtype = "float32",
     plot: Plot = None,
     html: Html = None,
     level: Level = 1.0,
