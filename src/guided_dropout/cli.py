@@ -13,6 +13,7 @@ import typer
 
 from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_fidelity import fidelity
+from guided_dropout.cli_inputs import Given
 from guided_dropout.cli_landscape import landscape_app
 from guided_dropout.cli_options import (
     PROFILE_HELP,
@@ -36,7 +37,7 @@ from guided_dropout.cli_options import (
 )
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.cli_shared import choose, open_text
+from guided_dropout.cli_shared import choose
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table, weights_note
 from guided_dropout.errors import DataError, GuidedDropoutError
 from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait
@@ -125,7 +126,6 @@ def fisher(
     seed: Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
-    from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fisher import estimate_fisher, profile
@@ -133,7 +133,6 @@ def fisher(
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.fisher.ranking import RankingTest
     from guided_dropout.fisher.stability import StabilityTest
-    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer
     from guided_dropout.sites import find_sites
 
     state = out.with_name(f"{out.name}.checkpoint")
@@ -145,29 +144,17 @@ def fisher(
         profile.check_dtype(save_dtype)
         if resume is None:
             check_unused(state)
-        if (text is None) == (task is None) or (task is None and (data or columns)):
-            raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
         source_of_labels = choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
-        precision = choose("--dtype", dtype, DTYPES)
-        number = inputs.number_of_samples(samples)
+        given = Given(
+            model=model, text=text, task=task, data=data, columns=columns, samples=samples, objective=objective,
+            max_characters=max_characters, max_length=max_length, dtype=dtype, device_map=device_map, seed=seed,
+        )  # fmt: skip
         if until_ranked and until_stable:
             raise DataError("both --until-ranked and --until-stable; expected one rule to stop by: leave one out")
-        if (until_ranked or until_stable) and number is None:
+        if (until_ranked or until_stable) and given.number is None:
             rule = "--until-ranked" if until_ranked else "--until-stable"
             raise DataError(f"{rule} with --samples all; expected samples drawn at random: give their number")
-        if text is not None:
-            limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
-            lines = open_text(text, limit)
-            loaded, tokenizer = load_lm(model, objective, precision, device_map), load_tokenizer(model)
-            with progress_bar("blocks of text", None, shown=world.is_main) as update:
-                given = inputs.text_inputs(
-                    loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
-                )  # fmt: skip
-        else:
-            loaded, tokenizer = load_model(model, precision, device_map), load_tokenizer(model)
-            given = inputs.task_inputs(
-                loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
-            )  # fmt: skip
+        loaded, inputs = given.load(shown=world.is_main)
         ranking = None
         if until_ranked or until_stable:
             sites = {s.path: s.parameters for s in find_sites(loaded) if not s.in_head}
@@ -178,14 +165,11 @@ def fisher(
             )
         if device_map is None:
             loaded = to_device(loaded, device or world.device)
-    if world.is_main:
-        for note in given.notes:
-            console.print(note)
     share = "samples" if world.count == 1 else f"samples of process 1 of {world.count}"
-    counted = _Counted(given.samples)
+    counted = _Counted(inputs.samples)
     with (
         interrupts_wait() as stop_if_asked,
-        progress_bar(share, given.total and -(-given.total // world.count), shown=world.is_main) as update,
+        progress_bar(share, inputs.total and -(-inputs.total // world.count), shown=world.is_main) as update,
     ):
 
         def progress(done: int) -> None:
@@ -211,7 +195,7 @@ def fisher(
                 resume=resume,
                 distributed=world.count > 1,
                 progress=progress,
-                facts={"source": model, "samples": samples, **given.facts},
+                facts=inputs.facts,
             )
         except Interrupted:
             if not world.is_main:

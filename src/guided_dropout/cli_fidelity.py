@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from guided_dropout.cli_inputs import Given
 from guided_dropout.cli_options import (
     BatchSize,
     CheckpointEvery,
@@ -23,7 +24,6 @@ from guided_dropout.cli_options import (
     Text,
     TokensPerBatch,
 )
-from guided_dropout.cli_shared import choose, open_text
 from guided_dropout.console import console, progress_bar
 from guided_dropout.errors import DataError
 from guided_dropout.interrupts import Interrupted, interrupts_wait
@@ -68,14 +68,12 @@ def fidelity(
     seed: Seed = 0,
 ) -> None:
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
-    from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fidelity import fidelity as run
     from guided_dropout.fidelity.memory import in_gigabytes
     from guided_dropout.fisher import profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
-    from guided_dropout.models import DTYPES, load_lm, load_tokenizer
 
     state = out.with_name(f"{out.name}.checkpoint")
     shares, tops = _numbers("--fractions", fractions), _numbers("--top", top)
@@ -86,22 +84,18 @@ def fidelity(
     if resume is None:
         check_unused(state)
     check_placement(device, None, 1)
-    precision, number = choose("--dtype", dtype, DTYPES), inputs.number_of_samples(samples)
-    lines = open_text(text, inputs.MAX_CHARACTERS if max_characters is None and number else max_characters)
-    loaded, tokenizer = load_lm(model, objective, precision), load_tokenizer(model)
-    with progress_bar("blocks of text", None) as update:
-        given = inputs.text_inputs(
-            loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
-        )  # fmt: skip
+    given = Given(
+        model=model, text=text, samples=samples, objective=objective, max_characters=max_characters,
+        max_length=max_length, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    loaded, inputs = given.load()
     loaded = to_device(loaded, device)
-    for note in given.notes:
-        console.print(note)
 
     def planned(count: int, needed: int) -> None:
         what = "no sums of the parameters' size" if scores_only else f"{in_gigabytes(needed)} of memory for the sums"
         console.print(f"{count:,} samples in one pass, {draws} draws of {len(shares)} sizes; {what}", highlight=False)
 
-    with interrupts_wait() as stop_if_asked, progress_bar("samples", given.total) as update:
+    with interrupts_wait() as stop_if_asked, progress_bar("samples", inputs.total) as update:
 
         def progress(done: int) -> None:
             update(done)
@@ -110,7 +104,7 @@ def fidelity(
         try:
             result = run(
                 loaded,
-                given.samples,
+                inputs.samples,
                 fractions=shares,
                 tops=tops,
                 draws=draws,
@@ -127,7 +121,7 @@ def fidelity(
                 resume=resume,
                 planned=planned,
                 progress=progress,
-                facts={"source": model, "samples": samples, **given.facts},
+                facts=inputs.facts,
             )
         except Interrupted:
             if holds_state(state):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guided_dropout.cli_inputs import Given
 from guided_dropout.cli_options import (
     PROFILE_HELP,
     BatchSize,
@@ -23,7 +24,7 @@ from guided_dropout.cli_options import (
     TaskData,
     TextOrTask,
 )
-from guided_dropout.cli_shared import MakeByDefault, choose, open_text
+from guided_dropout.cli_shared import MakeByDefault
 from guided_dropout.console import console, progress_bar
 from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
 from guided_dropout.errors import DataError
@@ -105,14 +106,13 @@ def make(
     level: Level = 1.0,
 ) -> None:
     """Evaluate the loss on a line or plane around the weights, the same text at each point."""
-    from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.devices import to_device
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.landscape import Mask, landscape, loss_landscape, record, toward
     from guided_dropout.landscape.grid import Grid
-    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer
+    from guided_dropout.models import load_model
 
     state = out.with_name(f"{out.name}.checkpoint")
     world = current_processes()
@@ -122,35 +122,20 @@ def make(
             check_output_folder(out, marker=landscape.JSON_NAME)
         if resume is None:
             record.check_unused(state)
-        if (text is None) == (task is None) or (task is None and (data or columns)):
-            raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
+        given = Given(
+            model=model, text=text, task=task, data=data, columns=columns, samples=samples, objective=objective,
+            max_characters=max_characters, max_length=max_length, dtype=dtype, seed=seed,
+        )  # fmt: skip
         if seeds < 1:
             raise DataError(f"--seeds {seeds}; expected at least 1")
         _check_drawings(plot, html, dims)
-        precision = choose("--dtype", dtype, DTYPES)
-        number = inputs.number_of_samples(samples)
         masks = [Mask.parse(name, equal_norm=equal_norm) for name in mask or ["all"]]
         if both_norms:
             masks = list(dict.fromkeys(m for own in masks for m in _both(own)))
         measured = FisherProfile.from_pretrained(profile) if profile else None
-        if text is not None:
-            limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
-            lines = open_text(text, limit)
-            loaded, tokenizer = load_lm(model, objective, precision), load_tokenizer(model)
-            with progress_bar("blocks of text", None, shown=world.is_main) as update:
-                given = inputs.text_inputs(
-                    loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
-                )  # fmt: skip
-        else:
-            loaded, tokenizer = load_model(model, precision), load_tokenizer(model)
-            given = inputs.task_inputs(
-                loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
-            )  # fmt: skip
-        directions = direction if to is None else [toward(loaded, load_model(to, precision))]
+        loaded, inputs = given.load(shown=world.is_main)
+        directions = direction if to is None else [toward(loaded, load_model(to, given.precision))]
         loaded = to_device(loaded, device or world.device)
-    if world.is_main:
-        for note in given.notes:
-            console.print(note)
     share = "points" if world.count == 1 else f"points of process 1 of {world.count}"
     with interrupts_wait() as stop_if_asked, progress_bar(share, None, shown=world.is_main) as update:
 
@@ -161,7 +146,7 @@ def make(
         try:
             made = loss_landscape(
                 loaded,
-                given.samples,
+                inputs.samples,
                 directions=directions,
                 masks=masks,
                 profile=measured,
@@ -179,7 +164,7 @@ def make(
                 resume=resume,
                 distributed=world.count > 1,
                 progress=progress,
-                facts={"source": model, "samples": samples, **given.facts},
+                facts=inputs.facts,
             )
         except Interrupted:
             if not world.is_main:
