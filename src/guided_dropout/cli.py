@@ -40,7 +40,7 @@ from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.cli_shared import choose
 from guided_dropout.console import arms_help, console, errors, progress_bar, site_table, weights_note
 from guided_dropout.errors import DataError, GuidedDropoutError
-from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait
+from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.fisher import FisherProfile
@@ -169,6 +169,7 @@ def fisher(
     counted = _Counted(inputs.samples)
     with (
         interrupts_wait() as stop_if_asked,
+        resumable(state, holds_state, told=world.is_main),
         progress_bar(share, inputs.total and -(-inputs.total // world.count), shown=world.is_main) as update,
     ):
 
@@ -176,35 +177,26 @@ def fisher(
             update(done, tokens=counted.tokens_each)
             stop_if_asked()
 
-        try:
-            measured = estimate_fisher(
-                loaded,
-                counted,
-                batch_size=batch_size,
-                tokens_per_batch=tokens_per_batch,
-                objective=objective,
-                reduction=reduction,
-                labels=source_of_labels,
-                parameters=parameters,
-                seed=seed,
-                scores_only=scores_only,
-                until_ranked=ranking,
-                nonfinite="skip" if skip_nonfinite else "error",
-                checkpoint=state,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                distributed=world.count > 1,
-                progress=progress,
-                facts=inputs.facts,
-            )
-        except Interrupted:
-            if not world.is_main:
-                sys.exit(2)
-            if holds_state(state):
-                raise Interrupted(
-                    f"the state is in {state}: run the same command with --resume to go on from there"
-                ) from None
-            raise
+        measured = estimate_fisher(
+            loaded,
+            counted,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            objective=objective,
+            reduction=reduction,
+            labels=source_of_labels,
+            parameters=parameters,
+            seed=seed,
+            scores_only=scores_only,
+            until_ranked=ranking,
+            nonfinite="skip" if skip_nonfinite else "error",
+            checkpoint=state,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            distributed=world.count > 1,
+            progress=progress,
+            facts=inputs.facts,
+        )
     with world.together():
         if world.is_main:
             folder = measured.save_pretrained(out, dtype=save_dtype)

@@ -26,7 +26,7 @@ from guided_dropout.cli_options import (
 )
 from guided_dropout.console import console, progress_bar
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import Interrupted, interrupts_wait
+from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.fidelity import Fidelity
@@ -95,40 +95,37 @@ def fidelity(
         what = "no sums of the parameters' size" if scores_only else f"{in_gigabytes(needed)} of memory for the sums"
         console.print(f"{count:,} samples in one pass, {draws} draws of {len(shares)} sizes; {what}", highlight=False)
 
-    with interrupts_wait() as stop_if_asked, progress_bar("samples", inputs.total) as update:
+    with (
+        interrupts_wait() as stop_if_asked,
+        resumable(state, holds_state),
+        progress_bar("samples", inputs.total) as update,
+    ):
 
         def progress(done: int) -> None:
             update(done)
             stop_if_asked()
 
-        try:
-            result = run(
-                loaded,
-                inputs.samples,
-                fractions=shares,
-                tops=tops,
-                draws=draws,
-                tau=tau,
-                grouping=grouping,
-                scores_only=scores_only,
-                seed=seed,
-                batch_size=batch_size,
-                tokens_per_batch=tokens_per_batch,
-                objective=objective,
-                max_memory=None if max_memory is None else int(max_memory * 1e9),
-                checkpoint=state,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                planned=planned,
-                progress=progress,
-                facts=inputs.facts,
-            )
-        except Interrupted:
-            if holds_state(state):
-                raise Interrupted(
-                    f"the state is in {state}: run the same command with --resume to go on from there"
-                ) from None
-            raise
+        result = run(
+            loaded,
+            inputs.samples,
+            fractions=shares,
+            tops=tops,
+            draws=draws,
+            tau=tau,
+            grouping=grouping,
+            scores_only=scores_only,
+            seed=seed,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            objective=objective,
+            max_memory=None if max_memory is None else int(max_memory * 1e9),
+            checkpoint=state,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            planned=planned,
+            progress=progress,
+            facts=inputs.facts,
+        )
     result.save(out)
     if profile_out and result.profile:
         result.profile.save_pretrained(profile_out)

@@ -28,7 +28,7 @@ from guided_dropout.cli_shared import MakeByDefault
 from guided_dropout.console import console, progress_bar
 from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import Interrupted, interrupts_wait
+from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.landscape import Landscape
@@ -137,43 +137,38 @@ def make(
         directions = direction if to is None else [toward(loaded, load_model(to, given.precision))]
         loaded = to_device(loaded, device or world.device)
     share = "points" if world.count == 1 else f"points of process 1 of {world.count}"
-    with interrupts_wait() as stop_if_asked, progress_bar(share, None, shown=world.is_main) as update:
+    with (
+        interrupts_wait() as stop_if_asked,
+        resumable(state, record.holds_points, told=world.is_main),
+        progress_bar(share, None, shown=world.is_main) as update,
+    ):
 
         def progress(done: int, total: int) -> None:
             update(done, total)
             stop_if_asked()
 
-        try:
-            made = loss_landscape(
-                loaded,
-                inputs.samples,
-                directions=directions,
-                masks=masks,
-                profile=measured,
-                mask_level=mask_level,
-                normalise=normalise,
-                vectors=vectors,
-                dims=dims,
-                points=points,
-                radius=radius,
-                seeds=range(seed, seed + seeds),
-                objective=objective,
-                batch_size=batch_size,
-                keep_directions=keep_directions or None,
-                checkpoint=state,
-                resume=resume,
-                distributed=world.count > 1,
-                progress=progress,
-                facts=inputs.facts,
-            )
-        except Interrupted:
-            if not world.is_main:
-                sys.exit(2)
-            if record.holds_points(state):
-                raise Interrupted(
-                    f"the points are in {state}: run the same command with --resume to go on from there"
-                ) from None
-            raise
+        made = loss_landscape(
+            loaded,
+            inputs.samples,
+            directions=directions,
+            masks=masks,
+            profile=measured,
+            mask_level=mask_level,
+            normalise=normalise,
+            vectors=vectors,
+            dims=dims,
+            points=points,
+            radius=radius,
+            seeds=range(seed, seed + seeds),
+            objective=objective,
+            batch_size=batch_size,
+            keep_directions=keep_directions or None,
+            checkpoint=state,
+            resume=resume,
+            distributed=world.count > 1,
+            progress=progress,
+            facts=inputs.facts,
+        )
     with world.together():
         if world.is_main:
             folder = made.save_pretrained(out)
