@@ -371,36 +371,23 @@ def finetune(
     residual_sites: ResidualSites = False,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
-    from guided_dropout.arms import choose_arm
-    from guided_dropout.artefacts import check_output_folder
     from guided_dropout.finetune import finetune as run
     from guided_dropout.fisher import FisherProfile
-    from guided_dropout.regularizers import Context
-    from guided_dropout.results import JSON_NAME, Seeds
+    from guided_dropout.results import JSON_NAME
     from guided_dropout.schedule import DropoutSchedule
-    from guided_dropout.task_data import load_data
 
     planned = DropoutSchedule.load(schedule) if schedule else None
     measured = FisherProfile.from_pretrained(profile) if profile else None
-    # What can go wrong at once goes wrong before the data are read, which may take minutes.
-    choose_arm(arm, arm_param or ()).check(Context(rate=rate, schedule=planned, profile=measured))
-    check_output_folder(out, marker=JSON_NAME)
-    given = load_data(
-        task,
-        data,
-        eval_data=eval_data,
-        columns=columns,
-        metrics=metrics,
-        hub_splits=hub_splits,
-        split=split,
-        seed=Seeds.derive(seed).subset,
-    )
-    for note in given.notes:
-        console.print(note)
-    with progress_bar(f"{given.task.name} {arm}", None) as update:
+    with progress_bar(f"{task or data} {arm}", None) as update:
         result = run(
             model,
-            data=given,
+            task,
+            data=data,
+            eval_data=eval_data,
+            columns=columns,
+            metrics=metrics,
+            hub_splits=hub_splits,
+            split=split,
             arm=arm,
             arm_parameters=arm_param or (),
             schedule=planned,
@@ -417,13 +404,14 @@ def finetune(
             precision=precision,
             residual_sites=residual_sites,
             out=out,
+            told=console.print,
             progress=update,
         )
     value = "diverged" if result.value is None else f"{result.value:.4f}"
     further = {name: v for name, v in result.metrics.items() if name.startswith(f"{result.metric}_") and v is not None}
     value += "".join(f", {name} {v:.4f}" for name, v in further.items())
     console.print(f"{result.task} {result.arm} seed {seed}: {result.metric} {value} ({result.times['total']:.0f} s)")
-    console.print(out / "result.json")
+    console.print(out / JSON_NAME)
 
 
 def main() -> None:
