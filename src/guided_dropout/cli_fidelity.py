@@ -8,22 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from guided_dropout import cli_options as options
 from guided_dropout.cli_inputs import Given
-from guided_dropout.cli_options import (
-    BatchSize,
-    CheckpointEvery,
-    Device,
-    Dtype,
-    Grouping,
-    MaxCharacters,
-    MaxLength,
-    Model,
-    Objective,
-    Resume,
-    Seed,
-    Text,
-    TokensPerBatch,
-)
 from guided_dropout.console import console, progress_bar
 from guided_dropout.errors import DataError
 from guided_dropout.interrupts import interrupts_wait, resumable
@@ -34,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def fidelity(
-    model: Model,
-    text: Text,
+    model: options.Model,
+    text: options.Text,
     out: Annotated[Path, typer.Option(help="File for the result (JSON); `plot fidelity` draws it.")],
     samples: Annotated[str, typer.Option(help="How many samples to draw, or 'all': what 100 % is.")] = "1000",
     fractions: Annotated[
@@ -46,7 +32,7 @@ def fidelity(
     ] = "0.05,0.01,0.005,0.0025",
     draws: Annotated[int, typer.Option(help="Sub-samples of each size.")] = 5,
     tau: Annotated[float, typer.Option(help="Kendall's tau that a schedule should reach.")] = 0.95,
-    grouping: Grouping = "owner",
+    grouping: options.Grouping = "owner",
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="Compare schedules alone: next to no memory, less arithmetic.")
     ] = False,
@@ -56,16 +42,16 @@ def fidelity(
     max_memory: Annotated[
         float | None, typer.Option(help="Gigabytes that the sums may take; by default what is available.")
     ] = None,
-    objective: Objective = "auto",
-    max_characters: MaxCharacters = None,
-    max_length: MaxLength = 128,
-    batch_size: BatchSize = 8,
-    tokens_per_batch: TokensPerBatch = None,
-    resume: Resume = None,
-    checkpoint_every: CheckpointEvery = 300.0,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    seed: Seed = 0,
+    objective: options.Objective = "auto",
+    max_characters: options.MaxCharacters = None,
+    max_length: options.MaxLength = 128,
+    batch_size: options.BatchSize = 8,
+    tokens_per_batch: options.TokensPerBatch = None,
+    resume: options.Resume = None,
+    checkpoint_every: options.CheckpointEvery = 300.0,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    seed: options.Seed = 0,
 ) -> None:
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
     from guided_dropout.artefacts import check_output_folder

@@ -8,22 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from guided_dropout import cli_options as options
 from guided_dropout.cli_inputs import Given
-from guided_dropout.cli_options import (
-    PROFILE_HELP,
-    BatchSize,
-    ColumnNames,
-    Device,
-    Dtype,
-    MaxCharacters,
-    MaxLength,
-    Model,
-    Objective,
-    Resume,
-    Task,
-    TaskData,
-    TextOrTask,
-)
 from guided_dropout.cli_shared import MakeByDefault
 from guided_dropout.console import console, progress_bar
 from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
@@ -49,12 +35,12 @@ Level = Annotated[float, typer.Option(help="Nats above the origin's loss below w
 
 @landscape_app.command()
 def make(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the landscape.")],
-    text: TextOrTask = None,
-    task: Task = None,
-    data: TaskData = None,
-    columns: ColumnNames = None,
+    text: options.TextOrTask = None,
+    task: options.Task = None,
+    data: options.TaskData = None,
+    columns: options.ColumnNames = None,
     dims: Annotated[int, typer.Option(help="1 for a line, 2 for a plane.")] = 2,
     points: Annotated[int, typer.Option(help="Points along each axis; odd, so that the origin is one.")] = 25,
     radius: Annotated[float, typer.Option(help="Largest step along each axis; 1 is as long as the weights are.")] = 1.0,
@@ -65,7 +51,7 @@ def make(
             "several times; a = at the end (top:0.5=) is --equal-norm for that one."
         ),
     ] = None,
-    profile: Annotated[str | None, typer.Option(help=f"For top and bottom: {PROFILE_HELP}.")] = None,
+    profile: Annotated[str | None, typer.Option(help=f"For top and bottom: {options.PROFILE_HELP}.")] = None,
     mask_level: Annotated[
         str, typer.Option(help="Shares are of parameters ('parameter') or of whole tensors, as published ('tensor').")
     ] = "parameter",
@@ -90,17 +76,17 @@ def make(
     seeds: Annotated[int, typer.Option(help="Number of directions, each a landscape; 5 or more make intervals.")] = 1,
     seed: Annotated[int, typer.Option(help="The first direction's seed; also draws the samples.")] = 0,
     samples: Annotated[str, typer.Option(help="How many samples to draw from the text.")] = "64",
-    max_length: MaxLength = 128,
-    max_characters: MaxCharacters = None,
-    objective: Objective = "auto",
-    batch_size: BatchSize = 32,
-    resume: Resume = None,
+    max_length: options.MaxLength = 128,
+    max_characters: options.MaxCharacters = None,
+    objective: options.Objective = "auto",
+    batch_size: options.BatchSize = 32,
+    resume: options.Resume = None,
     keep_directions: Annotated[
         bool,
         typer.Option("--keep-directions", help="Write the directions too; a seed alone gives Gaussian ones again."),
     ] = False,
-    device: Device = None,
-    dtype: Dtype = "float32",
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
     plot: Plot = None,
     html: Html = None,
     level: Level = 1.0,
