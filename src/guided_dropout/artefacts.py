@@ -81,13 +81,14 @@ def _umask() -> int:
     return mask
 
 
-def check_output_folder(path: str | Path, *, marker: str) -> Path:
+def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Path:
     """Make sure, before any long work, that `path` can be written as a whole.
 
     Args:
         path: the folder to be.
         marker: name of the file by which a folder of this kind is known. A folder that holds other things but not
             the marker is somebody else's.
+        begun: name of a file that is there until another process that has just begun the folder has made the marker.
 
     Raises:
         ArtefactError: `path` is a file, holds other things, or its parent cannot be written.
@@ -95,7 +96,7 @@ def check_output_folder(path: str | Path, *, marker: str) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (begun, marker) if name):
         raise ArtefactError(
             f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this "
             "command wrote: choose another --out"
@@ -104,7 +105,7 @@ def check_output_folder(path: str | Path, *, marker: str) -> Path:
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may be looking too
     except OSError as e:
         raise _cannot_write(path, e) from e
     return path
