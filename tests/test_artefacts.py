@@ -90,3 +90,21 @@ def test_a_damaged_profile_says_what_is_wrong(tmp_path, damage, message):
 def test_a_profile_that_is_not_there_says_how_to_make_one(tmp_path):
     with pytest.raises(ArtefactError, match="guided-dropout fisher"):
         FisherProfile.from_pretrained(tmp_path / "none")
+
+
+def test_a_header_is_read_without_tensors_and_says_what_is_wrong_with_the_file(tmp_path):
+    file, what = tmp_path / "x.safetensors", {"kind": "sums", "schema": 2, "key": "facts", "advice": "start afresh"}
+    header = {"kind": "sums", "schema": "2", "facts": '{"done": [1, null]}'}
+    artefacts.write_tensors(file, {"a": torch.ones(300)}, header)
+    assert artefacts.read_header(file, **what) == {"done": [1, None]}
+    with pytest.raises(ArtefactError, match=r"holds 'sums', version 2; .* reads 'sums', version 3: start afresh$"):
+        artefacts.read_header(file, **{**what, "schema": 3})
+    artefacts.write_tensors(file, {"a": torch.ones(300)})
+    with pytest.raises(ArtefactError, match=r"holds None, version None; .* reads 'sums', version 2: start afresh$"):
+        artefacts.read_header(file, **what)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ArtefactError, match=r"is not a whole sums file \(.*\); start afresh$"):
+        artefacts.read_header(file, **what)
+    file.unlink()
+    with pytest.raises(ArtefactError, match=r"cannot read .*x.safetensors: .*; expected a sums file: start afresh$"):
+        artefacts.read_header(file, **what)

@@ -1,10 +1,13 @@
 """An experiment: what is missing is run, whatever happened before or happens beside it."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +58,7 @@ def finished(folder):
     run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
     assert {d.status for d in done} <= {"ok", "collapsed"}
     assert len(done) == 8
+    assert list(experiment.path.rglob("*.lock")) == []
     return plan, experiment
 
 
@@ -181,6 +185,53 @@ def test_a_claim_is_exclusive(tmp_path):
         assert again
 
 
+def test_many_at_once_make_each_run_once_and_leave_no_locks(tmp_path):
+    """Each goes over all runs in an order of its own, as often as it pleases, and comes and goes between."""
+    keys = [RunKey("m", "cola", 0.1, "dropout", seed) for seed in range(25)]
+    made, start = [], threading.Barrier(8)
+
+    def invocation(number):
+        order = random.Random(number)
+        start.wait()
+        experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+        for _ in range(4):
+            for key in order.sample(keys, len(keys)):
+                with experiment.claim(key) as mine:
+                    if mine and not experiment.is_done(key):
+                        made.append(key)
+                        experiment.note_grid(Grid(["m"], ["cola"], ["dropout"], [0.1], [key.seed]))
+                        experiment.write(Run(key, failure=Failure("ValueError", "it was not to be", "")))
+                if order.random() < 0.2:
+                    experiment.remove_claims()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(invocation, range(8)))
+    experiment = Experiment(tmp_path / "out")
+    assert sorted(made) == keys == [run.key for run in experiment.runs()]
+    assert experiment.grid.seeds == list(range(25))
+    assert list(experiment.path.rglob("*.lock")) == []
+
+
+def test_claims_of_runs_that_are_not_there_stay_and_those_that_are_held(tmp_path):
+    experiment = Experiment.start(tmp_path / "out", {})
+    keys = [RunKey("m", "cola", 0.1, "dropout", seed) for seed in range(3)]
+
+    def left():
+        return [f.stem.removeprefix(".") for f in sorted((experiment.path / "runs").glob(".*"))]
+
+    with experiment.claim(keys[0]):
+        pass  # interrupted
+    with experiment.claim(keys[1]), Experiment(tmp_path / "out").claim(keys[2]):
+        for key in keys[1:]:
+            experiment.write(Run(key, failure=Failure("ValueError", "", "")))
+        experiment.remove_claims()
+        assert left() == [key.name for key in keys]
+    assert left() == [keys[0].name]
+    experiment.write(Run(keys[0], failure=Failure("ValueError", "", "")))
+    experiment.remove_claims()
+    assert left() == []
+
+
 def test_recipes_name_what_exists(folder):
     for recipe in RECIPES.values():
         plan = plan_of(folder, tasks=recipe.tasks, arms=recipe.arms, fractions=recipe.fractions)
@@ -227,9 +278,11 @@ def test_killed_processes_and_two_invocations_give_the_same_results(folder, fini
     first.kill()
     first.communicate()
     pair = [command(folder, out), command(folder, out)]
-    claimed = len(list(out.glob("claims/*.lock")))
-    wait_for(lambda: len(list(out.glob("claims/*.lock"))) > claimed, pair[0])
-    workers = [p for p in children(pair[0].pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    made = len(list(out.glob("runs/*.json")))
+    wait_for(lambda: len(list(out.glob("runs/*.json"))) > made, pair[0])
+    workers = wait_for(
+        lambda: [p for p in children(pair[0].pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()], pair[0]
+    )
     os.kill(workers[0], signal.SIGKILL)
     for process in pair:
         _, err = process.communicate(timeout=240)
@@ -239,6 +292,7 @@ def test_killed_processes_and_two_invocations_give_the_same_results(folder, fini
     run_experiment(plan, experiment, [k for k in plan.grid if not experiment.is_done(k)], threads=1)
     assert outcomes(experiment) == outcomes(finished[1])
     assert experiment.facts["recipe"] == finished[1].facts["recipe"]
+    assert list(out.rglob("*.lock")) == []
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,8 +15,8 @@ import pytest
 from test_cli import run
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import cli
-from guided_dropout.landscape import Landscape, record
+from guided_dropout import cli, landscape
+from guided_dropout.landscape import Landscape, loss_landscape, record
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 BASE = "landscape model --text text.txt --samples 12 --max-length 12 --batch-size 4 --device cpu"
@@ -119,6 +121,31 @@ def test_mistakes_are_one_line(options, message, command, tmp_path):
     assert message in " ".join(err.split())
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_says_how_to_go_on(command, tmp_path, monkeypatch):
+    line, state = [*BASE.split(), "--points", 3, "--out", tmp_path / "new"], tmp_path / "new.checkpoint"
+
+    def signalled(*args, progress, **options):
+        def signal_first(*done):
+            os.kill(os.getpid(), signal.SIGINT)
+            progress(*done)
+
+        return loss_landscape(*args, progress=signal_first, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(landscape, "loss_landscape", signalled)
+        code, _, err = command(*line)
+    assert code == 2
+    assert err == (
+        f"error: interrupted; the state is in {state}: run the same command with --resume to go on from there\n"
+    )
+    code, _, err = command(*line)
+    assert code == 2
+    assert "holds the state of an unfinished run (1 points)" in err
+    code, _, err = command(*line, "--resume")
+    assert code == 0, err
+    assert not state.exists()
 
 
 def make(folder, out):

@@ -339,6 +339,18 @@ def test_an_interrupted_run_writes_nothing(bert: Path, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_person_should_know_of_the_data_is_told_before_training(bert: Path) -> None:
+    said: list[str] = []
+
+    def interrupt(*_: int) -> None:
+        assert said == ["12 examples without a label left out"]
+        raise KeyboardInterrupt
+
+    data = TaskData(COLOUR, *DATA, notes=("12 examples without a label left out",))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(bert, arm="none", told=said.append, progress=interrupt, **{**SHORT, "data": data})
+
+
 # --- what it leaves behind
 
 

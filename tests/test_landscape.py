@@ -255,7 +255,7 @@ def test_a_stopped_run_goes_on_to_the_same_landscape(dims, tmp_path):
 
     with pytest.raises(StopError):
         loss_landscape(model, SAMPLES, **options, progress=stop)
-    with pytest.raises(ArtefactError, match=r"holds 5 points of an unfinished run; .*--resume .*--no-resume"):
+    with pytest.raises(ArtefactError, match=r"an unfinished run \(5 points\); .*--resume .*--no-resume"):
         loss_landscape(model, SAMPLES, **options)
     with pytest.raises(StopError):
         loss_landscape(model, SAMPLES, **options, resume=True, progress=stop)

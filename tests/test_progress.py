@@ -80,3 +80,23 @@ def test_without_a_total_there_is_the_speed(terminal):
             update(done)
             time.sleep(0.01)
     assert re.search(r"blocks .* 3/\? [\d,.]+/s", "\n".join(shown(terminal)))
+
+
+def test_what_is_printed_meanwhile_stands_above_the_bar(terminal, monkeypatch):
+    """Where both go to one terminal."""
+    monkeypatch.setattr(console, "console", Console(file=terminal, force_terminal=True, width=120))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with console.progress_bar("steps", 10) as update:
+        update(1)
+        console.console.print("half of them are left out")
+    assert "half of them are left out" in shown(terminal)
+    assert terminal.getvalue().endswith("\x1b[2K")
+
+
+def test_what_is_printed_meanwhile_reaches_a_file(terminal, capsys):
+    with console.progress_bar("steps", 10) as update:
+        update(1)
+        console.console.print("half of them are left out")
+    assert capsys.readouterr().out == "half of them are left out\n"
+    assert any("1/10" in line for line in shown(terminal))
+    assert "half of them" not in terminal.getvalue()

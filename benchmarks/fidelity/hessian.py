@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from guided_dropout import estimate_fisher
 from guided_dropout.artefacts import write_json
-from guided_dropout.cli_shared import open_text
+from guided_dropout.cli_inputs import open_text
 from guided_dropout.console import progress_bar
 from guided_dropout.detection import detect_objective
 from guided_dropout.inputs import text_inputs

@@ -15,7 +15,7 @@ from PIL import Image
 
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.artefacts import staged_file, write_json, write_text
-from guided_dropout.cli_shared import open_text
+from guided_dropout.cli_inputs import open_text
 from guided_dropout.inputs import MAX_CHARACTERS, text_inputs
 from guided_dropout.landscape import Landscape, loss_landscape
 from guided_dropout.landscape.compare import as_json, differences, numbers

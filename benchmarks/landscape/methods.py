@@ -26,31 +26,54 @@ class UnavailableError(Exception):
     """A method that cannot run here, and why."""
 
 
+def _loss(model: Any, evaluation: Evaluation) -> float:
+    """The mean loss, with the whole head at each position."""
+    with torch.no_grad():
+        sums = [
+            evaluation.objective.losses(model(**batch.inputs).logits, batch).sum().double()
+            for batch in evaluation.batches
+        ]
+    return torch.stack(sums).sum().item() / evaluation.num_samples
+
+
+@contextlib.contextmanager
+def _needed(library: str) -> Iterator[None]:
+    """Within, what cannot be imported is a method that cannot run."""
+    try:
+        yield
+    except Exception as e:
+        raise UnavailableError(f"{library} cannot be imported ({e})") from e
+
+
+@contextlib.contextmanager
+def _moved(evaluation: Evaluation, loss: Callable[[], float]) -> Iterator[Point]:
+    """At each point the weights are written, both directions moving, before the loss is asked for."""
+    directions = [gaussian_direction(evaluation.model, axis=axis) for axis in (0, 1)]
+    with walking(evaluation.model, directions) as walker:
+
+        def point(alpha: float, beta: float) -> float:
+            walker.move(alpha, beta)
+            return loss()
+
+        yield point
+
+
 @contextlib.contextmanager
 def forward(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
     """The yardstick: one plain evaluation forward of the same batches, the whole head, nothing moved."""
-
-    def point(alpha: float, beta: float) -> float:
-        model, goal = evaluation.model, evaluation.objective
-        with torch.no_grad():
-            sums = [goal.losses(model(**batch.inputs).logits, batch).sum().double() for batch in evaluation.batches]
-        return torch.stack(sums).sum().item() / evaluation.num_samples
-
-    yield point
+    yield lambda alpha, beta: _loss(evaluation.model, evaluation)
 
 
 @contextlib.contextmanager
 def plane(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
     """This project's way: weights written in place, the head at the targets where that is exact, the loss noted."""
-    directions = [gaussian_direction(evaluation.model, axis=axis) for axis in (0, 1)]
     record = Record(1, 1, 2, folder=folder)
-    with walking(evaluation.model, directions) as walker:
 
-        def point(alpha: float, beta: float) -> float:
-            walker.move(alpha, beta)
-            record.add(0, 0, loss := evaluation())
-            return loss
+    def noted() -> float:
+        record.add(0, 0, loss := evaluation())
+        return loss
 
+    with _moved(evaluation, noted) as point:
         yield point
 
 
@@ -64,27 +87,14 @@ def row(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
 @contextlib.contextmanager
 def whole_head(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
     """This project's way without the shortcut for the head: what writing the weights costs."""
-    with forward(source, evaluation, folder) as plain:
-        directions = [gaussian_direction(evaluation.model, axis=axis) for axis in (0, 1)]
-        with walking(evaluation.model, directions) as walker:
-
-            def point(alpha: float, beta: float) -> float:
-                walker.move(alpha, beta)
-                return plain(alpha, beta)
-
-            yield point
+    with _moved(evaluation, lambda: _loss(evaluation.model, evaluation)) as point:
+        yield point
 
 
 @contextlib.contextmanager
 def writing(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
     """Writing the weights of a point alone, both directions moving."""
-    directions = [gaussian_direction(evaluation.model, axis=axis) for axis in (0, 1)]
-    with walking(evaluation.model, directions) as walker:
-
-        def point(alpha: float, beta: float) -> float:
-            walker.move(alpha, beta)
-            return math.nan
-
+    with _moved(evaluation, lambda: math.nan) as point:
         yield point
 
 
@@ -101,11 +111,7 @@ def reloaded(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point
             for step, direction in zip((alpha, beta), directions, strict=True):
                 for name, t in direction.tensors.items():
                     own[name].add_(t.to(device), alpha=step)
-            sums = [
-                evaluation.objective.losses(model(**batch.inputs).logits, batch).sum().double()
-                for batch in evaluation.batches
-            ]
-        return torch.stack(sums).sum().item() / evaluation.num_samples
+        return _loss(model, evaluation)
 
     yield point
 
@@ -113,11 +119,9 @@ def reloaded(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point
 @contextlib.contextmanager
 def loss_landscapes(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
     """The library of that name: its plane of a few points, divided by their number."""
-    try:
+    with _needed("loss-landscapes"):
         import loss_landscapes as library
         from loss_landscapes.metrics import Metric
-    except Exception as e:
-        raise UnavailableError(f"loss-landscapes cannot be imported ({e})") from e
 
     with forward(source, evaluation, folder) as plain:
 
@@ -141,10 +145,8 @@ def loss_landscapes(source: str, evaluation: Evaluation, folder: str) -> Iterato
 @contextlib.contextmanager
 def landscaper(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
     """Landscaper: its plane of a few points, divided by their number."""
-    try:
+    with _needed("Landscaper"):
         from landscaper import LossLandscape
-    except Exception as e:
-        raise UnavailableError(f"Landscaper cannot be imported ({e})") from e
 
     with forward(source, evaluation, folder) as plain:
 

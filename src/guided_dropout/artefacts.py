@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from guided_dropout.errors import ArtefactError
@@ -81,13 +81,14 @@ def _umask() -> int:
     return mask
 
 
-def check_output_folder(path: str | Path, *, marker: str) -> Path:
+def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Path:
     """Make sure, before any long work, that `path` can be written as a whole.
 
     Args:
         path: the folder to be.
         marker: name of the file by which a folder of this kind is known. A folder that holds other things but not
             the marker is somebody else's.
+        begun: name of a file that is there until another process that has just begun the folder has made the marker.
 
     Raises:
         ArtefactError: `path` is a file, holds other things, or its parent cannot be written.
@@ -95,7 +96,7 @@ def check_output_folder(path: str | Path, *, marker: str) -> Path:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
-    if path.is_dir() and any(path.iterdir()) and not (path / marker).exists():
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (begun, marker) if name):
         raise ArtefactError(
             f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this "
             "command wrote: choose another --out"
@@ -104,7 +105,7 @@ def check_output_folder(path: str | Path, *, marker: str) -> Path:
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may be looking too
     except OSError as e:
         raise _cannot_write(path, e) from e
     return path
@@ -160,18 +161,48 @@ def write_tensors(
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
 
 
+@contextlib.contextmanager
+def _reading(path: str | Path, kind: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a {kind} file: {advice}") from e
+    except SafetensorError as e:
+        raise ArtefactError(f"{path} is not a whole {kind} file ({e}); {advice}") from e
+
+
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto the CPU.
 
     Raises:
         ArtefactError: no such file, or not a whole safetensors file.
     """
-    try:
+    with _reading(path, "safetensors", "make it again"):
         return load_file(path)
-    except OSError as e:
-        raise ArtefactError(f"cannot read {path}: {e.strerror or e}; expected a safetensors file") from e
-    except SafetensorError as e:
-        raise ArtefactError(f"{path} is not a whole safetensors file ({e}); make it again") from e
+
+
+def read_header(path: str | Path, *, kind: str, schema: int, key: str, advice: str) -> dict[str, Any]:
+    """Read the JSON in a safetensors file's header, without its tensors, and check what the file says it is.
+
+    Args:
+        path: the file.
+        kind: expected value of the header's ``"kind"``.
+        schema: expected value of its ``"schema"``.
+        key: where the JSON stands in it.
+        advice: what to do where something is wrong; ends the message.
+
+    Raises:
+        ArtefactError: no such file, not a whole one, or of another kind or schema version.
+    """
+    with _reading(path, kind, advice), safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+    found = (header.get("kind"), header.get("schema"))
+    if found != (kind, str(schema)):
+        raise ArtefactError(
+            f"{path} holds {found[0]!r}, version {found[1]}; this version of guided-dropout reads {kind!r}, version "
+            f"{schema}: {advice}"
+        )
+    return json.loads(header[key])
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,29 +1,26 @@
-"""The command line: arguments in, one call, paths out."""
+"""The command line: its commands, and what becomes of a user's mistake."""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_fidelity import fidelity
+from guided_dropout.cli_finetune import finetune
+from guided_dropout.cli_fisher import fisher, merge
 from guided_dropout.cli_landscape import landscape_app
-from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.cli_options import PROFILE_HELP, Grouping, Model
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.cli_shared import choose, open_text
-from guided_dropout.console import arms_help, console, errors, progress_bar, site_table, weights_note
-from guided_dropout.errors import DataError, GuidedDropoutError
-from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt, interrupts_wait
-
-if TYPE_CHECKING:
-    from guided_dropout.fisher import FisherProfile
+from guided_dropout.console import arms_help, console, errors, site_table, weights_note
+from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt
 
 app = typer.Typer(
     name="guided-dropout",
@@ -51,244 +48,8 @@ def quickstart(
         console.print(path)
 
 
-@app.command()
-def fisher(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for the profile.")],
-    text: Annotated[
-        str | None,
-        typer.Option(
-            help="Text to measure on: a UTF-8 file or folder (.txt, .jsonl, .gz, .xz), 'demo' (embedded), or "
-            "hub:NAME[:CONFIG[:SPLIT[:COLUMN]]], a data set."
-        ),
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
-    data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
-    columns: ColumnNames = None,
-    objective: Annotated[
-        str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
-    ] = "auto",
-    labels: Annotated[
-        str,
-        typer.Option("--fisher", help="empirical (the data's labels) or sampled (drawn from the model's prediction)."),
-    ] = "empirical",
-    samples: Annotated[str, typer.Option(help="How many samples to draw, or 'all', in their order.")] = "1000",
-    max_characters: Annotated[
-        int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Instead of --batch-size: tokens per forward pass at most, padding counted.")
-    ] = None,
-    reduction: Annotated[str, typer.Option(help="A sample's loss: mean or sum over its targets.")] = "mean",
-    skip_nonfinite: Annotated[
-        bool, typer.Option("--skip-nonfinite", help="Leave out and count samples whose loss is NaN or infinite.")
-    ] = False,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
-    ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")] = 300.0,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
-    device_map: Annotated[
-        str | None, typer.Option(help="Spread a model over several devices, for instance auto.")
-    ] = None,
-    parameters: Annotated[
-        str, typer.Option(help="Which to measure: all, trainable, or base (none that an adapter has brought).")
-    ] = "all",
-    save_dtype: Annotated[str, typer.Option(help="Of the values on disk: float32, or bfloat16 for half.")] = "float32",
-    scores_only: Annotated[
-        bool, typer.Option("--scores-only", help="Keep each tensor's mean alone: all a schedule needs, flat in memory.")
-    ] = False,
-    until_ranked: Annotated[
-        bool, typer.Option("--until-ranked", help="Stop as soon as the order of the sites is settled.")
-    ] = False,
-    until_stable: Annotated[
-        bool,
-        typer.Option(
-            "--until-stable", help="Stop as soon as the order as a whole is settled; a few ties may stay open."
-        ),
-    ] = False,
-    stable_tau: Annotated[
-        float, typer.Option(help="Of --until-stable: Kendall's tau with the order that other samples would give.")
-    ] = 0.95,
-    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked and --until-stable.")] = 0.95,
-    rank_tolerance: Annotated[
-        float, typer.Option(help="Of --until-ranked: scores that differ by less may change places.")
-    ] = 0.05,
-    dtype: Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")] = (
-        "float32"
-    ),
-    seed: Seed = 0,
-) -> None:
-    """Measure a model's diagonal Fisher information on a text; do it once per model."""
-    from guided_dropout import inputs
-    from guided_dropout.artefacts import check_output_folder
-    from guided_dropout.devices import check_placement, to_device
-    from guided_dropout.fisher import estimate_fisher, profile
-    from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
-    from guided_dropout.fisher.processes import current_processes, leave_processes
-    from guided_dropout.fisher.ranking import RankingTest
-    from guided_dropout.fisher.stability import StabilityTest
-    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer
-    from guided_dropout.sites import find_sites
-
-    state = out.with_name(f"{out.name}.checkpoint")
-    world = current_processes()
-    with world.together():
-        check_placement(device, device_map, world.count)
-        if world.is_main:
-            check_output_folder(out, marker=profile.JSON_NAME)
-        profile.check_dtype(save_dtype)
-        if resume is None:
-            check_unused(state)
-        if (text is None) == (task is None) or (task is None and (data or columns)):
-            raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
-        source_of_labels = choose("--fisher", labels, {"empirical": "data", "sampled": "model"})
-        precision = choose("--dtype", dtype, DTYPES)
-        number = inputs.number_of_samples(samples)
-        if until_ranked and until_stable:
-            raise DataError("both --until-ranked and --until-stable; expected one rule to stop by: leave one out")
-        if (until_ranked or until_stable) and number is None:
-            rule = "--until-ranked" if until_ranked else "--until-stable"
-            raise DataError(f"{rule} with --samples all; expected samples drawn at random: give their number")
-        if text is not None:
-            limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
-            lines = open_text(text, limit)
-            loaded, tokenizer = load_lm(model, objective, precision, device_map), load_tokenizer(model)
-            with progress_bar("blocks of text", None, shown=world.is_main) as update:
-                given = inputs.text_inputs(
-                    loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
-                )  # fmt: skip
-        else:
-            loaded, tokenizer = load_model(model, precision, device_map), load_tokenizer(model)
-            given = inputs.task_inputs(
-                loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
-            )  # fmt: skip
-        ranking = None
-        if until_ranked or until_stable:
-            sites = {s.path: s.parameters for s in find_sites(loaded) if not s.in_head}
-            ranking = (
-                RankingTest(sites, alpha=1 - rank_confidence, tolerance=rank_tolerance)
-                if until_ranked
-                else StabilityTest(sites, tau=stable_tau, confidence=rank_confidence, seed=seed)
-            )
-        if device_map is None:
-            loaded = to_device(loaded, device or world.device)
-    if world.is_main:
-        for note in given.notes:
-            console.print(note)
-    share = "samples" if world.count == 1 else f"samples of process 1 of {world.count}"
-    counted = _Counted(given.samples)
-    with (
-        interrupts_wait() as stop_if_asked,
-        progress_bar(share, given.total and -(-given.total // world.count), shown=world.is_main) as update,
-    ):
-
-        def progress(done: int) -> None:
-            update(done, tokens=counted.tokens_each)
-            stop_if_asked()
-
-        try:
-            measured = estimate_fisher(
-                loaded,
-                counted,
-                batch_size=batch_size,
-                tokens_per_batch=tokens_per_batch,
-                objective=objective,
-                reduction=reduction,
-                labels=source_of_labels,
-                parameters=parameters,
-                seed=seed,
-                scores_only=scores_only,
-                until_ranked=ranking,
-                nonfinite="skip" if skip_nonfinite else "error",
-                checkpoint=state,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                distributed=world.count > 1,
-                progress=progress,
-                facts={"source": model, "samples": samples, **given.facts},
-            )
-        except Interrupted:
-            if not world.is_main:
-                sys.exit(2)
-            if holds_state(state):
-                raise Interrupted(
-                    f"the state is in {state}: run the same command with --resume to go on from there"
-                ) from None
-            raise
-    with world.together():
-        if world.is_main:
-            folder = measured.save_pretrained(out, dtype=save_dtype)
-            remove_checkpoint(state)
-            _print_fisher(measured, folder)
-    leave_processes()
-
-
-def _print_fisher(measured: FisherProfile, folder: Path) -> None:
-    coverage = measured.coverage
-    left_out = coverage.get("nonfinite", [])
-    some = ", ".join(map(str, left_out[:10])) + (", …" if len(left_out) > 10 else "")
-    console.print(
-        f"{measured.num_samples:,} samples ({measured.objective}), {measured.num_skipped} without a target skipped"
-        + (f", {len(left_out)} not finite left out (number {some} of the stream, from 0)" if left_out else "")
-        + f"; {coverage['parameters_by_rule']:.1%} of the parameters by rule"
-        + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
-    )
-    if ranking := measured.provenance.get("ranking"):
-        console.print(_settled(ranking))
-    console.print(folder)
-
-
-def _settled(found: Mapping[str, Any]) -> str:
-    """What a rule to stop by has found, in a line."""
-    state, after = "" if found["settled"] else "not ", f"after {found['samples']:,} samples"
-    if found["rule"] == "stable":
-        lower = "–" if found["tau_lower"] is None else f"{found['tau_lower']:.3f}"
-        return (
-            f"order of the sites {state}stable {after}: {found['confidence']:.0%} of the bootstrap replicates have a "
-            f"Kendall's tau of {lower} or more with it ({found['tau']:g} was asked for)"
-        )
-    doubtful = ", ".join(" < ".join(pair) for pair in found["undecided"])
-    return (
-        f"order of the sites {state}settled {after} (confidence {found['confidence']:.0%}, tolerance "
-        f"{found['tolerance']:.0%})" + (f"; undecided: {doubtful}" if doubtful else "")
-    )
-
-
-class _Counted:
-    """Samples, counted with their tokens as they are read."""
-
-    def __init__(self, samples: Iterable[Mapping[str, Any]]):
-        self._samples, self._read, self._tokens = samples, 0, 0
-
-    def __iter__(self) -> Iterator[Mapping[str, Any]]:
-        for sample in self._samples:
-            self._read += 1
-            self._tokens += len(sample["input_ids"])
-            yield sample
-
-    @property
-    def tokens_each(self) -> float:
-        return self._tokens / max(1, self._read)
-
-
-@app.command()
-def merge(
-    profiles: Annotated[list[str], typer.Argument(metavar="PROFILE...", help=f"Two or more: {PROFILE_HELP}.")],
-    out: Annotated[Path, typer.Option(help="Folder for the merged profile.")],
-) -> None:
-    """Make one profile of several that were measured on different samples, each weighted by how many it saw."""
-    from guided_dropout.artefacts import check_output_folder
-    from guided_dropout.fisher import FisherProfile, profile
-    from guided_dropout.fisher import merge as run
-
-    check_output_folder(out, marker=profile.JSON_NAME)
-    merged = run(*map(FisherProfile.from_pretrained, profiles))
-    folder = merged.save_pretrained(out)
-    console.print(f"{merged.num_samples:,} samples" + ("" if merged.diagonal else ", tensor means only"))
-    console.print(folder)
+app.command()(fisher)
+app.command()(merge)
 
 
 @app.command()
@@ -296,7 +57,7 @@ def inspect(
     model: Model,
     profile: Annotated[str | None, typer.Option(help=f"Adds each site's score: {PROFILE_HELP}.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="Schedule file: adds each site's rate in it.")] = None,
-    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
+    grouping: Grouping = "owner",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parameters' names.")] = False,
 ) -> None:
     """List a model's dropout sites, found by running it: path, kind, the rate that arrives, what feeds it, score."""
@@ -324,127 +85,7 @@ def inspect(
 
 
 app.command()(fidelity)
-
-
-@app.command(epilog=arms_help())
-def finetune(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder for result.json.")],
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli; or OWNER/NAME[:CONFIG], a data set of the hub; "
-            "or, with --data FILE, a name for it."
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="GLUE folder, or a data set like the hub's nyu-mll/glue; or a file of your own to train on: .csv, "
-            ".tsv, .jsonl or .parquet, or a pattern such as 'part-*.csv'."
-        ),
-    ] = None,
-    eval_data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Beside a --data file: one to evaluate on.")
-    ] = None,
-    columns: ColumnNames = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            metavar="glue|paper|holdout:SHARE",
-            help="glue: evaluate on GLUE's dev split, --eval-data or the hub's validation split. paper: that and the "
-            "training data pooled, then dealt 80:20 by the seed. holdout:0.2: on that share of the training data.",
-        ),
-    ] = "glue",
-    metrics: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            help="accuracy, f1, matthews_correlation; pearson, spearman. The first stands for the run. Without it, the "
-            "task's: accuracy for classes, pearson for a regression.",
-        ),
-    ] = "",
-    hub_splits: Annotated[
-        str,
-        typer.Option(
-            metavar="TRAIN,EVALUATION",
-            help="Splits of a hub data set; more to evaluate may follow. Without it, train and validation, or test.",
-        ),
-    ] = "",
-    arm: Annotated[
-        str, typer.Option(help="One of the arms below, with parameters if need be: mixout:p=0.9.")
-    ] = "guided",
-    arm_param: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter of the arm; may be given several times.")
-    ] = None,
-    schedule: Annotated[Path | None, typer.Option(help="Schedule file, for guided arms and controls.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile folder, for arms that go by Fisher.")] = None,
-    seed: Seed = 0,
-    train_fraction: Annotated[float, typer.Option(help="Share of the training data to use.")] = 1.0,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 128,
-    rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = "epoch",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = "auto",
-    residual_sites: ResidualSites = False,
-) -> None:
-    """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
-    from guided_dropout.arms import choose_arm
-    from guided_dropout.artefacts import check_output_folder
-    from guided_dropout.finetune import finetune as run
-    from guided_dropout.fisher import FisherProfile
-    from guided_dropout.regularizers import Context
-    from guided_dropout.results import JSON_NAME, Seeds
-    from guided_dropout.schedule import DropoutSchedule
-    from guided_dropout.task_data import load_data
-
-    planned = DropoutSchedule.load(schedule) if schedule else None
-    measured = FisherProfile.from_pretrained(profile) if profile else None
-    # What can go wrong at once goes wrong before the data are read, which may take minutes.
-    choose_arm(arm, arm_param or ()).check(Context(rate=rate, schedule=planned, profile=measured))
-    check_output_folder(out, marker=JSON_NAME)
-    given = load_data(
-        task,
-        data,
-        eval_data=eval_data,
-        columns=columns,
-        metrics=metrics,
-        hub_splits=hub_splits,
-        split=split,
-        seed=Seeds.derive(seed).subset,
-    )
-    for note in given.notes:
-        console.print(note)
-    with progress_bar(f"{given.task.name} {arm}", None) as update:
-        result = run(
-            model,
-            data=given,
-            arm=arm,
-            arm_parameters=arm_param or (),
-            schedule=planned,
-            profile=measured,
-            seed=seed,
-            train_fraction=train_fraction,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            max_length=max_length,
-            rate=rate,
-            weight_decay=weight_decay,
-            evaluate=evaluate,
-            precision=precision,
-            residual_sites=residual_sites,
-            out=out,
-            progress=update,
-        )
-    value = "diverged" if result.value is None else f"{result.value:.4f}"
-    further = {name: v for name, v in result.metrics.items() if name.startswith(f"{result.metric}_") and v is not None}
-    value += "".join(f", {name} {v:.4f}" for name, v in further.items())
-    console.print(f"{result.task} {result.arm} seed {seed}: {result.metric} {value} ({result.times['total']:.0f} s)")
-    console.print(out / "result.json")
+app.command(epilog=arms_help())(finetune)
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from guided_dropout.cli_options import Model, Seed
-from guided_dropout.cli_shared import choose, open_text
+from guided_dropout import cli_options as options
+from guided_dropout.cli_inputs import Given
 from guided_dropout.console import console, progress_bar
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import Interrupted, interrupts_wait
+from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.fidelity import Fidelity
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def fidelity(
-    model: Model,
-    text: Annotated[str, typer.Option(help="Text to measure on, as for `fisher`.")],
+    model: options.Model,
+    text: options.Text,
     out: Annotated[Path, typer.Option(help="File for the result (JSON); `plot fidelity` draws it.")],
     samples: Annotated[str, typer.Option(help="How many samples to draw, or 'all': what 100 % is.")] = "1000",
     fractions: Annotated[
@@ -32,7 +32,7 @@ def fidelity(
     ] = "0.05,0.01,0.005,0.0025",
     draws: Annotated[int, typer.Option(help="Sub-samples of each size.")] = 5,
     tau: Annotated[float, typer.Option(help="Kendall's tau that a schedule should reach.")] = 0.95,
-    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
+    grouping: options.Grouping = "owner",
     scores_only: Annotated[
         bool, typer.Option("--scores-only", help="Compare schedules alone: next to no memory, less arithmetic.")
     ] = False,
@@ -42,34 +42,24 @@ def fidelity(
     max_memory: Annotated[
         float | None, typer.Option(help="Gigabytes that the sums may take; by default what is available.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="auto, mlm, causal or seq2seq, as for `fisher`.")] = "auto",
-    max_characters: Annotated[
-        int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
-    ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 8,
-    tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Instead of --batch-size: tokens per forward pass at most, padding counted.")
-    ] = None,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
-    ] = None,
-    checkpoint_every: Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")] = 300.0,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")] = (
-        "float32"
-    ),
-    seed: Seed = 0,
+    objective: options.Objective = "auto",
+    max_characters: options.MaxCharacters = None,
+    max_length: options.MaxLength = 128,
+    batch_size: options.BatchSize = 8,
+    tokens_per_batch: options.TokensPerBatch = None,
+    resume: options.Resume = None,
+    checkpoint_every: options.CheckpointEvery = 300.0,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    seed: options.Seed = 0,
 ) -> None:
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
-    from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fidelity import fidelity as run
     from guided_dropout.fidelity.memory import in_gigabytes
     from guided_dropout.fisher import profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
-    from guided_dropout.models import DTYPES, load_lm, load_tokenizer
 
     state = out.with_name(f"{out.name}.checkpoint")
     shares, tops = _numbers("--fractions", fractions), _numbers("--top", top)
@@ -80,55 +70,48 @@ def fidelity(
     if resume is None:
         check_unused(state)
     check_placement(device, None, 1)
-    precision, number = choose("--dtype", dtype, DTYPES), inputs.number_of_samples(samples)
-    lines = open_text(text, inputs.MAX_CHARACTERS if max_characters is None and number else max_characters)
-    loaded, tokenizer = load_lm(model, objective, precision), load_tokenizer(model)
-    with progress_bar("blocks of text", None) as update:
-        given = inputs.text_inputs(
-            loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
-        )  # fmt: skip
+    given = Given(
+        model=model, text=text, samples=samples, objective=objective, max_characters=max_characters,
+        max_length=max_length, dtype=dtype, seed=seed,
+    )  # fmt: skip
+    loaded, inputs = given.load()
     loaded = to_device(loaded, device)
-    for note in given.notes:
-        console.print(note)
 
     def planned(count: int, needed: int) -> None:
         what = "no sums of the parameters' size" if scores_only else f"{in_gigabytes(needed)} of memory for the sums"
         console.print(f"{count:,} samples in one pass, {draws} draws of {len(shares)} sizes; {what}", highlight=False)
 
-    with interrupts_wait() as stop_if_asked, progress_bar("samples", given.total) as update:
+    with (
+        interrupts_wait() as stop_if_asked,
+        resumable(state, holds_state),
+        progress_bar("samples", inputs.total) as update,
+    ):
 
         def progress(done: int) -> None:
             update(done)
             stop_if_asked()
 
-        try:
-            result = run(
-                loaded,
-                given.samples,
-                fractions=shares,
-                tops=tops,
-                draws=draws,
-                tau=tau,
-                grouping=grouping,
-                scores_only=scores_only,
-                seed=seed,
-                batch_size=batch_size,
-                tokens_per_batch=tokens_per_batch,
-                objective=objective,
-                max_memory=None if max_memory is None else int(max_memory * 1e9),
-                checkpoint=state,
-                checkpoint_every=checkpoint_every,
-                resume=resume,
-                planned=planned,
-                progress=progress,
-                facts={"source": model, "samples": samples, **given.facts},
-            )
-        except Interrupted:
-            if holds_state(state):
-                raise Interrupted(
-                    f"the state is in {state}: run the same command with --resume to go on from there"
-                ) from None
-            raise
+        result = run(
+            loaded,
+            inputs.samples,
+            fractions=shares,
+            tops=tops,
+            draws=draws,
+            tau=tau,
+            grouping=grouping,
+            scores_only=scores_only,
+            seed=seed,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            objective=objective,
+            max_memory=None if max_memory is None else int(max_memory * 1e9),
+            checkpoint=state,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            planned=planned,
+            progress=progress,
+            facts=inputs.facts,
+        )
     result.save(out)
     if profile_out and result.profile:
         result.profile.save_pretrained(profile_out)

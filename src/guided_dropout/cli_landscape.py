@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guided_dropout.cli_options import PROFILE_HELP, ColumnNames, Model
-from guided_dropout.cli_shared import MakeByDefault, choose, open_text
+from guided_dropout import cli_options as options
+from guided_dropout.cli_inputs import Given
+from guided_dropout.cli_shared import MakeByDefault
 from guided_dropout.console import console, progress_bar
 from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import Interrupted, interrupts_wait
+from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.landscape import Landscape
@@ -34,14 +35,12 @@ Level = Annotated[float, typer.Option(help="Nats above the origin's loss below w
 
 @landscape_app.command()
 def make(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the landscape.")],
-    text: Annotated[
-        str | None, typer.Option(help="Text, as for fisher: a file, a folder, 'demo' or hub:NAME. The same everywhere.")
-    ] = None,
-    task: Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")] = None,
-    data: Annotated[str | None, typer.Option(help="The task's data, as for finetune.")] = None,
-    columns: ColumnNames = None,
+    text: options.TextOrTask = None,
+    task: options.Task = None,
+    data: options.TaskData = None,
+    columns: options.ColumnNames = None,
     dims: Annotated[int, typer.Option(help="1 for a line, 2 for a plane.")] = 2,
     points: Annotated[int, typer.Option(help="Points along each axis; odd, so that the origin is one.")] = 25,
     radius: Annotated[float, typer.Option(help="Largest step along each axis; 1 is as long as the weights are.")] = 1.0,
@@ -52,7 +51,7 @@ def make(
             "several times; a = at the end (top:0.5=) is --equal-norm for that one."
         ),
     ] = None,
-    profile: Annotated[str | None, typer.Option(help=f"For top and bottom: {PROFILE_HELP}.")] = None,
+    profile: Annotated[str | None, typer.Option(help=f"For top and bottom: {options.PROFILE_HELP}.")] = None,
     mask_level: Annotated[
         str, typer.Option(help="Shares are of parameters ('parameter') or of whole tensors, as published ('tensor').")
     ] = "parameter",
@@ -77,36 +76,29 @@ def make(
     seeds: Annotated[int, typer.Option(help="Number of directions, each a landscape; 5 or more make intervals.")] = 1,
     seed: Annotated[int, typer.Option(help="The first direction's seed; also draws the samples.")] = 0,
     samples: Annotated[str, typer.Option(help="How many samples to draw from the text.")] = "64",
-    max_length: Annotated[int, typer.Option(help="Tokens per sample.")] = 128,
-    max_characters: Annotated[
-        int | None, typer.Option(help="Read no more of the text. Without it, 200 million.")
-    ] = None,
-    objective: Annotated[
-        str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
-    ] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")] = 32,
-    resume: Annotated[
-        bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")
-    ] = None,
+    max_length: options.MaxLength = 128,
+    max_characters: options.MaxCharacters = None,
+    objective: options.Objective = "auto",
+    batch_size: options.BatchSize = 32,
+    resume: options.Resume = None,
     keep_directions: Annotated[
         bool,
         typer.Option("--keep-directions", help="Write the directions too; a seed alone gives Gaussian ones again."),
     ] = False,
-    device: Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, float16, float64.")] = "float32",
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
     plot: Plot = None,
     html: Html = None,
     level: Level = 1.0,
 ) -> None:
     """Evaluate the loss on a line or plane around the weights, the same text at each point."""
-    from guided_dropout import inputs
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.devices import to_device
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.landscape import Mask, landscape, loss_landscape, record, toward
     from guided_dropout.landscape.grid import Grid
-    from guided_dropout.models import DTYPES, load_lm, load_model, load_tokenizer
+    from guided_dropout.models import load_model
 
     state = out.with_name(f"{out.name}.checkpoint")
     world = current_processes()
@@ -116,73 +108,53 @@ def make(
             check_output_folder(out, marker=landscape.JSON_NAME)
         if resume is None:
             record.check_unused(state)
-        if (text is None) == (task is None) or (task is None and (data or columns)):
-            raise DataError(f"--text {text}, --task {task}, --data {data}; expected --text, or --task with its --data")
+        given = Given(
+            model=model, text=text, task=task, data=data, columns=columns, samples=samples, objective=objective,
+            max_characters=max_characters, max_length=max_length, dtype=dtype, seed=seed,
+        )  # fmt: skip
         if seeds < 1:
             raise DataError(f"--seeds {seeds}; expected at least 1")
         _check_drawings(plot, html, dims)
-        precision = choose("--dtype", dtype, DTYPES)
-        number = inputs.number_of_samples(samples)
         masks = [Mask.parse(name, equal_norm=equal_norm) for name in mask or ["all"]]
         if both_norms:
             masks = list(dict.fromkeys(m for own in masks for m in _both(own)))
         measured = FisherProfile.from_pretrained(profile) if profile else None
-        if text is not None:
-            limit = inputs.MAX_CHARACTERS if max_characters is None and number else max_characters
-            lines = open_text(text, limit)
-            loaded, tokenizer = load_lm(model, objective, precision), load_tokenizer(model)
-            with progress_bar("blocks of text", None, shown=world.is_main) as update:
-                given = inputs.text_inputs(
-                    loaded, tokenizer, lines, num_samples=number, max_length=max_length, seed=seed, progress=update
-                )  # fmt: skip
-        else:
-            loaded, tokenizer = load_model(model, precision), load_tokenizer(model)
-            given = inputs.task_inputs(
-                loaded, tokenizer, str(task), data, columns, num_samples=number, max_length=max_length, seed=seed
-            )  # fmt: skip
-        directions = direction if to is None else [toward(loaded, load_model(to, precision))]
+        loaded, inputs = given.load(shown=world.is_main)
+        directions = direction if to is None else [toward(loaded, load_model(to, given.precision))]
         loaded = to_device(loaded, device or world.device)
-    if world.is_main:
-        for note in given.notes:
-            console.print(note)
     share = "points" if world.count == 1 else f"points of process 1 of {world.count}"
-    with interrupts_wait() as stop_if_asked, progress_bar(share, None, shown=world.is_main) as update:
+    with (
+        interrupts_wait() as stop_if_asked,
+        resumable(state, record.holds_points, told=world.is_main),
+        progress_bar(share, None, shown=world.is_main) as update,
+    ):
 
         def progress(done: int, total: int) -> None:
             update(done, total)
             stop_if_asked()
 
-        try:
-            made = loss_landscape(
-                loaded,
-                given.samples,
-                directions=directions,
-                masks=masks,
-                profile=measured,
-                mask_level=mask_level,
-                normalise=normalise,
-                vectors=vectors,
-                dims=dims,
-                points=points,
-                radius=radius,
-                seeds=range(seed, seed + seeds),
-                objective=objective,
-                batch_size=batch_size,
-                keep_directions=keep_directions or None,
-                checkpoint=state,
-                resume=resume,
-                distributed=world.count > 1,
-                progress=progress,
-                facts={"source": model, "samples": samples, **given.facts},
-            )
-        except Interrupted:
-            if not world.is_main:
-                sys.exit(2)
-            if record.holds_points(state):
-                raise Interrupted(
-                    f"the points are in {state}: run the same command with --resume to go on from there"
-                ) from None
-            raise
+        made = loss_landscape(
+            loaded,
+            inputs.samples,
+            directions=directions,
+            masks=masks,
+            profile=measured,
+            mask_level=mask_level,
+            normalise=normalise,
+            vectors=vectors,
+            dims=dims,
+            points=points,
+            radius=radius,
+            seeds=range(seed, seed + seeds),
+            objective=objective,
+            batch_size=batch_size,
+            keep_directions=keep_directions or None,
+            checkpoint=state,
+            resume=resume,
+            distributed=world.count > 1,
+            progress=progress,
+            facts=inputs.facts,
+        )
     with world.together():
         if world.is_main:
             folder = made.save_pretrained(out)

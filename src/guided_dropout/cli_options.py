@@ -8,8 +8,17 @@ import typer
 
 PROFILE_HELP = "a folder that `fisher` wrote, or user/name on the hub"
 MODEL_HELP = "a local folder, a name on the hub, or 'demo' (embedded)"
+_TEXT = typer.Option(
+    help="Text to measure on: a UTF-8 file or folder (.txt, .jsonl, .gz, .xz), 'demo' (embedded), or "
+    "hub:NAME[:CONFIG[:SPLIT[:COLUMN]]], a data set."
+)
+
+# What is measured, and on what
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_HELP}.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+Text = Annotated[str, _TEXT]
+TextOrTask = Annotated[str | None, _TEXT]
+Task = Annotated[str | None, typer.Option(help="Instead of a text: a task that MODEL was fine-tuned on.")]
+TaskData = Annotated[str | None, typer.Option(help="The task's data, as for finetune.")]
 ColumnNames = Annotated[
     str | None,
     typer.Option(
@@ -18,6 +27,27 @@ ColumnNames = Annotated[
         "regression. Without it, text and label.",
     ),
 ]
+MaxCharacters = Annotated[
+    int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
+]
+MaxLength = Annotated[int, typer.Option(help="Tokens per sample.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+# How
+Objective = Annotated[
+    str, typer.Option(help="auto, mlm (masked LM), causal (next token) or seq2seq (span corruption).")
+]
+BatchSize = Annotated[int, typer.Option(help="Samples per forward pass; changes speed and memory only.")]
+TokensPerBatch = Annotated[
+    int | None, typer.Option(help="Instead of --batch-size: tokens per forward pass at most, padding counted.")
+]
+Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")]
+Dtype = Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")]
+Resume = Annotated[bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")]
+CheckpointEvery = Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")]
+
+# Of dropout sites
+Grouping = Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")]
 ResidualSites = Annotated[
     bool,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guided_dropout.cli_options import ResidualSites
+from guided_dropout.cli_options import PROFILE_HELP, Grouping, ResidualSites
 from guided_dropout.cli_shared import MakeByDefault
 from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table, weights_note
 from guided_dropout.errors import ScheduleError, unknown
@@ -27,9 +27,7 @@ schedule_app = typer.Typer(
 @schedule_app.command()
 def make(
     out: Annotated[Path, typer.Option(help="Schedule file (JSON).")],
-    profile: Annotated[
-        str | None, typer.Argument(metavar="PROFILE", help="A folder that `fisher` wrote, or user/name on the hub.")
-    ] = None,
+    profile: Annotated[str | None, typer.Argument(metavar="PROFILE", help=f"The profile: {PROFILE_HELP}.")] = None,
     upper: Annotated[float, typer.Option(help="Rate of the least informative site.")] = 0.1,
     lower: Annotated[float, typer.Option(help="Rate of the most informative site.")] = 0.0,
     shape: Annotated[
@@ -39,7 +37,7 @@ def make(
             "(to the log score) or paper_code (BERT-base, as the authors' script)."
         ),
     ] = "linear",
-    grouping: Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")] = "owner",
+    grouping: Grouping = "owner",
     aggregate: Annotated[
         str, typer.Option(help="Their values as one score: tensor_mean, parameter_mean, sum, max or top_share.")
     ] = "tensor_mean",

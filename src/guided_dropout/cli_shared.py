@@ -5,14 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from typer.core import TyperGroup
 
 from guided_dropout.errors import DataError, unknown
-
-if TYPE_CHECKING:
-    from guided_dropout.texts import Text
 
 
 class MakeByDefault(TyperGroup):
@@ -24,17 +21,6 @@ class MakeByDefault(TyperGroup):
             typo = not Path(args[0]).exists() and difflib.get_close_matches(args[0], self.commands)
             args = args if typo else ["make", *args]
         return super().parse_args(ctx, args)
-
-
-def open_text(text: str, max_characters: int | None) -> Text:
-    """``demo``, a file, a folder or a hub data set → its paragraphs; see `texts.stream_text`."""
-    from guided_dropout.texts import Text, stream_text
-
-    if text != "demo":
-        return stream_text(text, max_characters=max_characters)
-    from guided_dropout.demo.text import demo_paragraphs
-
-    return Text(text, lambda: iter(demo_paragraphs()), max_characters)
 
 
 def choose(option: str, given: str, meaning: Mapping[str, Any]) -> Any:

@@ -73,8 +73,10 @@ class Update(Protocol):
 def progress_bar(what: str, total: int | None, *, shown: bool = True) -> Iterator[Update]:
     """A bar that shows speed and time left, if the total is known; yields its update."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), _Left())
-    shown = shown and errors.is_terminal
-    with Progress(*columns, console=errors, transient=True, disable=not shown, speed_estimate_period=600) as bar:
+    # On a terminal below what is printed meanwhile; where that goes into a file or pipe, alone on stderr.
+    on = console if sys.stdout.isatty() else errors
+    hidden = not (shown and on.is_terminal)
+    with Progress(*columns, console=on, transient=True, disable=hidden, speed_estimate_period=600) as bar:
         task = bar.add_task(what, total=total)
 
         def update(

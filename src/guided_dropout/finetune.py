@@ -60,6 +60,7 @@ def finetune(
     evaluate: str = "epoch",
     residual_sites: bool = False,
     out: str | Path | None = None,
+    told: Callable[[str], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RunResult:
     """Fine-tune a pretrained model on a task under one arm, and evaluate it.
@@ -102,6 +103,7 @@ def finetune(
         residual_sites: give the model dropout on what its blocks write to the residual stream, where it is built
             without (`add_residual_sites`); the schedule must have been made for these sites.
         out: folder for ``result.json``, checked before training and written after it; None writes nothing.
+        told: called, before training, with each sentence that a person should know of the data.
         progress: called after each step with the steps done and the steps in all.
 
     Raises:
@@ -110,6 +112,7 @@ def finetune(
         ArtefactError: `out` cannot be written.
     """
     start = time.perf_counter()
+    # What can go wrong at once goes wrong before the data are read, which may take minutes.
     chosen = choose_arm(arm, arm_parameters)
     context = Context(rate=rate, schedule=schedule, profile=profile)
     chosen.check(context)
@@ -132,6 +135,9 @@ def finetune(
         split=split,
         seed=seeds.subset,
     )
+    if told:
+        for note in given.notes:
+            told(note)
     task = given.task
     train = subset(given.train, train_fraction, seeds.subset)
     classifier = bench.classifier(task.num_labels, head_seed=seeds.head)

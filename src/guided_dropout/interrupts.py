@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -40,3 +42,27 @@ def interrupts_wait() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def resumable(state: Path, holds: Callable[[Path], bool], *, told: bool = True) -> Iterator[None]:
+    """Within, an interrupt says how to go on from what was done.
+
+    Args:
+        state: the folder of an unfinished run.
+        holds: whether one lies in it.
+        told: whether this process tells; another of the same run ends with exit code 2 and leaves it to that one.
+
+    Raises:
+        Interrupted: the interrupt, with how to go on if there is something to go on from.
+    """
+    try:
+        yield
+    except Interrupted:
+        if not told:
+            sys.exit(2)
+        if holds(state):
+            raise Interrupted(
+                f"the state is in {state}: run the same command with --resume to go on from there"
+            ) from None
+        raise

@@ -23,11 +23,11 @@ from mpl_toolkits.mplot3d.axes3d import Axes3D
 from guided_dropout.errors import DataError
 from guided_dropout.landscape.landscape import Landscape
 from guided_dropout.landscape.masks import Mask
+from guided_dropout.plots import figure_of
+from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, new_axes, plain, series
 
-_COLOURS = "cividis"
-_INK, _GREY = "#222222", "#8a8a8a"
-_KINDS = {"all": ("#222222", "s", "-"), "top": ("#D55E00", "o", "-"), "bottom": ("#0072B2", "D", "-."),
-          "random": ("#7a7a7a", "^", "--")}  # fmt: skip
+_HEIGHTS = "cividis"
+_KINDS = {"all": (INK, "s", "-"), "top": (ORANGE, "o", "-"), "bottom": (BLUE, "D", "-."), "random": (GREY, "^", "--")}
 _LEVELS = 12
 # Above this share of the finite losses the scale ends: a corner or two far up would leave no colour for the rest.
 _TOP_QUANTILE = 0.98
@@ -55,7 +55,7 @@ def plot_curves(
         DataError: a plane, or an unknown mask.
     """
     _require(landscape, 1)
-    ax = ax or Figure(figsize=(6.4, 4.0), layout="constrained").add_subplot()
+    ax = ax or new_axes(6.4, 4.0)
     shown = [m for m in landscape.masks if masks is None or m.name in masks]
     steps = landscape.grid.steps
     for number, mask in enumerate(shown):
@@ -64,7 +64,7 @@ def plot_curves(
         if len(values) > 1:
             ax.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
         ax.plot(steps, values.mean(0), color=color, linestyle=line, linewidth=1.6, label=mask.title)
-    ax.plot(0, landscape.origin_loss, "o", color=_INK, markersize=3.5, zorder=5)
+    ax.plot(0, landscape.origin_loss, "o", color=INK, markersize=3.5, zorder=5)
     ax.set_xlim(steps[0], steps[-1])
     if top is not None:
         ax.set_ylim(top=top)
@@ -72,7 +72,7 @@ def plot_curves(
     ax.set_ylabel("loss (nats)")
     if legend:
         ax.legend(frameon=False, fontsize=8.5, handlelength=2.8, ncols=2 if len(shown) > 5 else 1)
-    _plain(ax)
+    plain(ax)
     return ax
 
 
@@ -99,14 +99,14 @@ def plot_contours(
         DataError: a line, or an unknown mask or seed.
     """
     _require(landscape, 2)
-    ax = ax or Figure(figsize=(5.0, 4.2), layout="constrained").add_subplot()
+    ax = ax or new_axes(5.0, 4.2)
     low, high = limits or colour_limits(landscape, [mask])
     steps, levels = landscape.grid.steps, _levels(low, high)
     losses = _finite(landscape.surface(mask, seed), high)
-    filled = ax.contourf(steps, steps, losses, levels=levels, cmap=_COLOURS, extend="max")
+    filled = ax.contourf(steps, steps, losses, levels=levels, cmap=_HEIGHTS, extend="max")
     filled.set_edgecolor("face")  # no white seams between the colours
     lines = ax.contour(steps, steps, losses, levels=levels, colors="white", linewidths=0.5, alpha=0.75)
-    for label in ax.clabel(lines, levels=levels[1:-1:2], fontsize=7.5, fmt="%.3g", colors=_INK):
+    for label in ax.clabel(lines, levels=levels[1:-1:2], fontsize=7.5, fmt="%.3g", colors=INK):
         label.set_path_effects([withStroke(linewidth=2, foreground="white", alpha=0.75)])
     ax.plot(0, 0, marker="+", color="white", markersize=9, markeredgewidth=1.6)
     ax.set_aspect("equal")
@@ -115,7 +115,7 @@ def plot_contours(
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_locator(MaxNLocator(5))
     if bar:
-        _figure(ax).colorbar(filled, ax=ax, label="loss (nats)", shrink=0.86, format="%.3g")
+        figure_of(ax).colorbar(filled, ax=ax, label="loss (nats)", shrink=0.86, format="%.3g")
     return ax
 
 
@@ -148,7 +148,7 @@ def plot_surface(
     steps = landscape.grid.steps
     losses = np.minimum(_finite(landscape.surface(mask, seed), high), high)
     a, b = np.meshgrid(steps, steps)
-    colours = matplotlib.colormaps[_COLOURS]
+    colours = matplotlib.colormaps[_HEIGHTS]
     ax.plot_surface(
         a, b, losses, cmap=colours, norm=Normalize(low, high), rstride=1, cstride=1, linewidth=0.15,
         edgecolor=(1, 1, 1, 0.35), antialiased=True, shade=False,
@@ -190,7 +190,7 @@ def plot_shares(
     Raises:
         DataError: no such masks, or no such radius.
     """
-    ax = ax or Figure(figsize=(6.0, 3.9), layout="constrained").add_subplot()
+    ax = ax or new_axes(6.0, 3.9)
     chosen = [m for m in landscape.masks if m.kind != "all" and m.equal_norm == equal_norm]
     if not chosen:
         raise DataError(f"no masks of a share with equal_norm={equal_norm}; expected some, for instance top:0.5")
@@ -208,7 +208,7 @@ def plot_shares(
         )  # fmt: skip
     whole = [m for m in landscape.masks if m.kind == "all"]
     if whole:
-        ax.axhline(landscape.rises(whole[0], radius)[0].mean(), color=_INK, linewidth=1, linestyle=":", label="all")
+        ax.axhline(landscape.rises(whole[0], radius)[0].mean(), color=INK, linewidth=1, linestyle=":", label="all")
     ax.set_xscale("log")
     shares = sorted({m.share for m in chosen})
     ax.set_xticks(shares)
@@ -222,7 +222,7 @@ def plot_shares(
     ax.set_xlabel("share of the parameters that move (%)")
     ax.set_ylabel(f"rise of the loss at radius {radius:g} (nats)")
     ax.legend(frameon=False, fontsize=9, handlelength=2.8)
-    _plain(ax)
+    plain(ax)
     return ax
 
 
@@ -319,7 +319,7 @@ def figure_of_landscape(landscape: Landscape) -> Figure:
     shares = {(m.share, m.equal_norm) for m in landscape.masks if m.kind != "all"}
     if len({share for share, _ in shares}) > 1:
         return figure_lines(landscape, equal_norm=(all(equal for _, equal in shares)))
-    return _figure(plot_curves(landscape))
+    return figure_of(plot_curves(landscape))
 
 
 def colour_limits(landscape: Landscape, masks: Sequence[str]) -> tuple[float, float]:
@@ -342,13 +342,12 @@ def _line(masks: Sequence[Mask], number: int) -> tuple[Any, Any]:
     """Colour and line: black for all parameters; for shares the lighter the fewer."""
     mask = masks[number]
     if mask.kind == "all":
-        return _INK, "-"
+        return INK, "-"
     shares = sorted({m.share for m in masks if m.kind == mask.kind}, reverse=True)
     if len(shares) == 1:
         return _KINDS[mask.kind][0], _KINDS[mask.kind][2]
     place = shares.index(mask.share)
-    lines = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 3)), (0, (1, 3)))
-    return matplotlib.colormaps["viridis"](0.8 * place / (len(shares) - 1)), lines[place % len(lines)]
+    return matplotlib.colormaps["viridis"](0.8 * place / (len(shares) - 1)), series(place)[2]
 
 
 def _levels(low: float, high: float) -> _Array:
@@ -375,15 +374,3 @@ def _require(landscape: Landscape, dims: int) -> None:
         raise DataError(
             f"the landscape is {what[landscape.grid.dims]}; expected {what[dims]}: make it with --dims {dims}"
         )
-
-
-def _figure(ax: Axes) -> Figure:
-    figure = ax.get_figure(root=True)
-    assert isinstance(figure, Figure)
-    return figure
-
-
-def _plain(ax: Axes) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(visible=True, color="#dddddd", linewidth=0.6)
-    ax.set_axisbelow(True)

@@ -3,19 +3,19 @@
 - ``experiment.json``: what every run is made with; runs of anything else are refused.
 - ``grid.json``: which runs were asked for so far.
 - ``runs/<RunKey.name>.json``: a result, or the failure of a run.
-- ``claims/``: which runs are being made, by whichever process.
+- ``runs/.<RunKey.name>.lock``: somebody is making that run, while the lock is held.
 """
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from guided_dropout.artefacts import check_output_folder, read_json, write_json
 from guided_dropout.bench.grid import Grid, RunKey
@@ -24,6 +24,7 @@ from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult
 
 EXPERIMENT, GRID = "experiment.json", "grid.json"
+_RUNS, _LOCK = "runs", ".experiment.lock"
 KIND, GRID_KIND, RUN_KIND, SCHEMA = "bench-experiment", "bench-grid", "bench-run", 1
 
 
@@ -95,10 +96,10 @@ class Experiment:
         Raises:
             ArtefactError: the folder holds other things, or runs of another recipe; both sides are shown.
         """
-        path = check_output_folder(path, marker=EXPERIMENT)
+        path = check_output_folder(path, marker=EXPERIMENT, begun=_LOCK)
         path.mkdir(parents=True, exist_ok=True)
         file = path / EXPERIMENT
-        with FileLock(path / ".experiment.lock"):
+        with _alone(path):
             if not file.exists():
                 write_json(file, {"kind": KIND, "schema": SCHEMA, **facts, "provenance": provenance()})
         experiment = cls(path)
@@ -113,7 +114,7 @@ class Experiment:
     def note_grid(self, grid: Grid) -> None:
         """Add to what is to be run: ``facts["grid"]``, the union of all that was asked for, axis by axis."""
         file = self.path / GRID
-        with FileLock(self.path / ".experiment.lock"):
+        with _alone(self.path):
             before = read_json(file, kind=GRID_KIND, schema=SCHEMA) if file.exists() else {}
             union = {k: list(dict.fromkeys([*before.get(k, []), *v])) for k, v in asdict(grid).items()}
             union |= {k: sorted(union[k], reverse=k == "fractions") for k in ("fractions", "seeds")}
@@ -141,7 +142,7 @@ class Experiment:
 
     def file(self, key: RunKey) -> Path:
         """Where a run is written."""
-        return self.path / "runs" / f"{key.name}.json"
+        return self.path / _RUNS / f"{key.name}.json"
 
     def write(self, run: Run) -> Path:
         """Write a run, all or nothing."""
@@ -167,17 +168,17 @@ class Experiment:
 
     def runs(self) -> list[Run]:
         """All runs that are there, by key."""
-        return sorted((self.read(f) for f in sorted((self.path / "runs").glob("[!.]*.json"))), key=lambda r: r.key)
+        return sorted((self.read(f) for f in sorted((self.path / _RUNS).glob("[!.]*.json"))), key=lambda r: r.key)
 
     @contextmanager
     def claim(self, key: RunKey) -> Iterator[bool]:
         """Within, the run is this process's own; False where another process has it, and nothing is held then.
 
-        A claim ends with the process, however that ends.
+        A claim ends with the process, however that ends. Its file goes once the run is there: look for the run after
+        taking a claim, for another process may have had it until a moment ago.
         """
-        claims = self.path / "claims"
-        claims.mkdir(exist_ok=True)
-        lock = FileLock(claims / f"{key.name}.lock", timeout=0)
+        (self.path / _RUNS).mkdir(exist_ok=True)
+        lock = FileLock(self.path / _RUNS / f".{key.name}.lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -186,7 +187,32 @@ class Experiment:
         try:
             yield True
         finally:
+            if self.is_done(key):
+                _remove_held(lock)
             lock.release()
+
+    def remove_claims(self) -> None:
+        """Remove the claims of runs that are there and nobody holds, as processes that were killed leave them."""
+        for file in (self.path / _RUNS).glob(".*.lock"):
+            if file.with_name(f"{file.stem[1:]}.json").exists():
+                with suppress(OSError), FileLock(file, timeout=0) as lock:
+                    _remove_held(lock)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, of all processes that ask for it this is the only one."""
+    with FileLock(folder / _LOCK) as lock:
+        try:
+            yield
+        finally:
+            _remove_held(lock)
+
+
+def _remove_held(lock: BaseFileLock) -> None:
+    """Remove the file of a lock that is held: filelock (from 3.30 on) starts over where the file it locked is gone."""
+    with suppress(OSError):  # on Windows an open file stays, until filelock removes it
+        Path(lock.lock_file).unlink()
 
 
 def differences(there: Any, given: Any, name: str = "") -> list[str]:

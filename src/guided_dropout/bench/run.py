@@ -82,6 +82,7 @@ def run_experiment(
     finally:
         for w in workers:
             w.stop()
+        experiment.remove_claims()
 
 
 def processors() -> int:

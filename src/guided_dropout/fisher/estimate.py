@@ -15,7 +15,7 @@ from guided_dropout.detection import NotFiniteError, detect_objective
 from guided_dropout.devices import has_float64
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.accumulate import Accumulator
-from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, differences, fingerprint, remove_checkpoint
+from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.processes import Processes, current_processes
@@ -28,6 +28,7 @@ from guided_dropout.identity import model_identity, weights_digest
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
 from guided_dropout.undisturbed import evaluating
+from guided_dropout.unfinished import differences
 
 CHECKPOINT_EVERY = 300.0
 # Of so many samples one must have a finite loss: the objective is found on it.

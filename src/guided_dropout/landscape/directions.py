@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from guided_dropout.artefacts import read_tensors, write_tensors
-from guided_dropout.errors import ArtefactError, DataError, ModelError, unknown
+from guided_dropout.artefacts import read_header, read_tensors, write_tensors
+from guided_dropout.errors import DataError, ModelError, unknown
 from guided_dropout.identity import backbone_name, in_head, model_identity
 
 KIND = "landscape-direction"
@@ -84,16 +83,9 @@ class Direction:
         Raises:
             ArtefactError: no such file, damaged, or no direction.
         """
-        tensors = read_tensors(path)
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-        found = (header.get("kind"), header.get("schema"))
-        if found != (KIND, str(SCHEMA)):
-            raise ArtefactError(
-                f"{path} holds {found[0]!r}, version {found[1]}; expected {KIND!r}, version {SCHEMA}: give a file that "
-                "Direction.save wrote"
-            )
-        return cls(tensors, json.loads(header["facts"]))
+        advice = "give a file that Direction.save wrote"
+        facts = read_header(path, kind=KIND, schema=SCHEMA, key="facts", advice=advice)
+        return cls(read_tensors(path), facts)
 
 
 def gaussian_direction(

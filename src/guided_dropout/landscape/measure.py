@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from guided_dropout.errors import DataError, ModelError, unknown
-from guided_dropout.fisher.checkpoint import differences, fingerprint
+from guided_dropout.fisher.checkpoint import fingerprint
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.identity import model_identity
@@ -26,6 +26,7 @@ from guided_dropout.landscape.record import Record, check_unused, remove_record
 from guided_dropout.landscape.walk import Ray, walk
 from guided_dropout.objectives import Sample
 from guided_dropout.provenance import provenance
+from guided_dropout.unfinished import differences
 
 DIRECTIONS = ("gaussian", "hessian")
 

@@ -1,12 +1,10 @@
 """Which points are done, on disk: a run that was killed goes on with the point that was missing.
 
-One safetensors file per process, replaced as a whole, its facts in the header; any number of processes may go on where
-others stopped.
+Any number of processes may go on where others stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -14,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from guided_dropout.artefacts import read_tensors, write_tensors
-from guided_dropout.errors import ArtefactError
-from guided_dropout.fisher.checkpoint import differences
+from guided_dropout.unfinished import RunFiles
 
-KIND = "landscape-checkpoint"
-SCHEMA = 1
+FILES = RunFiles("landscape-checkpoint", 1, "run", "points-{}-of-{}.safetensors")
 DIRECTIONS_NAME = "direction-{}.safetensors"
-_NAME = "points-{}-of-{}.safetensors"
 # Seconds: points that take less are written together, and a kill loses no more than that.
 WRITE_EVERY = 1.0
 
@@ -65,7 +59,7 @@ class Record:
         self.moved = torch.zeros(rays, dtype=torch.int64)
         self.folder = None if folder is None else Path(folder)
         self._run = json.loads(json.dumps(dict(run or {})))
-        self._name = _NAME.format(process + 1, processes)
+        self._file = None if folder is None else FILES.file(folder, process, processes)
         self._written, self._dirty = time.monotonic(), False
 
     def read(self) -> None:
@@ -74,14 +68,9 @@ class Record:
         Raises:
             ArtefactError: one is damaged or of another run; what differs is told from both sides.
         """
-        for path in _files(self.folder) if self.folder else ():
-            odd = differences(_header(path)["run"], self._run)
-            if odd:
-                raise ArtefactError(
-                    f"{path} is of another run: {odd}; expected the same run to resume: give the arguments as they "
-                    "were, or --no-resume to start afresh"
-                )
-            there = read_tensors(path)
+        for file in FILES.there(self.folder) if self.folder else ():
+            FILES.check_run(file, self._run)
+            there = read_tensors(file)
             done = there["done"]
             self.losses[done], self.done = there["losses"][done], self.done | done
             begun = done.any(1)
@@ -107,10 +96,9 @@ class Record:
         Raises:
             ArtefactError: it cannot be written.
         """
-        if self.folder is None or not self._dirty:
+        if self._file is None or not self._dirty:
             return
-        header = {"format": "pt", "kind": KIND, "schema": str(SCHEMA), "run": json.dumps({"run": self._run})}
-        write_tensors(self.folder / self._name, self.tensors(), header)
+        write_tensors(self._file, self.tensors(), FILES.header({"run": self._run}))
         self._written, self._dirty = time.monotonic(), False
 
     def tensors(self) -> dict[str, Tensor]:
@@ -120,7 +108,7 @@ class Record:
 
 def holds_points(folder: str | Path) -> bool:
     """Whether points of an unfinished run lie in `folder`."""
-    return bool(_files(Path(folder)))
+    return bool(FILES.there(folder))
 
 
 def check_unused(folder: str | Path) -> None:
@@ -129,39 +117,9 @@ def check_unused(folder: str | Path) -> None:
     Raises:
         ArtefactError: there are some.
     """
-    files = _files(Path(folder))
-    if files:
-        done = sum(int(read_tensors(path)["done"].sum()) for path in files)
-        raise ArtefactError(
-            f"{folder} holds {done:,} points of an unfinished run; expected to be told what to do with them: --resume "
-            "to go on from there, --no-resume to start afresh"
-        )
+    FILES.check_unused(folder, lambda file: int(read_tensors(file)["done"].sum()), "points")
 
 
 def remove_record(folder: str | Path) -> None:
     """Remove the points of a run, and the folder if nothing else is in it."""
-    folder = Path(folder)
-    hidden = [*folder.glob(f".{_NAME.format('*', '*')}.*"), *folder.glob("." + DIRECTIONS_NAME.format("*") + ".*")]
-    for path in [*_files(folder), *hidden, *folder.glob(DIRECTIONS_NAME.format("*"))]:
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob(_NAME.format("*", "*")))
-
-
-def _header(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-    except (OSError, SafetensorError) as e:
-        raise ArtefactError(f"{path} is not a whole checkpoint ({e}); start afresh with --no-resume") from e
-    found = (header.get("kind"), header.get("schema"))
-    if found != (KIND, str(SCHEMA)):
-        raise ArtefactError(
-            f"{path} holds {found[0]!r}, version {found[1]}; this version of guided-dropout reads {KIND!r}, version "
-            f"{SCHEMA}: start afresh with --no-resume"
-        )
-    return json.loads(header["run"])
+    FILES.remove(folder, DIRECTIONS_NAME.format("*"))

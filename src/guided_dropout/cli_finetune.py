@@ -1,0 +1,119 @@
+"""The command line's `finetune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guided_dropout.cli_options import ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.console import console, progress_bar
+
+
+def finetune(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for result.json.")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte or wnli; or OWNER/NAME[:CONFIG], a data set of the hub; "
+            "or, with --data FILE, a name for it."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="GLUE folder, or a data set like the hub's nyu-mll/glue; or a file of your own to train on: .csv, "
+            ".tsv, .jsonl or .parquet, or a pattern such as 'part-*.csv'."
+        ),
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Beside a --data file: one to evaluate on.")
+    ] = None,
+    columns: ColumnNames = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            metavar="glue|paper|holdout:SHARE",
+            help="glue: evaluate on GLUE's dev split, --eval-data or the hub's validation split. paper: that and the "
+            "training data pooled, then dealt 80:20 by the seed. holdout:0.2: on that share of the training data.",
+        ),
+    ] = "glue",
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[,NAME]",
+            help="accuracy, f1, matthews_correlation; pearson, spearman. The first stands for the run. Without it, the "
+            "task's: accuracy for classes, pearson for a regression.",
+        ),
+    ] = "",
+    hub_splits: Annotated[
+        str,
+        typer.Option(
+            metavar="TRAIN,EVALUATION",
+            help="Splits of a hub data set; more to evaluate may follow. Without it, train and validation, or test.",
+        ),
+    ] = "",
+    arm: Annotated[
+        str, typer.Option(help="One of the arms below, with parameters if need be: mixout:p=0.9.")
+    ] = "guided",
+    arm_param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter of the arm; may be given several times.")
+    ] = None,
+    schedule: Annotated[Path | None, typer.Option(help="Schedule file, for guided arms and controls.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile folder, for arms that go by Fisher.")] = None,
+    seed: Seed = 0,
+    train_fraction: Annotated[float, typer.Option(help="Share of the training data to use.")] = 1.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 128,
+    rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
+    evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = "epoch",
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = "auto",
+    residual_sites: ResidualSites = False,
+) -> None:
+    """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
+    from guided_dropout.finetune import finetune as run
+    from guided_dropout.fisher import FisherProfile
+    from guided_dropout.results import JSON_NAME
+    from guided_dropout.schedule import DropoutSchedule
+
+    planned = DropoutSchedule.load(schedule) if schedule else None
+    measured = FisherProfile.from_pretrained(profile) if profile else None
+    with progress_bar(f"{task or data} {arm}", None) as update:
+        result = run(
+            model,
+            task,
+            data=data,
+            eval_data=eval_data,
+            columns=columns,
+            metrics=metrics,
+            hub_splits=hub_splits,
+            split=split,
+            arm=arm,
+            arm_parameters=arm_param or (),
+            schedule=planned,
+            profile=measured,
+            seed=seed,
+            train_fraction=train_fraction,
+            epochs=epochs,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            rate=rate,
+            weight_decay=weight_decay,
+            evaluate=evaluate,
+            precision=precision,
+            residual_sites=residual_sites,
+            out=out,
+            told=console.print,
+            progress=update,
+        )
+    value = "diverged" if result.value is None else f"{result.value:.4f}"
+    further = {name: v for name, v in result.metrics.items() if name.startswith(f"{result.metric}_") and v is not None}
+    value += "".join(f", {name} {v:.4f}" for name, v in further.items())
+    console.print(f"{result.task} {result.arm} seed {seed}: {result.metric} {value} ({result.times['total']:.0f} s)")
+    console.print(out / JSON_NAME)
