@@ -11,6 +11,7 @@ from test_cli import run
 from tiny import save, save_tiny_bert
 
 from guided_dropout import add_residual_sites
+from guided_dropout.identity import weights_digest
 from guided_dropout.models import load_lm
 from guided_dropout.schedule import DropoutSchedule, controls
 
@@ -154,6 +155,20 @@ def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, com
     code, out, err = command("inspect", tmp_path / "other", "--schedule", "a.json")
     assert code == 0, err
     assert f"note: the schedule was made on other weights of this backbone ({folder / 'model'})" in out
+
+
+def test_make_says_whether_the_profile_was_measured_on_the_models_weights(folder, command, tmp_path):
+    model = load_lm(str(folder / "model"))
+    digest = weights_digest(dict(model.named_parameters()))
+    measured = replace(profile_of(model), model={**profile_of(model).model, "digest": digest})
+    measured.save_pretrained(tmp_path / "measured")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.mul_(2)
+    save(model, tmp_path / "other")
+    for name, told in ((folder / "model", False), (tmp_path / "other", True)):
+        code, out, err = command("schedule", tmp_path / "measured", "--model", name, "--out", tmp_path / "new.json")
+        assert code == 0, err
+        assert (f"note: the profile was measured on other weights ({measured.title})" in out) == told
 
 
 def test_diff_prints_both_rates_the_means_and_the_order(command):

@@ -351,6 +351,14 @@ def test_what_a_person_should_know_of_the_data_is_told_before_training(bert: Pat
         finetune(bert, arm="none", told=said.append, progress=interrupt, **{**SHORT, "data": data})
 
 
+def test_a_schedule_made_on_other_weights_is_told(bert: Path, schedule: DropoutSchedule) -> None:
+    elsewhere = replace(schedule, model={**schedule.model, "digest": "of others"})
+    for planned, told in ((schedule, False), (elsewhere, True)):
+        said: list[str] = []
+        finetune(bert, COLOUR, schedule=planned, told=said.append, **{**SHORT, "epochs": 1})
+        assert any("made on other weights" in note for note in said) == told
+
+
 # --- what it leaves behind
 
 

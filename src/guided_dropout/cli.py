@@ -18,7 +18,7 @@ from guided_dropout.cli_landscape import landscape_app
 from guided_dropout.cli_options import PROFILE_HELP, Grouping, Model
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.console import arms_help, console, errors, site_table, weights_note
+from guided_dropout.console import arms_help, console, errors, site_table
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt
 
@@ -80,7 +80,7 @@ def inspect(
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
     if measured and measured.noise:
         console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
-    if planned and (note := weights_note(planned, loaded)):
+    if planned and (note := planned.weights_note(loaded)):
         console.print(note, style="dim", highlight=False)
 
 

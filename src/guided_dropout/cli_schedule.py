@@ -9,7 +9,7 @@ import typer
 
 from guided_dropout.cli_options import PROFILE_HELP, Grouping, ResidualSites
 from guided_dropout.cli_shared import MakeByDefault
-from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table, weights_note
+from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table
 from guided_dropout.errors import ScheduleError, unknown
 
 if TYPE_CHECKING:
@@ -61,9 +61,10 @@ def make(
 
     if profile is not None and rates is not None:
         raise ScheduleError(f"both the profile {profile} and --rates {rates}; expected one of the two: leave one out")
+    measured, source = None, model
     if profile is not None:
         measured = FisherProfile.from_pretrained(profile)
-        source = model or measured.provenance.get("source") or measured.model.get("name_or_path")
+        source = source or measured.provenance.get("source") or measured.model.get("name_or_path")
         if not source:
             raise ScheduleError(f"{profile} does not say which model it was measured on; name it with --model")
         loaded = load_lm(source)
@@ -85,13 +86,17 @@ def make(
             raise ScheduleError(
                 "--rates gives the rates one by one; leave out --upper, --lower, --shape, --grouping and --aggregate"
             )
-        planned = DropoutSchedule.from_rates(rates, load_model(model))
+        loaded = load_model(model)
+        planned = DropoutSchedule.from_rates(rates, loaded)
         planned = planned if mean_rate is None else planned.with_mean(mean_rate)
     else:
         raise ScheduleError("no profile; expected a folder that `guided-dropout fisher` wrote, or --rates FILE")
     path = planned.save(out)
     console.print(schedule_table(planned))
     console.print(schedule_origin(planned), highlight=False)
+    if measured is not None and measured.has_weights_of(loaded) is False:
+        note = f"note: the profile was measured on other weights ({measured.title}) than those of {source}"
+        console.print(note, style="dim", highlight=False)
     console.print(path)
 
 
@@ -150,7 +155,7 @@ def _by_magnitude(planned: DropoutSchedule, file: Path, model: str | None) -> Dr
     with_residual_sites = any(path.endswith(f".{ATTRIBUTE}") for path in planned.rates)
     with added_sites(loaded, with_residual_sites):
         derived = controls.magnitude(planned, loaded)
-    if note := weights_note(planned, loaded):
+    if note := planned.weights_note(loaded):
         console.print(note, style="dim", highlight=False)
     return derived
 

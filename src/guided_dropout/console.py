@@ -18,8 +18,6 @@ from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.schedule.places import by_role
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from guided_dropout.schedule.compare import ScheduleDiff
 
 # Piped output is not folded: nothing knows how wide it will be read.
@@ -161,16 +159,6 @@ def schedule_origin(schedule: DropoutSchedule) -> str:
         )
         lines.append(f"profile {profile.get('digest', '')}: ".replace(" :", ":") + ", ".join(filter(None, facts)))
     return "\n".join(lines)
-
-
-def weights_note(schedule: DropoutSchedule, model: nn.Module) -> str | None:
-    """A line on a schedule that was made on other weights than the model's; None where it was not, or does not say."""
-    if schedule.has_weights_of(model) is not False:
-        return None
-    return (
-        f"note: the schedule was made on other weights of this backbone ({schedule.model.get('name_or_path') or '?'}); "
-        "its rates hold all the same, its scores are of those weights"
-    )
 
 
 def schedule_table(schedule: DropoutSchedule) -> Table:

@@ -103,7 +103,7 @@ def finetune(
         residual_sites: give the model dropout on what its blocks write to the residual stream, where it is built
             without (`add_residual_sites`); the schedule must have been made for these sites.
         out: folder for ``result.json``, checked before training and written after it; None writes nothing.
-        told: called, before training, with each sentence that a person should know of the data.
+        told: called, before training, with each sentence that a person should know of the data and the schedule.
         progress: called after each step with the steps done and the steps in all.
 
     Raises:
@@ -141,6 +141,8 @@ def finetune(
     task = given.task
     train = subset(given.train, train_fraction, seeds.subset)
     classifier = bench.classifier(task.num_labels, head_seed=seeds.head)
+    if told and schedule is not None and (note := schedule.weights_note(classifier)):
+        told(note)
     recipe = replace(recipe, max_length=_fitting_length(max_length, bench.tokenizer, classifier))
     encoded, held_out, *rest = (
         bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())

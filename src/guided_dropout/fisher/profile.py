@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from guided_dropout.artefacts import (
     check_output_folder,
@@ -24,6 +25,7 @@ from guided_dropout.errors import ArtefactError, DataError, unknown
 from guided_dropout.fisher import hub
 from guided_dropout.fisher.card import card
 from guided_dropout.fisher.topk import Selection, select
+from guided_dropout.identity import model_identity, weights_digest
 
 KIND = "fisher-profile"
 SCHEMA = 2
@@ -126,6 +128,17 @@ class FisherProfile:
     def title(self) -> str:
         """What to call the model."""
         return self.model.get("name_or_path") or self.model.get("architecture") or "a model without a name"
+
+    def has_weights_of(self, model: nn.Module) -> bool | None:
+        """Whether `model` has the weights that this was measured on; None where that cannot be told.
+
+        It cannot where the profile does not say, or the model has another head.
+        """
+        made_on, here = self.model.get("digest"), model_identity(model)
+        same_kind = all(here[key] == self.model.get(key) for key in ("architecture", "num_parameters"))
+        if made_on is None or not same_kind:
+            return None
+        return made_on == weights_digest(dict(model.named_parameters()))
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> Path:
         """Write `folder` (``fisher.safetensors``, ``profile.json``, ``README.md``), all or nothing; return its path.

@@ -87,6 +87,15 @@ class DropoutSchedule:
         made_on = self.model.get("digest")
         return None if made_on is None else made_on == _backbone_digest(model, self.model["shapes"])
 
+    def weights_note(self, model: nn.Module) -> str | None:
+        """What to tell a person whose `model` has other weights than this was made on; None where there is nothing."""
+        if self.has_weights_of(model) is not False:
+            return None
+        return (
+            f"note: the schedule was made on other weights of this backbone ({self.model.get('name_or_path') or '?'}); "
+            "its rates hold all the same, its scores are of those weights"
+        )
+
     @classmethod
     def from_profile(
         cls,
