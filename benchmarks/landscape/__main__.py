@@ -29,7 +29,7 @@ from guided_dropout.provenance import provenance
 from guided_dropout.texts import stream_text
 from guided_dropout.undisturbed import evaluating
 
-OUT = Path(__file__).resolve().parents[1] / "results" / "landscape"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "landscape-speed"
 KIND, SCHEMA = "landscape-benchmark", 1
 
 
@@ -44,7 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=20, help="points of each method")
     p.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="NAME", help="which")
     p.add_argument("--device", help="for instance cuda; a GPU if there is any by default")
-    p.add_argument("--out", type=Path, default=OUT, help="folder of the results")
+    p.add_argument("--out", type=Path, help="folder of the results; by default one of the model's name")
     return p.parse_args(argv)
 
 
@@ -72,9 +72,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "kind": KIND,
         "schema": SCHEMA,
-        "model": args.model,
+        "model": Path(args.model).name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "text": args.text,
+        "text": Path(args.text).name,
         "samples": evaluation.num_samples,
         "max_length": args.max_length,
         "batch_size": args.batch_size,
@@ -151,11 +151,12 @@ def summary(found: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure, write, say where."""
     args = arguments(argv)
+    out = args.out or RESULTS / Path(args.model).name
     found = measure(args)
-    write_json(args.out / "landscape.json", found)
-    write_text(args.out / "README.md", summary(found))
+    write_json(out / "landscape.json", found)
+    write_text(out / "README.md", summary(found))
     print(summary(found))
-    print(args.out / "landscape.json")
+    print(out / "landscape.json")
 
 
 if __name__ == "__main__":

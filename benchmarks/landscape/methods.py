@@ -118,7 +118,7 @@ def reloaded(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point
 
 @contextlib.contextmanager
 def loss_landscapes(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
-    """The library of that name: its plane of a few points, divided by their number."""
+    """loss-landscapes: its plane of a few points, divided by their number; per tensor, for per filter may divide by 0."""
     with _needed("loss-landscapes"):
         import loss_landscapes as library
         from loss_landscapes.metrics import Metric
@@ -132,7 +132,7 @@ def loss_landscapes(source: str, evaluation: Evaluation, folder: str) -> Iterato
         def point(alpha: float, beta: float) -> float:
             keep = {name: p.detach().clone() for name, p in evaluation.model.named_parameters()}
             found = library.random_plane(
-                evaluation.model, TextLoss(), distance=0.5, steps=SIDE, normalization="filter", deepcopy_model=False
+                evaluation.model, TextLoss(), distance=0.5, steps=SIDE, normalization="layer", deepcopy_model=False
             )
             with torch.no_grad():
                 for name, p in evaluation.model.named_parameters():
