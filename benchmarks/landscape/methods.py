@@ -118,7 +118,7 @@ def reloaded(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point
 
 @contextlib.contextmanager
 def loss_landscapes(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point]:
-    """loss-landscapes: its plane of a few points, divided by their number; per tensor, for per filter may divide by 0."""
+    """loss-landscapes: its plane of a few points, divided by their number; per tensor: per filter may divide by 0."""
     with _needed("loss-landscapes"):
         import loss_landscapes as library
         from loss_landscapes.metrics import Metric
