@@ -15,7 +15,7 @@ from guided_dropout.bench.phrases import cell_text, guidance_sentence
 from guided_dropout.bench.stats import holm
 from guided_dropout.errors import DataError
 
-SAME_MEAN = ("uniform", "shuffled", "reversed", "depth-linear", "magnitude")
+SAME_MEAN = ("uniform", "role-mean", "shuffled", "reversed", "depth-linear", "magnitude")
 
 
 def runs(values, *, tasks=("cola",), seeds=8, fraction=1.0, **changes):

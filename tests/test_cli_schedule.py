@@ -97,7 +97,7 @@ def test_show_a_control_and_a_file_of_schema_1(folder, command, tmp_path):
     assert "embeddings.dropout" in out
 
 
-KINDS = ["uniform", "reversed", "shuffled", "depth-linear", "magnitude"]
+KINDS = ["uniform", "role-mean", "reversed", "shuffled", "depth-linear", "magnitude"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

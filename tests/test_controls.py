@@ -14,6 +14,7 @@ from guided_dropout.sites import find_sites
 def every_control(schedule: DropoutSchedule, model: object) -> dict[str, DropoutSchedule]:
     return {
         "uniform": controls.uniform(schedule),
+        "role_mean": controls.role_mean(schedule),
         "reversed": controls.reversed(schedule),
         "shuffled": controls.shuffled(schedule, seed=5),
         "depth_linear": controls.depth_linear(schedule),
@@ -35,6 +36,14 @@ def test_every_control_has_the_same_sites_and_mean_and_says_what_it_is(family: s
         assert control.derived_from["digest"] == schedule.digest
         assert control.derived_from["shape"] == shape
         assert (control.model, control.kinds) == (schedule.model, schedule.kinds)
+
+
+def test_role_mean_gives_the_same_place_in_each_layer_the_mean_of_its_rates() -> None:
+    model = language_model("bert")
+    paths = [site.path for site in find_sites(model)]
+    table = DropoutSchedule.from_rates({path: k / 10 for k, path in enumerate(paths)}, model)
+    attention, output, last = (0.1 + 0.4) / 2, (0.2 + 0.5) / 2, (0.3 + 0.6) / 2
+    assert list(controls.role_mean(table).rates.values()) == pytest.approx([0, *[attention, output, last] * 2])
 
 
 def test_reversed_gives_the_least_informative_site_the_lowest_rate() -> None:

@@ -80,6 +80,9 @@ ARMS = {
     "guided": Arm("the schedule's rates: vital layers are dropped less", _guided, needs=_SCHEDULE),
     "guided-gaussian": Arm("Gaussian noise at the schedule's rates", _guided, GaussianDropout, _SCHEDULE),
     "uniform": Arm("control: the schedule's mean rate at each site", _control(controls.uniform), needs=_SCHEDULE),
+    "role-mean": Arm(
+        "control: each kind of site has its mean rate in all layers", _control(controls.role_mean), needs=_SCHEDULE
+    ),
     "reversed": Arm("control: the schedule's rates the wrong way round", _control(controls.reversed), needs=_SCHEDULE),
     "shuffled": Arm("control: the schedule's rates dealt out by chance", _shuffled, needs=_SCHEDULE),
     "depth-linear": Arm(

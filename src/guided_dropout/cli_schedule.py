@@ -106,7 +106,8 @@ def control(
     kind: Annotated[
         str,
         typer.Option(
-            help="uniform (the mean rate everywhere), reversed (the most informative site gets the highest rate), "
+            help="uniform (the mean rate everywhere), role-mean (each kind of site has its mean rate in all layers), "
+            "reversed (the most informative site gets the highest rate), "
             "shuffled (dealt out by chance), depth-linear (rising from the first call to the last) or magnitude (by "
             "the squares of the weights)."
         ),

@@ -30,7 +30,7 @@ class Controls:
 
 
 GUIDED = {
-    "guided": Controls(("uniform",), ("shuffled", "reversed", "depth-linear", "magnitude"), None),
+    "guided": Controls(("uniform",), ("role-mean", "shuffled", "reversed", "depth-linear", "magnitude"), None),
     "guided-gaussian": Controls((), others=("gaussian", "guided")),
     "guided-decay": Controls(("dropout",)),  # weight decay is the same in both, spread evenly there
     "guided-l2-sp": Controls(("l2-sp",)),

@@ -6,6 +6,7 @@ without a score beside sites with one (a new head's) keep their rates where rate
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,17 +14,30 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.identity import backbone_name, model_identity, relative_name
+from guided_dropout.schedule.places import by_role, place_of
 from guided_dropout.schedule.schedule import DropoutSchedule
 from guided_dropout.schedule.scores import weight_scores
 from guided_dropout.schedule.shapes import place_rates, with_mean
 from guided_dropout.sites import find_sites
 
-CONTROLS = ("uniform", "reversed", "shuffled", "depth_linear", "magnitude")
+CONTROLS = ("uniform", "role_mean", "reversed", "shuffled", "depth_linear", "magnitude")
 
 
 def uniform(schedule: DropoutSchedule) -> DropoutSchedule:
     """The mean rate at each site: the same amount of dropout, no guidance."""
     return schedule.at_uniform()
+
+
+def role_mean(schedule: DropoutSchedule) -> DropoutSchedule:
+    """Each role's mean rate in all of its layers: guidance knows the kind of site, but no longer the layer.
+
+    A role is the same place in each layer, such as the dropout on attention probabilities; see `places.place_of`.
+    Fisher scores often differ more between roles than between layers, so that much of a schedule is this control.
+    """
+    roles = by_role(schedule.rates)
+    means = {role: math.fsum(schedule.rates[path] for path in paths) / len(paths) for role, paths in roles.items()}
+    rates = {path: means[place_of(path).role] for path in schedule.rates}
+    return schedule.derive("role_mean", rates)
 
 
 def reversed(schedule: DropoutSchedule) -> DropoutSchedule:  # noqa: A001
