@@ -40,7 +40,8 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set_ylim(-0.6, 1.05)
         plain(ax)
     panels[0].set_ylabel("rank correlation of Fisher and\nHessian diagonal (95 % interval)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=-(-len(kinds) // (1 if len(found) > 1 else 2)), frameon=False)
+    columns = len(kinds) if len(found) > 1 else -(-len(kinds) // 2)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 

@@ -28,7 +28,6 @@ from guided_dropout.identity import model_identity, weights_digest
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
 from guided_dropout.undisturbed import evaluating
-from guided_dropout.unfinished import differences
 
 CHECKPOINT_EVERY = 300.0
 # Of so many samples one must have a finite loss: the objective is found on it.
@@ -166,7 +165,7 @@ def estimate_fisher(
             run = Run(sums, drawn, place, progress)
             if place is not None and resume and (state := place.read()):
                 run.resume(state)
-        _check_same(world, identity)
+        world.check_same(identity)
         world.in_step(run.steps())
     return profile_of(
         outer,
@@ -237,15 +236,6 @@ def begin(
             f"{objective}: use --objective {goal.name} or load another head"
         )
     return goal, itertools.chain(seen, stream)
-
-
-def _check_same(world: Processes, identity: Mapping[str, Any]) -> None:
-    """All processes must work on the same."""
-    main, *others = world.gather(dict(identity))
-    for index, other in enumerate(others, start=1):
-        odd = differences(main, other)
-        if odd:
-            raise ModelError(f"process {index} works on something else than process 0: {odd}; expected the same in all")
 
 
 def profile_of(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.errors import GuidedDropoutError, ModelError
+from guided_dropout.unfinished import differences
 
 # Batches between two meetings: enough for their lengths to even out, few enough for an error to be told soon.
 BATCHES_BETWEEN = 8
@@ -87,6 +88,20 @@ class Processes:
         with _told_if_lost():
             dist.all_gather_object(values, value)
         return values
+
+    def check_same(self, facts: Mapping[str, Any]) -> None:
+        """Make sure that all processes work on the same.
+
+        Raises:
+            ModelError: one works on something else; what differs is told from both sides.
+        """
+        main, *others = self.gather(dict(facts))
+        for index, other in enumerate(others, start=1):
+            odd = differences(main, other)
+            if odd:
+                raise ModelError(
+                    f"process {index} works on something else than process 0: {odd}; expected the same in all"
+                )
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over the processes, in each of them, where it was."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -55,7 +56,7 @@ class StoppingRule(Observer, Protocol):
         ...
 
 
-class SiteScores:
+class SiteScores(ABC):
     """Base of the rules: which parameters feed a site, and each sample's scores.
 
     A site's score is the mean, over the parameters that feed it, of each one's mean Fisher information. Sites fed by
@@ -116,9 +117,9 @@ class SiteScores:
                 "model, or begin anew"
             )
 
+    @abstractmethod
     def _begin(self, size: int) -> None:
         """Make room for `size` different sites."""
-        raise NotImplementedError
 
     def _scores(self, means: Means) -> _Array:
         """[B, S]: the score of each sample at each of the different sites."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from guided_dropout.errors import DataError, ModelError, unknown
+from guided_dropout.errors import DataError, unknown
 from guided_dropout.fisher.checkpoint import fingerprint
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
@@ -26,7 +26,6 @@ from guided_dropout.landscape.record import Record, check_unused, remove_record
 from guided_dropout.landscape.walk import Ray, walk
 from guided_dropout.objectives import Sample
 from guided_dropout.provenance import provenance
-from guided_dropout.unfinished import differences
 
 DIRECTIONS = ("gaussian", "hessian")
 
@@ -158,7 +157,7 @@ def loss_landscape(
             )  # fmt: skip
         elif not isinstance(directions, str):
             given = check_given(model, directions, dims)
-    _check_same(world, run)
+    world.check_same(run)
     made = Rays(model, masker, given, dims, normalise=normalise, vectors=vectors)
     rays: list[Ray] = [partial(made.masked, mask, seed) for mask, seed in itertools.product(chosen, seeds)]
     walk(evaluation, rays, grid.coordinates, record, world=world, progress=progress)
@@ -239,12 +238,3 @@ def _print_of(profile: FisherProfile) -> str:
     """Of the values by which a profile ranks."""
     means = torch.tensor(list(profile.tensor_means.values()), dtype=torch.float64)
     return fingerprint({", ".join(profile.tensor_means): means, **profile.diagonal})
-
-
-def _check_same(world: Processes, run: Mapping[str, Any]) -> None:
-    """All processes must work on the same."""
-    main, *others = world.gather(dict(run))
-    for index, other in enumerate(others, start=1):
-        odd = differences(main, other)
-        if odd:
-            raise ModelError(f"process {index} works on something else than process 0: {odd}; expected the same in all")
