@@ -88,7 +88,7 @@ def estimate_fisher(
             size, and less arithmetic. The profile has no diagonal then.
         until_ranked: stop as soon as this rule (`ranking.RankingTest` or `stability.StabilityTest`) says that the order
             of the sites is settled; what it found stands in the profile's ``provenance["ranking"]``. The samples must
-            come in random order.
+            come in random order. It is told them in that order, also by several processes, which stop at the same one.
         nonfinite: a sample whose loss is NaN or infinite, or whose squared gradients overflow, is an ``"error"`` that
             names it; or ``"skip"``: such samples are left out, and their indices stand in the profile's
             ``coverage["nonfinite"]``.
@@ -98,8 +98,9 @@ def estimate_fisher(
         checkpoint_every: seconds; 0 is after each batch.
         resume: True goes on from `checkpoint`, or begins where there is none; False begins afresh and forgets it; None
             begins, and is an error where there is one.
-        distributed: share the samples out, by index, among the processes that ``torchrun`` or ``accelerate launch
-            --multi_gpu`` started. Each must call this with the same model and samples, and each gets the profile.
+        distributed: share the samples out, by index or with `until_ranked` batch by batch, among the processes that
+            ``torchrun`` or ``accelerate launch --multi_gpu`` started. Each must call this with the same model and
+            samples, and each gets the profile.
         progress: called with the number of samples done so far, of this process.
         facts: added to the profile's provenance, for instance the text and the seed; a checkpoint with others is
             refused.

@@ -128,7 +128,7 @@ class RankedRun(Run):
         self.skipped = 0
         self._sums, self._means, self._rule, self._world = sums, means, rule, world
         self._met = 0  # without a target, when this process's last batch was drawn
-        self._round, self._ended = 0, False
+        self._round = 0
         self._last: list[Item] | None = None  # added, and not yet counted as done
         self._kept: dict[int, tuple[_Array, int]] = {}  # by round: this process's means, and `_met`
         self._saved = 0  # rounds that are in this process's state on disk
@@ -142,15 +142,16 @@ class RankedRun(Run):
             ProcessError: another process failed.
         """
         self._align()
-        while not (self._rule.settled or self._ended):
+        # The main process decides: elsewhere the last digit may be another, and all must stop or none.
+        settled, ended = self._world.gather(self._rule.settled)[0], False
+        while not (settled or ended):
             told = self._world.exchange(self._part)
             batches = [part.rows for part in told if part.rows is not None]
-            # The main process decides: elsewhere the last digit may be another, and all must stop or none.
-            used = self._world.exchange(partial(self._tell_rule, batches) if self._world.is_main else int)[0]
+            used, settled = self._world.exchange(partial(self._decide, batches))[0]
             if not self._world.is_main:
                 self._tell_rule(batches[:used])
-            self._ended = len(batches) < len(told)
-            self.skipped = told[used - 1].skipped if self._rule.settled else max(part.skipped for part in told)
+            ended = len(batches) < len(told)
+            self.skipped = told[used - 1].skipped if settled else max(part.skipped for part in told)
             self._close(batches, used, min(part.saved for part in told))
         with self._world.together():
             self._count_last()
@@ -209,14 +210,19 @@ class RankedRun(Run):
         self._last = self.add()
         return _Told(None if self._last is None else self._means.since(before), self._met, self._saved)
 
-    def _tell_rule(self, batches: Sequence[_Array]) -> int:
-        """Tell the rule of batch after batch until it is settled; returns of how many."""
-        for number, rows in enumerate(batches, start=1):
+    def _decide(self, batches: Sequence[_Array]) -> tuple[int, bool]:
+        """Tells the main process's rule until it is settled; returns of how many batches, and whether it is."""
+        if self._world.is_main:
+            for number in range(len(batches)):
+                self._tell_rule(batches[number : number + 1])
+                if self._rule.settled:
+                    return number + 1, True
+        return len(batches), False
+
+    def _tell_rule(self, batches: Sequence[_Array]) -> None:
+        for rows in batches:
             if len(rows):  # none where no sample of the batch is finite
                 self._rule.add(self._means.named(rows))
-            if self._rule.settled:
-                return number
-        return len(batches)
 
     def _close(self, batches: Sequence[_Array], used: int, saved: int) -> None:
         """Take back what lies beyond the stop, and keep what another process may have to be told again."""
