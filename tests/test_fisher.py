@@ -1,5 +1,6 @@
 """The batched Fisher against slow, obviously right ones in float64."""
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, FISHER_ONLY, PARTLY_FLOAT32, language_model
@@ -362,6 +363,21 @@ def test_an_overflow_after_resuming_takes_nothing_of_the_state_with_it(tmp_path)
     assert profile.coverage["nonfinite"] == [5]
     expected = estimate_fisher(model, samples[:5]).diagonal
     assert_close(profile.diagonal, {n: t.double() for n, t in expected.items()}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [[0, 1], [9], [3, 13, 14]])
+def test_a_rule_is_not_told_of_a_sample_that_overflows(bad):
+    """Neither of it nor twice of those that are run again without it."""
+    model, samples = spoilt("squares"), samples_with_bad([5, 6, 7, 20, 5] * 3, bad=bad)
+    groups = {name: [name] for name, p in model.named_parameters() if p.dim() > 1}
+    found, expected = RankingTest(groups), RankingTest(groups)
+    profile = estimate_fisher(model, samples, batch_size=4, nonfinite="skip", until_ranked=found)
+    good = [s for i, s in enumerate(samples) if i not in bad]
+    estimate_fisher(model, good, batch_size=4, until_ranked=expected)
+    assert profile.num_samples == found.samples == expected.samples == len(good)
+    assert profile.coverage["nonfinite"] == bad
+    np.testing.assert_allclose(found.state()["mean"], expected.state()["mean"], rtol=1e-6)
+    np.testing.assert_allclose(found.state()["excess"], expected.state()["excess"], rtol=1e-4, atol=1e-20)
 
 
 def test_no_finite_sample_at_all_is_an_error():

@@ -1,15 +1,19 @@
 """Several processes give what one gives, and an error in one ends all; models that are not on one device."""
 
+import contextlib
 import json
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import language_model
-from processes_script import SAMPLES, draw_samples
+from processes_script import BAD, RANDOM, RULES, SAMPLES, draw_samples, found, ranked, with_nan
 from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import FisherProfile, cli, estimate_fisher
@@ -74,6 +78,44 @@ def test_each_process_goes_on_from_its_own_state(two):
         assert report["resumed"] == close(expected)
 
 
+def alike(reported):
+    """What `found` gives, to compare with: the ranking as it is, means to 1e-6."""
+    return {**reported, "means": close(reported["means"])}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_stops_two_processes_where_it_stops_one(two, rule):
+    expected = found(ranked(language_model("bert"), rule))
+    assert expected["ranking"]["settled"] == (rule != "never")
+    if expected["ranking"]["settled"]:
+        batch_size = RULES[rule][2]["batch_size"]
+        assert expected["num"][0] // batch_size % 2  # there is something to take back
+        assert expected["num"][0] < len(RANDOM) / 2
+    assert expected["noise"]
+    for report in two[0]:
+        assert report["rules"][rule] == alike(expected)
+
+
+def test_a_rule_goes_on_where_each_process_stopped(two):
+    expected = found(ranked(language_model("bert"), "ranked"))
+    main, second = two[0]
+    stopped, told = "RuntimeError stopped", "ProcessError process {} of 2: RuntimeError stopped"
+    assert main["ranked_stops"] == [told.format(1), stopped, told.format(1)]
+    assert second["ranked_stops"] == [stopped, told.format(0), stopped]
+    assert main["ranked_resumed"] == second["ranked_resumed"] == alike(expected)
+
+
+def test_an_error_ends_all_that_a_rule_would_stop(two):
+    main, second = two[0]
+    assert second["ranked_nan"].startswith("ModelError the loss of sample 7 (from 0) is nan")
+    assert main["ranked_nan"].startswith("ProcessError process 1 of 2: the loss of sample 7 (from 0) is nan")
+    bad = [*RANDOM]
+    bad[7] = BAD
+    expected = found(ranked(with_nan(language_model("llama")), "ranked", bad, nonfinite="skip"))
+    assert expected["nonfinite"] == [7]
+    assert main["ranked_skipped"] == second["ranked_skipped"] == alike(expected)
+
+
 def test_only_the_main_process_prints(two):
     reports, stderr = two
     assert [report["cli"] for report in reports] == ["SystemExit 2"] * 2
@@ -100,6 +142,46 @@ def test_the_command_runs_under_accelerate(tmp_path, monkeypatch, capsys):
     assert both.tensor_means == close(one.tensor_means)
     assert (one.provenance["processes"], both.provenance["processes"]) == (1, 2)
     assert sorted(f.name for f in tmp_path.iterdir()) == ["model", "one", "text.txt", "two"]
+
+
+def test_a_ranked_command_that_is_killed_goes_on_under_accelerate(tmp_path, monkeypatch, capsys):
+    """All processes are killed with SIGKILL, whatever they do; the command with --resume ends as one process does."""
+    save_tiny_bert(tmp_path / "model")
+    rng = random.Random(3)
+    lines = [" ".join(rng.choice(WORDS) for _ in range(rng.randint(6, 14))) for _ in range(500)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    options = (
+        "--text text.txt --samples 300 --max-length 12 --batch-size 4 --device cpu --until-stable --stable-tau 0.3"
+    )
+    line = ["fisher", "model", *options.split(), "--resume", "--checkpoint-every", "0", "--out"]
+    command = [*ACCELERATE, "-m", "guided_dropout", *line, "two"]
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log) as first:
+        seen, end = set(), time.monotonic() + 200
+        while len(seen) < 9 and first.poll() is None and time.monotonic() < end:
+            for file in (tmp_path / "two.checkpoint").glob("process-*"):
+                with contextlib.suppress(FileNotFoundError):
+                    seen.add(file.stat().st_mtime_ns)
+            time.sleep(0.002)
+        started = psutil.Process(first.pid).children(recursive=True)
+        for process in [*started, first]:
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.kill()
+    assert len(seen) == 9, (tmp_path / "log").read_text()
+    assert not (tmp_path / "two").exists()
+    done = launch(ACCELERATE, "-m", "guided_dropout", *line, "two", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["guided-dropout", *line, "one"])
+    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code, capsys.readouterr().err
+    one, both = (found(FisherProfile.from_pretrained(tmp_path / out)) for out in ("one", "two"))
+    assert one["ranking"]["settled"]
+    assert one["num"][0] < 300
+    assert both == alike(one)
+    assert f"stable after {one['num'][0]} samples" in done.stdout.replace("\n", " ")
+    assert not (tmp_path / "two.checkpoint").exists()
 
 
 def test_a_launcher_that_starts_one_process_of_several_is_told(monkeypatch):

@@ -251,17 +251,22 @@ def test_a_run_with_noise_goes_on_when_resumed(tmp_path):
     model = language_model("bert")
     g = torch.Generator().manual_seed(4)
     samples = [{"input_ids": (ids := torch.randint(5, VOCAB, (9,), generator=g)), "labels": ids} for _ in range(120)]
+    samples.insert(3, {"input_ids": [5, 6], "labels": [-100, -100]})
     sites = {s.path: s.parameters for s in find_sites(model) if not s.in_head}
 
     def estimate(**changes):
         rule = RankingTest(sites, tolerance=3.0)
         return estimate_fisher(model, iter(samples), until_ranked=rule, scores_only=True, **changes)
 
-    def stop(done):
-        if done >= 50:
-            raise KeyError(done)
+    expected = estimate()
+    for number in (50, expected.num_samples):  # on the way, and when it is settled already
 
-    with pytest.raises(KeyError):
-        estimate(checkpoint=tmp_path / "c", progress=stop)
-    found = estimate(checkpoint=tmp_path / "c", resume=True).provenance["ranking"]
-    assert found == estimate().provenance["ranking"]
+        def stop(done, number=number):
+            if done >= number:
+                raise KeyError(done)
+
+        with pytest.raises(KeyError):
+            estimate(checkpoint=tmp_path / str(number), progress=stop)
+        found = estimate(checkpoint=tmp_path / str(number), resume=True)
+        assert found.provenance["ranking"] == expected.provenance["ranking"]
+        assert (found.num_samples, found.num_skipped) == (expected.num_samples, expected.num_skipped)

@@ -9,7 +9,7 @@ number of samples, and one for the cell at hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,14 +37,9 @@ class SampleMeans:
         samples: how many there are.
     """
 
-    settled = False
-
     def __init__(self, number: int, names: Sequence[str]):
         self.rows, self.samples = np.zeros((number, len(names))), 0
         self._names = list(names)
-
-    def exclude(self, names: Iterable[str]) -> None:
-        """Nothing: all are taken down."""
 
     def add(self, means: Means) -> None:
         """Take down a batch."""
@@ -77,8 +72,6 @@ class SubsampleSums:
         arrived: places in `items` of the samples that were added.
     """
 
-    ranking = None
-
     def __init__(
         self,
         model: nn.Module,
@@ -90,7 +83,7 @@ class SubsampleSums:
         scores_only: bool = False,
     ):
         self.means = SampleMeans(len(items), list(parameters))
-        self.inner = Accumulator(model, objective, parameters, scores_only=scores_only, ranking=self.means)
+        self.inner = Accumulator(model, objective, parameters, scores_only=scores_only, observer=self.means)
         self.arrived: list[int] = []
         self._items, self._subsamples, self._scores_only = items, subsamples, scores_only
         self._levels = subsamples.levels()

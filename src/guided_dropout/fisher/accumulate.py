@@ -2,7 +2,7 @@
 
 A loss is looked at before its gradient is taken. Squares that overflow although the loss is finite show in the sums,
 for good, so those are looked at now and then; the batches since the last look are kept, and run again one by one to
-find the sample.
+find the sample. Where each sample's means are wanted, they show such a batch at once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ METHODS = ("batched", "reference")
 NONFINITE = ("error", "skip")
 # How many samples a message names.
 _NAMED = 10
+# A sample whose squares overflow in float32 has a sum that is not finite or larger.
+_MOST = torch.finfo(torch.float32).max
 
 
 class ReferenceSquares:
@@ -66,7 +68,8 @@ class Accumulator:
         nonfinite: ``"error"``: a sample whose loss or squares are not finite is an error that names it; ``"skip"``: it
             is left out and noted.
         scores_only: keep one number per parameter.
-        ranking: is told each sample's means.
+        observer: is told each sample's means.
+        undoable: whether `take_back` will be asked for; takes float64 sums from the first `check` on.
 
     Attributes:
         num: samples that are in the sums.
@@ -84,7 +87,8 @@ class Accumulator:
         method: str = "batched",
         nonfinite: str = "error",
         scores_only: bool = False,
-        ranking: Observer | None = None,
+        observer: Observer | None = None,
+        undoable: bool = False,
     ):
         if method not in METHODS:
             raise DataError(f"method {method!r}; expected one of {', '.join(METHODS)}")
@@ -92,8 +96,9 @@ class Accumulator:
             raise DataError(f"nonfinite {nonfinite!r}; expected one of {', '.join(NONFINITE)}")
         self.model, self.objective, self.parameters = model, objective, parameters
         self.method, self._skip = method, nonfinite == "skip"
-        self.scores_only, self.ranking = scores_only, ranking
-        self._ranked = ranking.state() if ranking else {}
+        self.scores_only, self.observer = scores_only, observer
+        self._observed = observer.state() if observer else {}
+        self._marks = self._skip or undoable
         self.num = 0
         self.nonfinite: list[int] = []
         self._fallback: dict[str, str] = {}
@@ -132,10 +137,11 @@ class Accumulator:
             if len(finite) == len(batch):
                 self._unchecked.append(list(batch))
                 self.num += len(batch)
-                if self.ranking and added.tensor_sums:
-                    self.ranking.add(
-                        {n: (s / self.parameters[n].numel()).cpu().numpy() for n, s in added.tensor_sums.items()}
-                    )
+                if self.observer and added.tensor_sums:
+                    own = {n: s.cpu().numpy() for n, s in added.tensor_sums.items()}
+                    self.observer.add({n: s / self.parameters[n].numel() for n, s in own.items()})
+                    if not all((s <= _MOST).all() for s in own.values()):
+                        self._make_finite()
                 return
             batch = finite
 
@@ -146,31 +152,67 @@ class Accumulator:
             ModelError: squares of a sample overflow; it is named.
         """
         if self._squares is None:
-            return None
-        totals, unchecked = self._squares.totals, self._unchecked
-        if not _all_finite(totals.total(name) for name in totals):
-            bad = self._overflowing()
-            if not bad:
-                first, last = min(i.index for b in unchecked for i in b), max(i.index for b in unchecked for i in b)
-                raise ModelError(
-                    f"the squared gradients of samples {first} to {last} are finite each, but not their sum; expected "
-                    "sums that fit the precision: load the model in float64"
-                )
-            self._leave_out(bad, "the squared gradients of", "overflow")
-            self.num -= sum(map(len, unchecked))
-            self._unchecked = []
-            if self.ranking:
-                self.ranking.load_state(self._ranked)
-            self._run_again([[item for item in batch if item.index not in bad] for batch in unchecked])
-            return self.check()
+            return
+        self._make_finite()
         self._unchecked, self._proved = [], True
-        if self.ranking:
-            self._ranked = self.ranking.state()
-        if self._skip:
-            self._mark(totals)
-        return None
+        if self.observer:
+            self._observed = self.observer.state()
+        if self._marks:
+            self._mark(self._squares.totals)
+
+    def rehearse(self, batch: Sequence[Item]) -> bool:
+        """Make the plan as the first batch makes it, and add nothing; before any batch or `load`.
+
+        Returns:
+            Whether there is a plan; there is none where no sample is finite.
+
+        Raises:
+            ModelError: as for `add`.
+        """
+        before = self._observed
+        self.add(batch)
+        self.check()
+        self.num, self.nonfinite, self._observed = 0, [], before
+        if self.observer:
+            self.observer.load_state(before)
+        if self._squares is None:
+            return False
+        self._squares.totals.clear()
+        self._before = {}
+        return True
+
+    def take_back(self, batch: Sequence[Item]) -> None:
+        """Undo the batch that was added last; those since the last `check` are run again without it."""
+        out = {item.index for item in batch}
+        self.nonfinite = [index for index in self.nonfinite if index not in out]
+        kept = [b for b in self._unchecked if b[0].index not in out]
+        if self._squares is not None and len(kept) < len(self._unchecked):
+            self._undo(self._squares.totals)
+            self._run_again(kept)
+
+    def _make_finite(self) -> None:
+        """Leave out what overflows since the last look, or name it."""
+        assert self._squares is not None
+        totals, unchecked = self._squares.totals, self._unchecked
+        if _all_finite(totals.total(name) for name in totals):
+            return
+        bad = self._overflowing()
+        if not bad:
+            first, last = min(i.index for b in unchecked for i in b), max(i.index for b in unchecked for i in b)
+            raise ModelError(
+                f"the squared gradients of samples {first} to {last} are finite each, but not their sum; expected "
+                "sums that fit the precision: load the model in float64"
+            )
+        self._leave_out(bad, "the squared gradients of", "overflow")
+        self._run_again([[item for item in batch if item.index not in bad] for batch in unchecked])
+        self._make_finite()
 
     def _run_again(self, batches: Sequence[Sequence[Item]]) -> None:
+        """Add these in place of what was added since the last look; the sums are undone already."""
+        self.num -= sum(map(len, self._unchecked))
+        self._unchecked = []
+        if self.observer:
+            self.observer.load_state(self._observed)
         batches = [batch for batch in batches if batch]
         if batches and not self._proved and isinstance(self._squares, BatchedSquares):
             # The plan may have been checked on what overflows, where everything seems to be wrong.
@@ -194,19 +236,20 @@ class Accumulator:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, facts) from which `load` goes on. Call `check` first."""
         facts = {"num": self.num, "nonfinite": self.nonfinite, "fallback": self.fallback, "noise": sorted(self.noise)}
-        if self.ranking:
-            facts["ranking"] = self.ranking.state()
+        if self.observer:
+            facts["observer"] = self.observer.state()
         return self.totals().state(), facts
 
     def load(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Take up what `state` gave, before the first batch."""
         self.num, self.nonfinite = facts["num"], list(facts["nonfinite"])
         self._fallback, self.noise = dict(facts["fallback"]), set(facts["noise"])
-        if self.ranking:
-            self.ranking.exclude(self.noise)
-            self.ranking.load_state(facts["ranking"])
-            self._ranked = facts["ranking"]
+        if self.observer:
+            self.observer.load_state(facts["observer"])
+            self._observed = facts["observer"]
         self._loaded = tensors
+        if self._squares is not None:
+            self._take_up(self._squares.totals)
 
     def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
         """Begun late: the plan's own check needs as much memory as the sums, and is done with it before they exist."""
@@ -215,20 +258,21 @@ class Accumulator:
         else:
             plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
             self.noise |= plan.noise
-            if self.ranking and not self.ranking.samples:
-                self.ranking.exclude(plan.noise)
             squares = BatchedSquares(
                 self.model, self.objective, self.parameters, plan,
-                scores_only=self.scores_only, per_sample=self.ranking is not None,
+                scores_only=self.scores_only, per_sample=self.observer is not None,
             )  # fmt: skip
         self._idle = None
-        if self._loaded is not None:
-            squares.totals.load_state(self._loaded)
-            self._loaded = None
-            if self._skip:
-                self._mark(squares.totals)
+        self._take_up(squares.totals)
         self._squares = squares
         return squares
+
+    def _take_up(self, totals: Totals) -> None:
+        if self._loaded is not None:
+            totals.load_state(self._loaded)
+            self._loaded = None
+            if self._marks:
+                self._mark(totals)
 
     def _losses(self, batch: Sequence[Item]) -> Tensor:
         return losses_of(self.model, self.objective, _samples(batch))

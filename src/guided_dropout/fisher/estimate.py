@@ -20,6 +20,7 @@ from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.rounds import BatchMeans, RankedRun
 from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.site_scores import StoppingRule
@@ -87,7 +88,7 @@ def estimate_fisher(
             size, and less arithmetic. The profile has no diagonal then.
         until_ranked: stop as soon as this rule (`ranking.RankingTest` or `stability.StabilityTest`) says that the order
             of the sites is settled; what it found stands in the profile's ``provenance["ranking"]``. The samples must
-            come in random order.
+            come in random order. It is told them in that order, also by several processes, which stop at the same one.
         nonfinite: a sample whose loss is NaN or infinite, or whose squared gradients overflow, is an ``"error"`` that
             names it; or ``"skip"``: such samples are left out, and their indices stand in the profile's
             ``coverage["nonfinite"]``.
@@ -97,8 +98,9 @@ def estimate_fisher(
         checkpoint_every: seconds; 0 is after each batch.
         resume: True goes on from `checkpoint`, or begins where there is none; False begins afresh and forgets it; None
             begins, and is an error where there is one.
-        distributed: share the samples out, by index, among the processes that ``torchrun`` or ``accelerate launch
-            --multi_gpu`` started. Each must call this with the same model and samples, and each gets the profile.
+        distributed: share the samples out, by index or with `until_ranked` batch by batch, among the processes that
+            ``torchrun`` or ``accelerate launch --multi_gpu`` started. Each must call this with the same model and
+            samples, and each gets the profile.
         progress: called with the number of samples done so far, of this process.
         facts: added to the profile's provenance, for instance the text and the seed; a checkpoint with others is
             refused.
@@ -119,17 +121,26 @@ def estimate_fisher(
         with world.together():
             _check_arguments(batch_size, tokens_per_batch, objective)
             check_devices(model)
-            if until_ranked is not None and (world.count > 1 or method == "reference"):
+            if until_ranked is not None and method == "reference":
                 raise DataError(
-                    f"until_ranked with {world.count} processes, method {method!r}; expected a single process and the "
-                    "batched method: leave one of them out"
+                    "until_ranked with the method 'reference'; expected the batched one: leave one of them out"
                 )
             if checkpoint is not None and resume is None:
                 check_unused(checkpoint)
             goal, checked = begin(model, samples, objective, reduction, labels=labels, seed=seed)
-            stream = Stream(goal, checked, process=world.index, processes=world.count)
+            # A rule is told the samples of all, in the order of a single process: whole batches are dealt out.
+            share = (world.index, world.count) if until_ranked is None else (0, 1)
+            stream = Stream(goal, checked, process=share[0], processes=share[1])
+            means = None if until_ranked is None else BatchMeans(list(chosen))
             sums = Accumulator(
-                model, goal, chosen, method=method, nonfinite=nonfinite, scores_only=scores_only, ranking=until_ranked
+                model,
+                goal,
+                chosen,
+                method=method,
+                nonfinite=nonfinite,
+                scores_only=scores_only,
+                observer=means,
+                undoable=means is not None and world.count > 1,
             )
             # What decides the sums or the order in which they are made. Not `nonfinite`: a state holds no such sample,
             # and a run that met one may go on without it.
@@ -162,16 +173,24 @@ def estimate_fisher(
                 # By length the first samples would be no random ones.
                 look_ahead=LOOK_AHEAD if until_ranked is None else 1,
             )
-            run = Run(sums, drawn, place, progress)
+            if until_ranked is None or means is None:
+                run = Run(sums, drawn, place, progress)
+            else:
+                run = RankedRun(sums, drawn, means, until_ranked, stream, world, place, progress)
             if place is not None and resume and (state := place.read()):
                 run.resume(state)
         world.check_same(identity)
-        world.in_step(run.steps())
+        if isinstance(run, RankedRun):
+            run.run()
+            skipped = run.skipped if world.is_main else 0
+        else:
+            world.in_step(run.steps())
+            skipped = stream.skipped
     return profile_of(
         outer,
         goal,
         sums,
-        stream.skipped,
+        skipped,
         world,
         method=method,
         batch_size=batch_size if tokens_per_batch is None else None,

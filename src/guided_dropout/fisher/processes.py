@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,19 @@ class Processes:
             error = e
         self._meet(error)
 
+    def exchange(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` gives in each process, in order, in each of them.
+
+        Raises:
+            ProcessError: it failed in another process.
+        """
+        error, value = None, None
+        try:
+            value = work()
+        except BaseException as e:
+            error = e
+        return self._meet(error, value)
+
     def in_step(self, steps: Iterable[Any]) -> None:
         """Go through `steps` to the end, and return when all processes have.
 
@@ -73,12 +86,7 @@ class Processes:
             return
         steps, finished = iter(steps), [False]
         while not all(finished):
-            error, taken = None, 0
-            try:
-                taken = sum(1 for _ in itertools.islice(steps, BATCHES_BETWEEN))
-            except BaseException as e:
-                error = e
-            finished = self._meet(error, taken < BATCHES_BETWEEN)
+            finished = self.exchange(lambda: sum(1 for _ in itertools.islice(steps, BATCHES_BETWEEN)) < BATCHES_BETWEEN)
 
     def gather(self, value: Any) -> list[Any]:
         """Each process's `value`, in order, in each process."""

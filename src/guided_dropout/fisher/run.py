@@ -9,17 +9,11 @@ from torch import Tensor
 
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.checkpoint import Checkpoint, Digest, State
-from guided_dropout.fisher.site_scores import Observer
 from guided_dropout.fisher.stream import Item
 
 
 class Sums(Protocol):
     """What samples are added to; `accumulate.Accumulator` is one."""
-
-    @property
-    def ranking(self) -> Observer | None:
-        """Ends the run once it is settled."""
-        ...
 
     def add(self, batch: Sequence[Item]) -> None:
         """Add a batch."""
@@ -44,6 +38,10 @@ class Run:
         checkpoint: where the state is written, if anywhere.
         progress: called with the number of samples done, after each batch. What it raises ends the run, after the state
             was written.
+
+    Attributes:
+        done: samples that were taken, whether they are in the sums or were left out of them.
+        taken: batches of them.
     """
 
     def __init__(
@@ -53,22 +51,34 @@ class Run:
         checkpoint: Checkpoint | None = None,
         progress: Callable[[int], Any] | None = None,
     ):
-        self.sums, self.done = sums, 0
+        self.sums, self.done, self.taken = sums, 0, 0
         self._batches, self._checkpoint, self._progress = batches, checkpoint, progress
         self._digest = Digest()
 
     def steps(self) -> Iterator[None]:
-        """Add batch after batch; yields after each. Ends early where the order of the sites is settled."""
-        for batch in self._batches:
-            self.sums.add(batch)
-            self._take(batch)
-            if self._checkpoint and self._checkpoint.due():
-                self._save(self._checkpoint)
-            self._tell()
+        """Add batch after batch; yields after each."""
+        while (batch := self.add()) is not None:
+            self.take(batch)
             yield
-            if self.sums.ranking and self.sums.ranking.settled:
-                break
         self.sums.check()
+
+    def add(self) -> list[Item] | None:
+        """Add the next batch and return it; None where there is none."""
+        batch = next(self._batches, None)
+        if batch is not None:
+            self.sums.add(batch)
+        return batch
+
+    def take(self, batch: list[Item]) -> None:
+        """Count a batch that was added as done, and write the state where it is time."""
+        self._pass(batch)
+        if self._checkpoint and self._checkpoint.due():
+            self._save(self._checkpoint)
+        self._tell()
+
+    def beside(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, facts) that stand in the state beside those of the sums."""
+        return {}, {}
 
     def resume(self, state: State) -> None:
         """Go on from `state`: pass over the samples that are in it.
@@ -77,7 +87,7 @@ class Run:
             ArtefactError: the samples are not those that it was made from.
         """
         while self.done < state.done and (batch := next(self._batches, None)) is not None:
-            self._take(batch)
+            self._pass(batch)
         if (self.done, str(self._digest)) != (state.done, state.digest):
             raise ArtefactError(
                 f"the first {self.done:,} samples ({self._digest}) are not the {state.done:,} that the checkpoint was "
@@ -87,15 +97,16 @@ class Run:
         self.sums.load(state.tensors, state.facts)
         self._tell()
 
-    def _take(self, batch: list[Item]) -> None:
-        self.done += len(batch)
+    def _pass(self, batch: list[Item]) -> None:
+        self.done, self.taken = self.done + len(batch), self.taken + 1
         if self._checkpoint:
             self._digest.add(batch)
 
     def _save(self, checkpoint: Checkpoint) -> None:
         self.sums.check()
         tensors, facts = self.sums.state()
-        checkpoint.write(State(tensors, self.done, str(self._digest), facts))
+        more, further = self.beside()
+        checkpoint.write(State({**tensors, **more}, self.done, str(self._digest), {**facts, **further}))
 
     def _tell(self) -> None:
         try:

@@ -25,14 +25,6 @@ class Observer(Protocol):
 
     samples: int
 
-    @property
-    def settled(self) -> bool:
-        """Whether no more samples are needed."""
-        ...
-
-    def exclude(self, names: Iterable[str]) -> None:
-        """Parameters that hold rounding noise alone, named before the first sample."""
-
     def add(self, means: Means) -> None:
         """A batch, in the order of its samples."""
 
@@ -46,6 +38,14 @@ class Observer(Protocol):
 
 class StoppingRule(Observer, Protocol):
     """Says when enough samples were seen to settle the order of the sites."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether no more samples are needed."""
+        ...
+
+    def exclude(self, names: Iterable[str]) -> None:
+        """Parameters that hold rounding noise alone, named before the first sample."""
 
     def report(self) -> dict[str, Any]:
         """What was found, as plain data: ``rule``, ``samples``, ``confidence``, ``settled`` and more."""
