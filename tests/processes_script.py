@@ -119,6 +119,14 @@ def main(folder: Path) -> None:
     # Process 0 has no state when process 1 has one of four rounds, then one of three; then process 1 goes on to seven.
     report["ranked_stops"] = [stopped_at(1000, 24), stopped_at(18, 1000), stopped_at(1000, 40)]
     report["ranked_resumed"] = found(ranked(bert, "ranked", **kept))
+    if world.is_main:
+        (folder / "r" / "process-1-of-2.safetensors").unlink()
+    world.gather(None)
+    report["ranked_lost"] = found(ranked(bert, "ranked", **kept))
+    kept["checkpoint"] = folder / "s"
+    last = -(-report["rules"]["ranked"]["num"][0] // 12) * 6  # of the main process, by which the rule is settled
+    report["ranked_stops"].append(stopped_at(last, 1000))
+    report["ranked_settled"] = found(ranked(bert, "ranked", **kept))
     bad = [*RANDOM]
     bad[7] = BAD  # in the second process's first batch
     report["ranked_nan"] = outcome(lambda: ranked(nan, "ranked", bad, distributed=True))

@@ -100,9 +100,16 @@ def test_a_rule_goes_on_where_each_process_stopped(two):
     expected = found(ranked(language_model("bert"), "ranked"))
     main, second = two[0]
     stopped, told = "RuntimeError stopped", "ProcessError process {} of 2: RuntimeError stopped"
-    assert main["ranked_stops"] == [told.format(1), stopped, told.format(1)]
-    assert second["ranked_stops"] == [stopped, told.format(0), stopped]
+    assert main["ranked_stops"] == [told.format(1), stopped, told.format(1), stopped]
+    assert second["ranked_stops"] == [stopped, told.format(0), stopped, told.format(0)]
     assert main["ranked_resumed"] == second["ranked_resumed"] == alike(expected)
+
+
+@pytest.mark.parametrize("what", ["ranked_lost", "ranked_settled"])
+def test_a_rule_goes_on_where_one_state_is_lost_or_settled(two, what):
+    expected = found(ranked(language_model("bert"), "ranked"))
+    for report in two[0]:
+        assert report[what] == alike(expected)
 
 
 def test_an_error_ends_all_that_a_rule_would_stop(two):

@@ -259,6 +259,11 @@ def test_a_run_with_noise_goes_on_when_resumed(tmp_path):
         return estimate_fisher(model, iter(samples), until_ranked=rule, scores_only=True, **changes)
 
     expected = estimate()
+    used = RankingTest(sites, tolerance=3.0)
+    used.exclude(expected.noise)
+    used.add({name: np.ones(104) for name in expected.tensor_means})
+    with pytest.raises(DataError, match="told 104 samples before; expected one that was told none"):
+        estimate_fisher(model, iter(samples), until_ranked=used)
     for number in (50, expected.num_samples):  # on the way, and when it is settled already
 
         def stop(done, number=number):

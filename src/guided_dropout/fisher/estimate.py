@@ -125,6 +125,11 @@ def estimate_fisher(
                 raise DataError(
                     "until_ranked with the method 'reference'; expected the batched one: leave one of them out"
                 )
+            if until_ranked is not None and until_ranked.samples:
+                raise DataError(
+                    f"a rule to stop by that was told {until_ranked.samples:,} samples before; expected one that was "
+                    "told none: make a new one for each estimate"
+                )
             if checkpoint is not None and resume is None:
                 check_unused(checkpoint)
             goal, checked = begin(model, samples, objective, reduction, labels=labels, seed=seed)

@@ -4,9 +4,9 @@ The batches are those of a single process, dealt out in turn. In each round ever
 their samples' means, and the rule is told them batch by batch, in the stream's order. Once it is settled, what lies
 beyond is taken back. So the rule is told the same in all processes, and finds the same.
 
-Each process writes its own state when it is time, so after a kill they may be some rounds apart. A state therefore
-holds this process's means since the last round that all had written: those that are ahead tell them once more, until
-the others have caught up.
+Each process writes its own state when it is time, so after a kill they may be some rounds apart, or one is lost. The
+rule's state stands in each of them: all take up the furthest, and who is behind adds its own batches up to there, of
+which the rule is told no more.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, State
@@ -63,10 +61,6 @@ class BatchMeans:
         """[B, T]: those of the samples that came after the first `samples`."""
         return self._rows[len(self._rows) - (self.samples - samples) :]
 
-    def none(self) -> _Array:
-        """[0, T]: those of no samples."""
-        return self._rows[:0]
-
     def named(self, rows: _Array) -> dict[str, _Array]:
         """For each parameter its column of `rows`."""
         return dict(zip(self._names, rows.T, strict=True))
@@ -79,12 +73,10 @@ class _Told:
     Attributes:
         rows: its batch's means, [B, T]; None where the samples have ended.
         skipped: samples without a target that came before the batch is done, in all of the stream.
-        saved: rounds that are in its state on disk.
     """
 
     rows: _Array | None
     skipped: int
-    saved: int
 
 
 class RankedRun(Run):
@@ -128,10 +120,10 @@ class RankedRun(Run):
         self.skipped = 0
         self._sums, self._means, self._rule, self._world = sums, means, rule, world
         self._met = 0  # without a target, when this process's last batch was drawn
-        self._round = 0
+        self._told = 0  # batches of all processes that the rule was told of
+        self._noise: list[str] = []  # what it leaves out
         self._last: list[Item] | None = None  # added, and not yet counted as done
-        self._kept: dict[int, tuple[_Array, int]] = {}  # by round: this process's means, and `_met`
-        self._saved = 0  # rounds that are in this process's state on disk
+        self._beyond: list[Item] | None = None  # added, and beyond the stop
         self._loaded: dict[str, Any] | None = None
 
     def run(self) -> None:
@@ -142,6 +134,7 @@ class RankedRun(Run):
             ProcessError: another process failed.
         """
         self._align()
+        self._world.in_step(self._catch_up())
         # The main process decides: elsewhere the last digit may be another, and all must stop or none.
         settled, ended = self._world.gather(self._rule.settled)[0], False
         while not (settled or ended):
@@ -152,34 +145,24 @@ class RankedRun(Run):
                 self._tell_rule(batches[:used])
             ended = len(batches) < len(told)
             self.skipped = told[used - 1].skipped if settled else max(part.skipped for part in told)
-            self._close(batches, used, min(part.saved for part in told))
+            self._told += used
+            if self._world.index >= used:
+                self._beyond, self._last = self._last, None
         with self._world.together():
+            if self._beyond is not None:
+                self._sums.take_back(self._beyond)
             self._count_last()
             self._sums.check()
 
     def resume(self, state: State) -> None:
         """Go on from `state`; see `Run.resume`."""
-        found = self._loaded = state.facts["ranking"]
-        rows, bounds = state.tensors["ranking/means"].numpy(), itertools.pairwise(found["bounds"])
-        for number, (start, end), met in zip(found["rounds"], bounds, found["met"], strict=True):
-            self._kept[number] = rows[start:end], met
-        self.skipped = found["skipped"]
+        self._loaded = state.facts["ranking"]
         super().resume(state)
-        self._saved = self.taken
 
-    def beside(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `resume` needs, beside the state of the sums."""
-        rounds = sorted(self._kept)
-        rows, met = [self._kept[number][0] for number in rounds], [self._kept[number][1] for number in rounds]
-        found = {
-            # Until the processes have agreed on where to go on, the rule is as the state left it.
-            "rule": self._loaded["rule"] if self._loaded else self._rule.state(),
-            "skipped": self.skipped,
-            "rounds": rounds,
-            "bounds": [0, *itertools.accumulate(map(len, rows))],
-            "met": met,
-        }
-        return {"ranking/means": torch.from_numpy(np.concatenate([self._means.none(), *rows]))}, {"ranking": found}
+    def facts(self) -> dict[str, Any]:
+        """How far the rule is; until the processes have agreed on that, as the state left it."""
+        here = {"told": self._told, "skipped": self.skipped, "noise": self._noise, "rule": self._rule.state()}
+        return {"ranking": self._loaded or here}
 
     def _dealt(self, drawn: Iterator[tuple[list[Item], int]], stream: Stream, world: Processes) -> Iterator[list[Item]]:
         """This process's share of the batches."""
@@ -188,27 +171,32 @@ class RankedRun(Run):
         self._met = stream.skipped
 
     def _align(self) -> None:
-        """Let the rule go on from the round that the rearmost process has reached."""
-        rule, noise = self._loaded and self._loaded["rule"], sorted(self._sums.noise)
-        rearmost = min(self._world.gather((self.taken, rule, noise)), key=lambda told: told[0])
-        self._round, rule, noise = rearmost
-        self._sums.noise = set(noise)
-        if not self._rule.samples:
-            self._rule.exclude(noise)
-        if rule is not None:
-            self._rule.load_state(rule)
+        """Take up the furthest state of the rule."""
+        found = self._world.gather(self._loaded)
+        furthest = max((one for one in found if one), key=lambda one: one["told"], default=None)
+        self._noise = list(furthest["noise"]) if furthest else sorted(self._sums.noise)
+        self._sums.noise = set(self._noise)
+        self._rule.exclude(self._noise)
+        if furthest:
+            self._told, self.skipped = furthest["told"], furthest["skipped"]
+            self._rule.load_state(furthest["rule"])
         self._loaded = None
+
+    def _catch_up(self) -> Iterator[None]:
+        """Add what the rule was told of, and this process's state does not hold."""
+        world = self._world
+        while self.taken * world.count + world.index < self._told and (batch := self.add()) is not None:
+            self.take(batch)
+            yield
 
     def _part(self) -> _Told:
         """This process's part of a round."""
         self._count_last()
-        if self._round in self._kept:
-            return _Told(*self._kept[self._round], self._saved)
-        if self._world.count > 1 and self._round % BATCHES_BETWEEN == 0:
+        if self._world.count > 1 and self.taken % BATCHES_BETWEEN == 0:
             self._sums.check()  # what is taken back costs the batches since then
         before = self._means.samples
         self._last = self.add()
-        return _Told(None if self._last is None else self._means.since(before), self._met, self._saved)
+        return _Told(None if self._last is None else self._means.since(before), self._met)
 
     def _decide(self, batches: Sequence[_Array]) -> tuple[int, bool]:
         """Tells the main process's rule until it is settled; returns of how many batches, and whether it is."""
@@ -224,21 +212,7 @@ class RankedRun(Run):
             if len(rows):  # none where no sample of the batch is finite
                 self._rule.add(self._means.named(rows))
 
-    def _close(self, batches: Sequence[_Array], used: int, saved: int) -> None:
-        """Take back what lies beyond the stop, and keep what another process may have to be told again."""
-        if self._last is not None and self._world.index >= used:
-            self._sums.take_back(self._last)
-            self._last = None
-        if self._last is not None and self._checkpoint and self._world.count > 1:
-            self._kept[self._round] = batches[self._world.index], self._met
-        self._kept = {number: kept for number, kept in self._kept.items() if number >= saved}
-        self._round += 1
-
     def _count_last(self) -> None:
         batch, self._last = self._last, None
         if batch is not None:
             self.take(batch)
-
-    def _save(self, checkpoint: Checkpoint) -> None:
-        super()._save(checkpoint)
-        self._saved = self.taken

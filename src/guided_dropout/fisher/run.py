@@ -76,9 +76,9 @@ class Run:
             self._save(self._checkpoint)
         self._tell()
 
-    def beside(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, facts) that stand in the state beside those of the sums."""
-        return {}, {}
+    def facts(self) -> dict[str, Any]:
+        """What stands in the state beside that of the sums."""
+        return {}
 
     def resume(self, state: State) -> None:
         """Go on from `state`: pass over the samples that are in it.
@@ -105,8 +105,7 @@ class Run:
     def _save(self, checkpoint: Checkpoint) -> None:
         self.sums.check()
         tensors, facts = self.sums.state()
-        more, further = self.beside()
-        checkpoint.write(State({**tensors, **more}, self.done, str(self._digest), {**facts, **further}))
+        checkpoint.write(State(tensors, self.done, str(self._digest), {**facts, **self.facts()}))
 
     def _tell(self) -> None:
         try:
