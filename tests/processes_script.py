@@ -41,6 +41,25 @@ def ranked(model, rule, samples=RANDOM, **options):
     return estimate_fisher(model, iter(samples), until_ranked=kind(sites, **settings), **how, **options)
 
 
+class Noting(RankingTest):
+    """Keeps one number of each sample that it is told, in that order."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.told = []
+
+    def add(self, means):
+        super().add(means)
+        self.told += next(iter(means.values())).tolist()
+
+
+def told(model, **options):
+    """What a rule is told by an estimate that it ends."""
+    rule = Noting({s.path: s.parameters for s in find_sites(model) if not s.in_head}, tolerance=3.0)
+    estimate_fisher(model, iter(RANDOM), until_ranked=rule, batch_size=6, scores_only=True, **options)
+    return rule.told
+
+
 def found(profile):
     """What several processes must find as one does, as plain data."""
     return {
@@ -111,6 +130,7 @@ def main(folder: Path) -> None:
 
     bert = language_model("bert")
     report["rules"] = {rule: found(ranked(bert, rule, distributed=True)) for rule in RULES}
+    report["told"] = told(bert, distributed=True)
     kept = {"distributed": True, "checkpoint": folder / "r", "resume": True, "checkpoint_every": 1e9}
 
     def stopped_at(*numbers):

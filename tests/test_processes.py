@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import language_model
-from processes_script import BAD, RANDOM, RULES, SAMPLES, draw_samples, found, ranked, with_nan
+from processes_script import BAD, RANDOM, RULES, SAMPLES, draw_samples, found, ranked, told, with_nan
 from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import FisherProfile, cli, estimate_fisher
@@ -96,12 +96,19 @@ def test_a_rule_stops_two_processes_where_it_stops_one(two, rule):
         assert report["rules"][rule] == alike(expected)
 
 
+def test_a_rule_is_told_the_samples_of_all_processes_in_their_order(two):
+    expected = told(language_model("bert"))
+    assert len({f"{value:.4g}" for value in expected}) > 90
+    for report in two[0]:
+        assert report["told"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_rule_goes_on_where_each_process_stopped(two):
     expected = found(ranked(language_model("bert"), "ranked"))
     main, second = two[0]
-    stopped, told = "RuntimeError stopped", "ProcessError process {} of 2: RuntimeError stopped"
-    assert main["ranked_stops"] == [told.format(1), stopped, told.format(1), stopped]
-    assert second["ranked_stops"] == [stopped, told.format(0), stopped, told.format(0)]
+    stopped, elsewhere = "RuntimeError stopped", "ProcessError process {} of 2: RuntimeError stopped"
+    assert main["ranked_stops"] == [elsewhere.format(1), stopped, elsewhere.format(1), stopped]
+    assert second["ranked_stops"] == [stopped, elsewhere.format(0), stopped, elsewhere.format(0)]
     assert main["ranked_resumed"] == second["ranked_resumed"] == alike(expected)
 
 
