@@ -18,7 +18,7 @@ import tiny  # noqa: F401 (the model's code)
 from guided_dropout import cli, fisher, models  # noqa: F401 (what the command line imports when it is called)
 
 LINE = (
-    "fisher model --text text.txt --samples 120 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "
+    "fisher model --text text.txt --samples 240 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "
     "--resume --device cpu --out"
 )
 KILLS, PATIENCE = 4, 200.0

@@ -202,7 +202,7 @@ def test_it_is_written_as_often_as_asked(model, tmp_path):
 def test_killed_again_and_again_a_run_still_ends_with_the_same_profile(tmp_path):
     """SIGKILL at random points, before the first state is written, while one is written, between two."""
     save_tiny_bert(tmp_path / "model")
-    lines = [" ".join(WORDS[(i * i + 3 * j + i) % 17] for j in range(3 + i % 9)) for i in range(300)]
+    lines = [" ".join(WORDS[(i * i + 3 * j + i) % 17] for j in range(3 + i % 9)) for i in range(600)]
     (tmp_path / "text.txt").write_text("\n".join(lines))
     script = Path(__file__).with_name("kill_script.py")
     done = subprocess.run(

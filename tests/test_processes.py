@@ -180,7 +180,7 @@ def test_a_ranked_command_that_is_killed_goes_on_under_accelerate(tmp_path, monk
         for process in [*started, first]:
             with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.kill()
-    assert len(seen) == 9, (tmp_path / "log").read_text()
+    assert len(seen) >= 9, (tmp_path / "log").read_text()
     assert not (tmp_path / "two").exists()
     done = launch(ACCELERATE, "-m", "guided_dropout", *line, "two", folder=tmp_path)
     assert done.returncode == 0, done.stderr
