@@ -70,7 +70,7 @@ def _proved(
     batches = _batches(objective, first, short)
     problem = ""
     for tried in (plan, replace(plan, head=None, late=None)):  # logits that their own backward needs must not be overwritten
-        plan, fast = tried, BatchedSquares(model, objective, parameters, tried, logits_at_once=1)
+        plan, fast = tried, BatchedSquares(model, objective, parameters, tried, targets_at_once=1)
         try:
             for batch in batches:
                 fast.add(batch)

@@ -52,7 +52,7 @@ class BatchedSquares:
     Args:
         scores_only: keep only each parameter's sum over its elements, with no memory of the parameters' size.
         per_sample: give each sample's sums with each batch.
-        logits_at_once: see `LateHead.groups`.
+        targets_at_once: see `LateHead.groups`.
 
     Attributes:
         totals: the running sums.
@@ -68,11 +68,11 @@ class BatchedSquares:
         *,
         scores_only: bool = False,
         per_sample: bool = False,
-        logits_at_once: int | None = None,
+        targets_at_once: int | None = None,
     ):
         self.model, self.objective, self.parameters, self.plan = model, objective, parameters, plan
         self.totals = Totals(parameters, scores_only=scores_only)
-        self.per_sample, self.logits_at_once = per_sample, logits_at_once
+        self.per_sample, self.targets_at_once = per_sample, targets_at_once
         self.fallback: dict[str, str] = dict(plan.fallback)
 
     def add(self, samples: Sequence[Sample]) -> Added:
@@ -205,7 +205,7 @@ class Capture:
 
     def _groups(self, late: LateHead, rows: Tensor, layout: Layout) -> list[slice]:
         """Groups of samples between which nothing of the head need be kept; one where that is not certain."""
-        groups = late.groups(layout.offsets, self.owner.logits_at_once)
+        groups = late.groups(layout.offsets, self.owner.targets_at_once)
         if len(groups) > 1 and all(map(self._is_squared_at_once, self._later)) and late.is_finite(rows):
             return groups
         return [slice(0, len(self.batch))]

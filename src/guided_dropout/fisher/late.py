@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits that exist at a time, unless one sample has more: in float32, 16 MB on a CPU; on a GPU, where a launch costs
-# more than the memory, 256 MB.
-_AT_ONCE = {"cpu": 1 << 22}
-_AT_ONCE_ELSEWHERE = 1 << 26
+# Targets at a time, unless one sample has more. For each group the head's weights and sums are read once, which with
+# fewer would take too much of the time.
+_AT_ONCE = {"cpu": 256}
+_AT_ONCE_ELSEWHERE = 2048
 # The losses of a sample with as many targets as any has add up to what float32 holds.
 _SAFE = 1e30
 
@@ -57,7 +57,7 @@ class LateHead:
         return bound < min(torch.finfo(rows.dtype).max / 4, _SAFE)  # not where it is NaN
 
     def groups(self, offsets: Sequence[int], at_once: int | None = None) -> list[slice]:
-        """Samples in groups whose logits, together, are `at_once` elements at most; a sample at least.
+        """Samples in groups that have `at_once` targets at most, together; a sample at least.
 
         Args:
             offsets: B+1 numbers; sample b has the targets ``offsets[b]`` to ``offsets[b+1]``.
@@ -67,7 +67,7 @@ class LateHead:
             at_once = _AT_ONCE.get(self.module.weight.device.type, _AT_ONCE_ELSEWHERE)
         groups, first = [], 0
         for last, end in enumerate(offsets[1:]):
-            if (end - offsets[first]) * self.module.out_features > at_once and offsets[last] > offsets[first]:
+            if end - offsets[first] > at_once and offsets[last] > offsets[first]:
                 groups.append(slice(first, last))
                 first = last
         return [*groups, slice(first, len(offsets) - 1)]
