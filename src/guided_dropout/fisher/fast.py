@@ -156,7 +156,7 @@ class Capture:
     def _run_late(self, late: LateHead) -> Tensor:
         """The same, with the head's forward and backward between those of the rest, on some samples at a time."""
         rows, layout = self._before_head(late), self.target_layout()
-        gradient, sums = torch.empty_like(rows), []
+        gradient, sums = torch.zeros_like(rows), []
         groups = self._groups(late, rows, layout)
         for self._samples in groups:
             at = slice(layout.offsets[self._samples.start], layout.offsets[self._samples.stop])

@@ -67,7 +67,7 @@ class LateHead:
             at_once = _AT_ONCE.get(self.module.weight.device.type, _AT_ONCE_ELSEWHERE)
         groups, first = [], 0
         for last, end in enumerate(offsets[1:]):
-            if end - offsets[first] > at_once and offsets[last] > offsets[first]:
+            if end - offsets[first] > at_once and end > offsets[last] > offsets[first]:
                 groups.append(slice(first, last))
                 first = last
         return [*groups, slice(first, len(offsets) - 1)]
