@@ -124,8 +124,14 @@ class Bigram(nn.Module):
 
 @pytest.mark.parametrize(
     "after",
-    [lambda z: z * 1.0, lambda z: z.mul_(0.5), lambda z: 30 * torch.tanh(z / 30), lambda z: z.clone()],
-    ids=["product", "in place", "cap", "copy"],
+    [
+        lambda z: z * 1.0,
+        lambda z: z.mul_(0.5),
+        lambda z: 30 * torch.tanh(z / 30),
+        lambda z: z.copy_(1e3 * torch.tanh(z / 1e3)),
+        lambda z: z.clone(),
+    ],
+    ids=["product", "in place", "cap", "cap in place", "copy"],
 )
 def test_whatever_happens_to_the_logits_is_seen(after):
     model, samples = Bigram(after).double(), draw_samples([9, 5, 11])
@@ -169,6 +175,8 @@ def test_a_table_of_which_all_uses_must_be_added_up_first_is_exact(before):
     """Its products cannot be squared group by group."""
     model, samples = Bigram(before=before).double(), draw_samples([9, 5, 11, 7])
     squares, _ = squares_of(model, samples, 1)
+    assert squares.plan.late is not None
+    assert squares.fallback == {}
     assert_exact(diagonal_of(squares, 4), own_loss_oracle(model, samples))
 
 

@@ -52,7 +52,7 @@ class BatchedSquares:
     Args:
         scores_only: keep only each parameter's sum over its elements, with no memory of the parameters' size.
         per_sample: give each sample's sums with each batch.
-        targets_at_once: see `LateHead.groups`.
+        targets_at_once: how many targets the head sees at a time, where it can be run in parts (see `late`).
 
     Attributes:
         totals: the running sums.

@@ -51,7 +51,10 @@ class LateHead:
         return cls(head, _largest(head.weight), 0.0 if head.bias is None else _largest(head.bias))
 
     def is_finite(self, rows: Tensor) -> bool:
-        r"""Whether the losses at `rows` [M, d] are certainly finite: :math:`|z| \le \max|W|\,\lVert h\rVert_1 + \max|b|`."""
+        r"""Whether the losses at `rows` [M, d] are certainly finite.
+
+        No logit is beyond :math:`\max|W|\,\lVert h\rVert_1 + \max|b|`.
+        """
         wide = torch.promote_types(rows.dtype, torch.float32)
         bound = self.weight * torch.linalg.vector_norm(rows.detach(), 1, dim=1, dtype=wide).max().item() + self.bias
         return bound < min(torch.finfo(rows.dtype).max / 4, _SAFE)  # not where it is NaN
@@ -118,8 +121,8 @@ class LeftOut:
         if self._rows is not None or len(args) != 1:
             raise IndirectError("the head was called twice, or with something else")
         self._entered(True)
-        self._rows = args[0][self._targets]
-        return (self._rows.detach()[:0],)
+        rows = self._rows = args[0][self._targets]
+        return (rows.detach()[:0],)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
         self._entered(False)

@@ -27,8 +27,8 @@ UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], sample: Sample) -> Plan:
     """Find by running `model` on two and on three copies of a sample where each operation has the samples.
 
-    Shortcuts (the head at target positions only, or after the forward; embeddings that the batch shares looked up per sample) are taken only
-    where they leave the logits as they are.
+    Shortcuts (the head at target positions only, or after the forward; embeddings that the batch shares looked up per
+    sample) are taken only where they leave the logits as they are.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     plans = []
