@@ -9,8 +9,8 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import pytest
 from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
@@ -256,8 +256,10 @@ def command(folder, out):
     )  # fmt: skip
 
 
-def children(pid):
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(invocation):
+    """The processes in which an invocation makes its runs."""
+    started = psutil.Process(invocation.pid).children()
+    return [p for p in started if any("spawn_main" in part for part in p.cmdline())]
 
 
 def wait_for(condition, process, seconds=120):
@@ -269,7 +271,6 @@ def wait_for(condition, process, seconds=120):
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_processes_and_two_invocations_give_the_same_results(folder, finished):
     """One invocation is killed with all of its work; then two go on side by side, and a worker of one is killed."""
     out = folder / "killed"
@@ -280,10 +281,7 @@ def test_killed_processes_and_two_invocations_give_the_same_results(folder, fini
     pair = [command(folder, out), command(folder, out)]
     made = len(list(out.glob("runs/*.json")))
     wait_for(lambda: len(list(out.glob("runs/*.json"))) > made, pair[0])
-    workers = wait_for(
-        lambda: [p for p in children(pair[0].pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()], pair[0]
-    )
-    os.kill(workers[0], signal.SIGKILL)
+    wait_for(lambda: workers_of(pair[0]), pair[0])[0].kill()
     for process in pair:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
