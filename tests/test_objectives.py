@@ -135,6 +135,14 @@ def test_objectives_are_found_in_each_precision(dtype):
         assert detect_objective(model, labelled([9], [label])[0]).name == name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize("ids", [[5], [7] * 20, [0] * 16 + [5, 6, 7]])
+def test_equal_tokens_do_not_hide_what_a_model_predicts(family, ids):
+    name = "mlm" if family in ("bert", "modernbert") else "causal"
+    sample = {"input_ids": ids, "labels": [-100 if i == 0 else i for i in ids]}
+    assert detect_objective(language_model(family), sample).name == name
+
+
 def spoilt_logits(model, change):
     """`change` is called with the logits, to change them in place."""
 

@@ -38,7 +38,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
         DataError: a sample that is no mapping, is empty, whose sequences differ in length, that holds other keys than
             the first, a token beyond the vocabulary or a label beyond the classes.
     """
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_size(model)
     encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     keys: set[str] = set()
     for i, s in enumerate(samples, start=first):
@@ -86,7 +86,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return out.long()
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens the model knows."""
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.weight.shape[0]
 
