@@ -288,6 +288,13 @@ def test_samples_come_back_as_tensors_and_numbered():
     assert [s["index"] for s in check_samples(model, [{**rows[0], "index": 3}, rows[1]])] == [3, 1]
 
 
+@pytest.mark.parametrize("more", [{"decoder_input_ids": [0, 9, 8, 7]}, {"decoder_attention_mask": [1]}])
+def test_what_the_decoder_reads_is_as_long_as_what_it_should_say(more):
+    sample = {"input_ids": [5, 6, 7, 8], "labels": [9, 8], **more}
+    with pytest.raises(DataError, match=rf"sample 0 has \d {[*more][0]} for 2 labels"):
+        estimate_fisher(language_model("t5"), [sample])
+
+
 def test_losses_are_those_of_the_targets_alone():
     objective = Objective("causal")
     model = language_model("gpt2")
