@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from guided_dropout.fisher import FisherProfile
 from guided_dropout.regularizers import EWC, L2SP, Context, GuidedDecay, GuidedL2SP, Handle, Regularizer
 from guided_dropout.regularizers.strengths import relative_strengths
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.sites import find_sites
 
 PLAIN = torch.tensor(0.25, dtype=torch.float64)
 
@@ -112,6 +114,15 @@ def test_strengths_are_the_rates_of_the_sites_over_their_mean(grouping: str) -> 
     least = min(schedule.scores, key=lambda path: schedule.scores[path])
     assert max(strengths.values()) == pytest.approx(schedule.rates[least] / schedule.mean_rate)
     assert min(strengths.values()) == 0.0
+
+
+def test_a_schedule_by_call_weighs_each_parameter_by_the_calls_that_it_feeds() -> None:
+    model = language_model("albert")
+    schedule = DropoutSchedule.from_profile(random_profile(model), model, per_call=True)
+    fed = {site.path: site.parameters for site in find_sites(model, per_call=True)}
+    for name, strength in relative_strengths(model, schedule).items():
+        rates = [rate for path, rate in schedule.rates.items() if name in fed[path]]
+        assert strength == (pytest.approx(fmean(rates) / schedule.mean_rate) if rates else 1.0)
 
 
 def test_a_uniform_schedule_is_no_guidance() -> None:

@@ -30,7 +30,7 @@ def relative_strengths(model: nn.Module, schedule: DropoutSchedule) -> dict[str,
         raise ScheduleError(
             "the schedule's rates are all 0; expected one above 0 to weigh parameters by: raise its upper rate"
         )
-    sites = find_sites(model)
+    sites = find_sites(model, per_call=schedule.per_call)
     rates = rates_on(model, schedule, sites)
     fed: dict[str, list[float]] = {name: [] for name, _ in model.named_parameters()}
     for site in sites:
