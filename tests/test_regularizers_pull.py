@@ -10,7 +10,7 @@ import torch
 from families import classifier_of, language_model, profile_of
 from torch import Tensor, nn
 
-from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
+from guided_dropout.errors import ArtefactError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.regularizers import EWC, L2SP, Context, GuidedDecay, GuidedL2SP, Handle, Regularizer
 from guided_dropout.regularizers.strengths import relative_strengths
@@ -93,6 +93,23 @@ def test_ewc_refuses_a_profile_of_means_only() -> None:
     profile = replace(profile_of(language_model("bert")), diagonal={})
     with pytest.raises(ArtefactError, match=r"tensor means only.*the pulls of EWC need them"):
         EWC().apply(double_classifier(), Context(profile=profile))
+
+
+def test_ewc_with_nothing_to_pull_says_so() -> None:
+    model = double_classifier()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in HEAD | POOLER)
+    with pytest.raises(ModelError, match=r"none of the trainable pretrained parameters.*unfreeze a layer"):
+        EWC().apply(model, Context(profile=random_profile(language_model("bert"))))
+
+
+@pytest.mark.parametrize("regularizer", [GuidedL2SP(), GuidedDecay()])
+def test_guided_pulls_run_the_model_on_the_inputs_that_are_given(regularizer: Regularizer) -> None:
+    model, schedule = classifier_of("bert"), guided_schedule()
+    seen = []
+    model.register_forward_pre_hook(lambda *args: seen.append(args[-1]["input_ids"].shape), with_kwargs=True)
+    with regularizer.apply(model, Context(schedule=schedule, inputs={"input_ids": torch.full((2, 3), 5)})):
+        assert set(seen) == {(2, 3)}
 
 
 def guided_schedule(**options: object) -> DropoutSchedule:
