@@ -66,6 +66,10 @@ class DropoutHandle(Handle):
             if not rates.layers:
                 del known[key]
 
+    def _rules(self, knob: Knob) -> bool:
+        """Whether no other schedule lies on top."""
+        return _applied[knob.module][type(knob), knob.attribute].layers[-1][0] is self._layer
+
     def _put_on(self) -> None:
         for path, knob in self._knobs.items():
             known = _applied.setdefault(knob.module, {})
@@ -76,7 +80,7 @@ class DropoutHandle(Handle):
             knob.turn(self._standing[path])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
-            hooks = set_by_call(self.model, several, self._holders)
+            hooks = set_by_call(self.model, several, self._holders, self._rules)
             self.on_remove(hooks.close)
 
 
