@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import classifier_of, language_model, profile_of
@@ -88,6 +90,17 @@ def test_a_plain_schedule_on_top_rules(rate: float) -> None:
     assert {call.rate for call in observe(model, rates={})} == {rate}
     upper.remove()
     assert state_of(model) == before
+
+
+def test_a_copy_of_a_model_keeps_the_rates_of_its_calls() -> None:
+    model = language_model("albert")
+    rates = {site.path: (i + 1) / 10 for i, site in enumerate(find_sites(model, per_call=True))}
+    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)):
+        best = copy.deepcopy(model)
+    assert [call.rate for call in observe(best, rates={})] == list(rates.values())
+    with apply_dropout(best, DropoutSchedule.uniform(best, 0.2)):
+        assert {call.rate for call in observe(best, rates={})} == {0.2}
+    assert [call.rate for call in observe(best, rates={})] == list(rates.values())
 
 
 @pytest.mark.parametrize("family", ["opt", "bart", "pegasus"])

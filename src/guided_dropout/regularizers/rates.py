@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,10 +66,6 @@ class DropoutHandle(Handle):
             if not rates.layers:
                 del known[key]
 
-    def _rules(self, knob: Knob) -> bool:
-        """Whether no other schedule lies on top."""
-        return _applied[knob.module][type(knob), knob.attribute].layers[-1][0] is self._layer
-
     def _put_on(self) -> None:
         for path, knob in self._knobs.items():
             known = _applied.setdefault(knob.module, {})
@@ -80,8 +76,18 @@ class DropoutHandle(Handle):
             knob.turn(self._standing[path])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
-            hooks = set_by_call(self.model, several, self._holders, self._rules)
+            hooks = set_by_call(self.model, several, self._holders, _on_top(self._layer))
             self.on_remove(hooks.close)
+
+
+def _on_top(layer: object) -> Callable[[Knob], bool]:
+    """Whether nothing lies on a knob above `layer`."""
+
+    def on_top(knob: Knob) -> bool:
+        rates = _applied.get(knob.module, {}).get((type(knob), knob.attribute))
+        return rates is None or rates.layers[-1][0] is layer  # none: a copy of the model, which keeps its rates
+
+    return on_top
 
 
 def apply_dropout(
