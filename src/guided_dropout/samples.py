@@ -64,7 +64,9 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
                 raise DataError(f"sample {i} has {len(tensors[name])} {name} for {length} input_ids; expected as many")
         for name in ("decoder_input_ids", "decoder_attention_mask") if labels.dim() and encodes_and_decodes else ():
             if name in tensors and len(tensors[name]) != len(labels):
-                raise DataError(f"sample {i} has {len(tensors[name])} {name} for {len(labels)} labels; expected as many")
+                raise DataError(
+                    f"sample {i} has {len(tensors[name])} {name} for {len(labels)} labels; expected as many"
+                )
         for name in ("input_ids", "labels") if labels.dim() else ("input_ids",):
             _check_tokens(model, i, name, tensors[name], vocabulary)
         if not labels.dim():

@@ -35,9 +35,9 @@ _applied: WeakKeyDictionary[nn.Module, dict[tuple[type[Knob], str], _Rates]] = W
 class DropoutHandle(Handle):
     """Takes a schedule off a model again, by `remove` or at the end of a ``with`` block.
 
-    Several schedules may lie on one model, on a part of it, or on what wraps it: the one applied last rules. Handles may
-    be removed in any order; each takes off its own schedule only, and the model has its own rates again, exactly, when
-    the last one is gone.
+    Several schedules may lie on one model, on a part of it, or on what wraps it: the one applied last rules. Handles
+    may be removed in any order; each takes off its own schedule only, and the model has its own rates again, exactly,
+    when the last one is gone.
 
     Attributes:
         model: the model.
