@@ -311,6 +311,7 @@ def test_a_schedule_of_another_model_is_refused(schedule: DropoutSchedule, tmp_p
         ({"arm": "droput"}, ScheduleError, "did you mean 'dropout'"),
         ({"task": "cloa"}, DataError, "did you mean 'cola'"),
         ({"rate": 1.0}, ScheduleError, "1"),
+        ({"seed": -1}, DataError, "the seed -1; expected 0 or more"),
         ({"epochs": 0}, GuidedDropoutError, "epochs is 0; expected at least 1"),
         ({"learning_rate": math.nan}, GuidedDropoutError, "learning_rate is nan"),
         ({"warmup_ratio": 1.0}, GuidedDropoutError, "warmup_ratio is 1"),
