@@ -241,6 +241,13 @@ def test_recipes_name_what_exists(folder):
     assert RECIPES["controls"].seeds >= 20
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_arm_of_a_recipe_can_be_put_on(folder, name):
+    recipe = RECIPES[name]
+    plan = plan_of(folder, arms=recipe.arms)
+    replace(plan, training=Training(**recipe.training)).rehearse()
+
+
 LINE = [
     *("--models", "model", "--profile", "profile", "--data", "glue", "--tasks", "cola", "--arms", "dropout,guided"),
     *("--fractions", "1.0,0.5", "--seeds", "2", "--epochs", "1", "--learning-rate", "1e-3", "--max-length", "16"),
@@ -341,3 +348,38 @@ def test_errors_of_the_command_line_are_one_line(finished, in_process, more, mes
     assert (code, text) == (2, "")
     assert err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--tasks", "rte"], "no RTE/dev.tsv in glue"),
+        (["--models", "nobody", "--profile", "profile"], "cannot load nobody"),
+        (["--schedule", "other.json"], "a schedule for another model"),
+        (["--arms", "guided-decay"], "it is 0; expected more than 0: set weight_decay"),
+        (["--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["--rate", "1"], "1.0; expected a number in [0, 1)"),
+        (["--device", "gpu"], "device is gpu"),
+        (["--split", "papr"], "did you mean 'paper'"),
+        (["--seeds", "0"], "found no seeds"),
+        (["--jobs", "0"], "--jobs 0; expected at least 1"),
+        (["--out", "glue"], "glue holds other files"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(folder, in_process, more, message):
+    """What was begun with a mistake would be a folder that refuses the command once it is mended."""
+    other = load_lm(save_tiny_bert(folder / "other", num_hidden_layers=3))
+    DropoutSchedule.uniform(other, 0.1).save(folder / "other.json")
+    before = sorted(folder.rglob("*"))
+    for dry in ([], ["--dry-run"]) if "--out" not in more else ([],):
+        code, _, err = in_process("mistaken", *more, *dry)
+        assert code == 2, err
+        assert err.count("\n") == 1
+        assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_with_weight_decay_there_is_some_to_spread(in_process):
+    code, _, err = in_process("decayed", "--arms", "guided-decay", "--weight-decay", "0.01", "--dry-run")
+    assert code == 0, err

@@ -96,7 +96,7 @@ class Experiment:
         Raises:
             ArtefactError: the folder holds other things, or runs of another recipe; both sides are shown.
         """
-        path = check_output_folder(path, marker=EXPERIMENT, begun=_LOCK)
+        path = check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         file = path / EXPERIMENT
         with _alone(path):
@@ -197,6 +197,15 @@ class Experiment:
             if file.with_name(f"{file.stem[1:]}.json").exists():
                 with suppress(OSError), FileLock(file, timeout=0) as lock:
                     _remove_held(lock)
+
+
+def check_folder(path: str | Path) -> Path:
+    """Make sure that an experiment can begin in this folder, or go on in it.
+
+    Raises:
+        ArtefactError: it cannot be written, or holds other things.
+    """
+    return check_output_folder(path, marker=EXPERIMENT, begun=_LOCK)
 
 
 @contextmanager
