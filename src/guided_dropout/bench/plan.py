@@ -132,8 +132,8 @@ class Plan:
             ArtefactError: one that cannot be read.
         """
         parse_split(self.split)
-        common = {"device": self.device, "evaluate": "end"}
-        Recipe(train_fraction=1.0, **asdict(self.training), **common)  # refuses numbers out of range
+        # Refuses numbers out of range.
+        Recipe(train_fraction=1.0, device=self.device, evaluate="end", **asdict(self.training))
         models = {}
         for label, model in self.models.items():
             profile, schedule = model.known()
