@@ -157,6 +157,9 @@ def test_names_of_runs_tell_them_apart():
     grid = Grid(["a", "b-c"], ["cola"], ["mixout:p=0.7", "mixout", "r-drop"], [1.0, 0.1, 0.01], [0, 11, 111])
     names = {key.name for key in grid}
     assert len(names) == len(grid) == 54
+    for changes in ({"models": ["my bert", "my-bert"]}, {"fractions": [0.1234567, 0.1234568]}):
+        with pytest.raises(GuidedDropoutError, match="would share the file"):
+            replace(grid, **changes)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=_-") for name in names)
 
 
