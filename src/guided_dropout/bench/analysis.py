@@ -261,14 +261,16 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
     """The mean over the tasks of each seed that is there in all of them."""
     pairs = [c.pair for c in family if c.pair.statistics is not None]
     chances = [p.probability for p in pairs if p.probability is not None]
-    complete, filled = _averaged([p.pairs for p in pairs]), _averaged([p.filled for p in pairs])
+    # An arm that loses all of its runs of a task has no pair there, and must not gain by it.
+    complete = _averaged([p.pairs for p in pairs])
+    filled = _averaged([c.pair.filled for c in family if c.pair.filled])
     improved = [(x > y) + (x == y) / 2 for x, y in complete.values()]
     pair = compare_pairs(
         pairs[0].a,
         pairs[0].b,
         complete,
         filled,
-        lost=(sum(p.lost[0] for p in pairs), sum(p.lost[1] for p in pairs)),
+        lost=(sum(c.pair.lost[0] for c in family), sum(c.pair.lost[1] for c in family)),
         left_out=len({s for p in pairs for s in p.pairs}) - len(complete),
         better=sum(improved) / len(improved) if improved else None,
         probability=sum(chances) / len(chances) if chances else None,
