@@ -186,6 +186,20 @@ def test_an_arm_that_loses_a_whole_task_does_not_gain_by_it_in_the_mean_over_tas
     assert comparison(lose("none"), "dropout", None).pair.lost == (0, 0)
 
 
+def test_controls_that_were_run_are_not_said_to_be_missing():
+    held = runs({"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "guided": 0.62})
+    for gone in (
+        lambda key: Run(key, result=made(key, None, diverged=True)),
+        lambda key: Run(key, failure=Failure("RuntimeError", "broken", "")),
+    ):
+        (g,) = analyse([gone(r.key) if r.key.arm == "guided" else r for r in held]).guidance
+        assert guidance_sentence(g) == (
+            "Nothing can be said of guidance itself: no seed has a result in both guided and uniform or shuffled."
+        )
+    (g,) = analyse(runs({"dropout": 0.6, "guided": 0.62})).guidance
+    assert "no control at the same mean rate has been run" in guidance_sentence(g)
+
+
 def test_simulated_effects_are_covered_and_null_effects_seldom_claimed():
     rng = np.random.default_rng(1)
     covered, claims = [], []

@@ -84,6 +84,7 @@ class Guidance:
             undecided. A claim that must hold against each of the controls needs no correction for their number.
         by_verdict: verdict → controls.
         lacking: kinds of control without which nothing can be claimed: ``"even"``, ``"uneven"``.
+        unpaired: controls of the guided arm that were run, without a seed that has a result in both.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Guidance:
     verdict: str
     by_verdict: dict[str, tuple[str, ...]]
     lacking: tuple[str, ...]
+    unpaired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -308,4 +310,5 @@ def _judged(model: str, task: str | None, fraction: float, guided: str, comparis
     kinds = ["uneven" if controls.name_of(c.pair.b) in uneven else "even" for c in fair]
     lacking = tuple(kind for kind in ("even", "uneven") if kind not in kinds)
     verdict = next(iter(by_verdict)) if len(by_verdict) == 1 and not lacking else UNDECIDED
-    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking)
+    unpaired = tuple(c.pair.b for c in comparisons if c.role == controls.CONTROL and c.pair.statistics is None)
+    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking, unpaired)

@@ -106,6 +106,9 @@ def overview_sentence(comparisons: Sequence[Comparison], overall: Comparison | N
 
 def guidance_sentence(g: Guidance) -> str:
     """What can be said of guidance: from controls at the same mean rate, or nothing."""
+    if not g.by_verdict and g.unpaired:
+        controls = " or ".join(g.unpaired)
+        return f"Nothing can be said of guidance itself: no seed has a result in both {g.guided} and {controls}."
     if not g.by_verdict:
         return "Nothing can be said of guidance itself: no control at the same mean rate has been run."
     words = {HELPS: "better than {}", HURTS: "worse than {}", UNDECIDED: "undecided against {}"}
