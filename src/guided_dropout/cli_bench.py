@@ -157,7 +157,7 @@ def report(
     of = "" if analysis.expected is None else f" of {analysis.expected:,}"
     console.print(f"{len(analysis.runs):,}{of} runs", highlight=False)
     for claim in claims(analysis):
-        console.print(claim, highlight=False, markup=False)
+        console.print(claim, highlight=False)
     for file in files:
         console.print(file)
 
@@ -184,7 +184,7 @@ def compare(
     found = compare_two(analysis, arm, other)
     for c in found:
         place = f"{c.model}, {of_the_data(c.fraction)}, {c.task or OVERALL}"
-        console.print(f"{place}: {verdict_sentence(c.pair, margin=margin)}", highlight=False, markup=False)
+        console.print(f"{place}: {verdict_sentence(c.pair, margin=margin)}", highlight=False)
     if csv is not None:
         console.print(write_comparisons(csv, found, analysis))
 
