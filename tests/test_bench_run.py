@@ -16,6 +16,7 @@ from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import cli
+from guided_dropout.bench import run as bench_run
 from guided_dropout.bench.folder import Experiment, Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.plan import BenchModel, Plan, Training
@@ -334,6 +335,29 @@ def test_a_second_call_makes_nothing_and_says_so(finished, in_process):
     assert code == 0
     assert "16 runs, 8 of them there, 8 to make" in text
     assert "as fast as the runs that are there" in text
+
+
+def test_failures_are_forgotten_only_to_be_made_again(folder, in_process, monkeypatch):
+    plan = plan_of(folder)
+    experiment = Experiment.start(folder / "retried", plan.check())
+    broken = {k for k in plan.grid if k.seed == 1}
+    for key in broken:
+        experiment.write(Run(key, failure=Failure("RuntimeError", "broken", "")))
+    code, text, _ = in_process("retried", "--dry-run")
+    assert (code, text.splitlines()[0]) == (0, "8 runs, 4 of them there, 4 to make")
+    code, text, _ = in_process("retried", "--dry-run", "--retry")
+    assert (code, text.splitlines()[0]) == (0, "8 runs, 0 of them there, 8 to make")
+    code, _, _ = in_process("retried", "--retry", "--tasks", "rte")  # of which there are no data
+    assert code == 2
+    assert experiment.failed() == broken
+
+    made = []
+    monkeypatch.setattr(bench_run, "run_experiment", lambda plan, experiment, keys, **_: made.extend(keys))
+    code, _, err = in_process("retried", "--retry", "--seeds", "1")
+    assert (code, len(made)) == (0, 4), err
+    assert experiment.failed() == broken
+    in_process("retried", "--retry")
+    assert (len(made), experiment.failed()) == (12, set())
 
 
 @pytest.mark.parametrize(

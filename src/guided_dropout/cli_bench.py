@@ -99,9 +99,8 @@ def run(
         experiment, missing = None, keys
     else:
         experiment = Experiment.start(out, facts)
-        if retry and not dry_run:
-            experiment.forget_failures()
-        missing = [k for k in keys if not experiment.is_done(k)]
+        failed = experiment.failed() if retry else ()
+        missing = [k for k in keys if k in failed or not experiment.is_done(k)]
     console.print(f"{len(keys):,} runs, {len(keys) - len(missing):,} of them there, {len(missing):,} to make")
     if not missing:
         console.print(out)
@@ -115,6 +114,8 @@ def run(
         return
     experiment = experiment or Experiment.start(out, facts)
     experiment.note_grid(plan.grid)
+    if retry:
+        experiment.forget_failures(missing)
     counts: dict[str, int] = {}
     left = {k: clock.units(k) for k in missing}
     whole = sum(left.values())

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,11 +133,15 @@ class Experiment:
         """Whether the run is there, be it as a failure."""
         return self.file(key).exists()
 
-    def forget_failures(self) -> int:
-        """Delete the runs that failed, so that they are made again; returns how many."""
-        failed = [run for run in self.runs() if run.failure]
-        for run in failed:
-            self.file(run.key).unlink(missing_ok=True)
+    def failed(self) -> set[RunKey]:
+        """The runs that failed."""
+        return {run.key for run in self.runs() if run.failure}
+
+    def forget_failures(self, keys: Iterable[RunKey] | None = None) -> int:
+        """Delete the runs that failed, of `keys` or all, so that they are made again; returns how many."""
+        failed = self.failed() if keys is None else self.failed() & {*keys}
+        for key in failed:
+            self.file(key).unlink(missing_ok=True)
         return len(failed)
 
     def file(self, key: RunKey) -> Path:
