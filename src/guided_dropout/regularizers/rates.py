@@ -17,7 +17,8 @@ from guided_dropout.knobs import Knob, find_knobs
 from guided_dropout.regularizers.base import Handle
 from guided_dropout.regularizers.per_call import set_by_call
 from guided_dropout.schedule import DropoutSchedule, site_scores
-from guided_dropout.sites import DropoutSite, find_sites, knob_path, trace, verify_rates
+from guided_dropout.schedule.shapes import check_choice
+from guided_dropout.sites import GROUPINGS, DropoutSite, find_sites, knob_path, trace, verify_rates
 
 
 @dataclass
@@ -158,6 +159,7 @@ def dropout_table(
         ScheduleError: the schedule or the profile belongs to another model; an unknown grouping.
         SiteError: as for `sites.trace`.
     """
+    check_choice("grouping", grouping, GROUPINGS)
     sites = find_sites(model, per_call=schedule is not None and schedule.per_call)
     rates = rates_on(model, schedule, sites) if schedule else {}
     scores = site_scores(profile, model, sites, grouping) if profile else {}
