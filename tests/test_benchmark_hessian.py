@@ -98,7 +98,7 @@ def test_correlations_of_means_are_bounded_by_the_noise():
     assert found["tensors"] == 40
 
 
-@pytest.mark.parametrize("name", ["demo", "minilm-l6"])
+@pytest.mark.parametrize("name", ["demo", "minilm-l6", "smollm2-135m"])
 def test_the_committed_readme_tells_the_committed_result(name):
     folder = Path(__file__).parents[1] / f"benchmarks/results/fidelity-{name}"
     found = read_json(folder / "hessian.json", kind="fisher-against-hessian", schema=2)
