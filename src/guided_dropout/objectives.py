@@ -74,6 +74,10 @@ class Batch:
         """Bool, like `targets`: where there is a target; M of them are."""
         return self.weights != 0
 
+    def part(self, samples: slice) -> Batch:
+        """Some of the samples, without the model's inputs."""
+        return Batch({}, self.targets[samples], self.weights[samples], self.indices[samples])
+
     def at_targets(self, logits: Tensor) -> Tensor:
         """Logits [B, T, V], or [B, C] for one label per sample → [M, V] or [M, C], those that have a target."""
         return logits.reshape(*self.targets.shape, -1)[self.mask]

@@ -69,8 +69,9 @@ def _proved(
     plan = make_plan(model, objective, parameters, short)
     batches = _batches(objective, first, short)
     problem = ""
-    for tried in (plan, replace(plan, head=None)):  # logits that their own backward needs must not be overwritten
-        plan, fast = tried, BatchedSquares(model, objective, parameters, tried)
+    # Logits that their own backward needs must not be overwritten. Parts as small as can be prove the way in parts.
+    for tried in (plan, replace(plan, head=None, late=None)):
+        plan, fast = tried, BatchedSquares(model, objective, parameters, tried, targets_at_once=1)
         try:
             for batch in batches:
                 fast.add(batch)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.dense import OneByOne, add_dense_squares, swapped
 from guided_dropout.fisher.gathered import GatheredRows
+from guided_dropout.fisher.late import IndirectError, LateHead, LeftOut
 from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.operations import Operation, Origin, ParameterOperations, View, replaced
 from guided_dropout.fisher.places import Place, Plan, head_at
@@ -51,6 +52,7 @@ class BatchedSquares:
     Args:
         scores_only: keep only each parameter's sum over its elements, with no memory of the parameters' size.
         per_sample: give each sample's sums with each batch.
+        targets_at_once: how many targets the head sees at a time, where it can be run in parts (see `late`).
 
     Attributes:
         totals: the running sums.
@@ -66,17 +68,23 @@ class BatchedSquares:
         *,
         scores_only: bool = False,
         per_sample: bool = False,
+        targets_at_once: int | None = None,
     ):
         self.model, self.objective, self.parameters, self.plan = model, objective, parameters, plan
         self.totals = Totals(parameters, scores_only=scores_only)
-        self.per_sample = per_sample
+        self.per_sample, self.targets_at_once = per_sample, targets_at_once
         self.fallback: dict[str, str] = dict(plan.fallback)
 
     def add(self, samples: Sequence[Sample]) -> Added:
         """Add a batch of samples."""
         batch = self.objective.collate(self.model, samples)
-        capture = Capture(self, batch)
-        losses = capture.run()
+        try:
+            capture = Capture(self, batch)
+            losses = capture.run()
+        except IndirectError:  # not seen when the plan was made; nothing has been added yet
+            self.plan = replace(self.plan, late=None)
+            capture = Capture(self, batch)
+            losses = capture.run()
         skipped = {**capture.uncovered, **self.plan.fallback}
         self.fallback.update(skipped)
         if skipped:
@@ -112,6 +120,9 @@ class Capture:
         self.uncovered: dict[str, str] = {}
         self.mode = ParameterOperations(owner.parameters, self)
         self.head_rows: Layout | None = None
+        self._is_left_out = False  # whether the head is being called with no rows, instead of later
+        self._later: list[Origin] = []  # what the head uses that is called later
+        self._samples = slice(None)  # whose squares are being taken
         self.sums: dict[str, Tensor] = {}
         self._gathered = GatheredRows(len(batch))
         self._expected: defaultdict[str, Counter[View]] = defaultdict(Counter)
@@ -127,10 +138,12 @@ class Capture:
 
     def run(self) -> Tensor:
         """Forward and, where all losses are finite, backward; returns the losses [B]."""
+        if self.plan.late is not None:
+            return self._run_late(self.plan.late)
         logits = self.forward()
         if self.plan.head is None:
             logits = self.batch.at_targets(logits)
-        losses = self.owner.objective.target_losses(logits, self.batch, cross_entropy)
+        losses = self._losses(logits, self.batch)
         del logits  # its memory becomes the gradient's
         sums = self.target_layout().sum_rows(losses.detach())
         if not sums.isfinite().all():
@@ -140,10 +153,62 @@ class Capture:
         self._square_kept()
         return sums
 
+    def _run_late(self, late: LateHead) -> Tensor:
+        """The same, with the head's forward and backward between those of the rest, on some samples at a time."""
+        rows, layout = self._before_head(late), self.target_layout()
+        gradient, sums = torch.zeros_like(rows), []
+        groups = self._groups(late, rows, layout)
+        for self._samples in groups:
+            at = slice(layout.offsets[self._samples.start], layout.offsets[self._samples.stop])
+            x, own = rows[at].detach().requires_grad_(rows.requires_grad), layout.part(self._samples)
+            losses = self._losses(self._through_head(late, x, own), self.batch.part(self._samples))
+            sums.append(own.sum_rows(losses.detach()))
+            if len(groups) == 1 and not sums[0].isfinite().all():
+                return sums[0]
+            if losses.requires_grad:
+                losses.sum().backward()
+            if x.grad is not None:
+                gradient[at] = x.grad
+        self._samples = slice(None)
+        if rows.requires_grad:
+            rows.backward(gradient)
+        self._square_kept()
+        return torch.cat(sums)
+
+    def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.owner.objective.target_losses(logits, batch, cross_entropy)
+
     def forward(self) -> Tensor:
         """The logits [B, T, V], or [M, V] where the head sees target positions only."""
+        if self.plan.late is not None:
+            return self._through_head(self.plan.late, self._before_head(self.plan.late), self.target_layout())
         with self.mode, head_at(self.plan.head, self.targets, self._entered_head):
             return self.owner.model(**self.batch.inputs).logits
+
+    def _before_head(self, late: LateHead) -> Tensor:
+        """The model's forward without its head: what that is to see at the targets, [M, d]."""
+        left_out = LeftOut(self.targets, self._left_head_out)
+        with self.mode, left_out.of(late.module):
+            logits = self.owner.model(**self.batch.inputs).logits
+        return left_out.rows(logits)
+
+    def _left_head_out(self, inside: bool) -> None:
+        self._is_left_out = inside
+
+    def _through_head(self, late: LateHead, rows: Tensor, layout: Layout) -> Tensor:
+        """The logits of some targets: rows [m, d] → [m, V]."""
+        self.head_rows = layout
+        with self.mode:
+            logits = late.module(rows)
+        self.head_rows = None
+        return logits
+
+    def _groups(self, late: LateHead, rows: Tensor, layout: Layout) -> list[slice]:
+        """Groups of samples between which nothing of the head need be kept; one where that is not certain."""
+        groups = late.groups(layout.offsets, self.owner.targets_at_once)
+        if len(groups) > 1 and all(map(self._is_squared_at_once, self._later)) and late.is_finite(rows):
+            return groups
+        return [slice(0, len(self.batch))]
 
     def target_layout(self) -> Layout:
         """Which of the M target rows are whose."""
@@ -158,6 +223,8 @@ class Capture:
         return alone or self._place(operation).kind == "constant"
 
     def _place(self, operation: Operation) -> Place:
+        if self.plan.late is not None and self.head_rows is not None:
+            return Place("head")
         return self.plan.place(operation.key).within(operation, len(self.batch))
 
     def other(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -167,6 +234,10 @@ class Capture:
     def visit(self, operation: Operation) -> Any:
         """Run one operation and capture what its parameters need."""
         if not torch.is_grad_enabled():  # autograd would see nothing of it either
+            return operation.run()
+        if self._is_left_out:
+            self._later = list(operation.origins.values())
+            self._expect(self._later)  # once a sample, in however many groups
             return operation.run()
         place = self._place(operation)
         owners = self._gathered.owners(operation.tensors())
@@ -218,7 +289,8 @@ class Capture:
         rule = operation.rule
         assert rule is not None
         roles = {role: o for role, t in call.parameters.items() if (o := operation.origin_of(t))}
-        self._expect(roles.values())
+        if self.plan.late is None or self.head_rows is None:
+            self._expect(roles.values())
         for origin in roles.values():
             if not call.x.is_floating_point() and origin.view is not None:
                 self._looked_up[origin.names[0]].append(call.x.reshape(-1))
@@ -278,20 +350,37 @@ class Capture:
             (name,), view = origin.names, origin.view
             if name in self.uncovered or name in self.plan.fallback:
                 continue
-            once = self._expected[name][view.upright()] == 1 and name not in self._behind
-            if once and self._apart(name) and self._square(name, [(view, use)]):
+            if self._is_once(name, view) and self._square(name, [(view, use)]):
                 continue
             self._parts[name].append(self._squared_early(name, view, use))
 
     def _squared_early(self, name: str, view: View, use: Use | OneByOne) -> tuple[View, Use | OneByOne]:
         """Square the only products with a tied table at once, where all else that is done with it are look-ups."""
-        looked_up, upright = self._looked_up[name], view.upright()
-        tied = looked_up and self._expected[name] == {upright: len(looked_up) + 1} and name not in self._behind
-        if not (tied and isinstance(use, Outer) and upright.size == self.owner.parameters[name].shape):
+        if not (isinstance(use, Outer) and self._is_tied(name, view)):
             return view, use
         total = None if self.owner.totals.scores_only else self.owner.totals[name]
-        outer = use if view == upright else swapped(use)
-        return upright, squared_early(total, outer, torch.cat(looked_up), self.sums.get(name))
+        outer = use if view == view.upright() else swapped(use)
+        return view.upright(), squared_early(total, outer, torch.cat(self._looked_up[name]), self._sums_of(name))
+
+    def _is_squared_at_once(self, origin: Origin) -> bool:
+        """Whether nothing else that is done with it is needed for its squares."""
+        (name, *_), view = origin.names, origin.view
+        return view is not None and (self._is_once(name, view) or self._is_tied(name, view))
+
+    def _is_once(self, name: str, view: View) -> bool:
+        """Whether these elements of a parameter are used once in a sample, and apart from all others."""
+        return self._expected[name][view.upright()] == 1 and name not in self._behind and self._apart(name)
+
+    def _is_tied(self, name: str, view: View) -> bool:
+        """Whether a parameter as a whole is used once, and otherwise looked up."""
+        looked_up, upright = self._looked_up[name], view.upright()
+        rest = looked_up and self._expected[name] == {upright: len(looked_up) + 1} and name not in self._behind
+        return bool(rest) and upright.size == self.owner.parameters[name].shape
+
+    def _sums_of(self, name: str) -> Tensor | None:
+        """Where the sums of the samples in hand are added."""
+        sums = self.sums.get(name)
+        return None if sums is None else sums[self._samples]
 
     def _apart(self, name: str) -> bool:
         """Whether the parts of a parameter that are in use have no element in common."""
@@ -333,7 +422,7 @@ class Capture:
             if any(isinstance(u, Rows) for u in compact) or not view.is_contiguous():
                 return False
             total = None if total is None else total.view(matrix.left.shape[1], matrix.right.shape[1])
-        add_squares(total, compact, self.sums.get(name))
+        add_squares(total, compact, self._sums_of(name))
         return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,19 @@ class Layout:
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
         rows = torch.cat([u.row_numbers(device) + s for u, s in zip(layouts, starts, strict=True)])
         return cls.of_owners(owners, layouts[0].num_samples, rows)
+
+    @classmethod
+    def in_turn(cls, layouts: Sequence[Layout], lengths: Sequence[int], device: torch.device) -> Layout:
+        """Of samples and of other samples after them, whose rows are laid one after the other, R in `lengths`."""
+        starts = itertools.accumulate(lengths, initial=0)
+        rows = torch.cat([u.row_numbers(device) + s for u, s in zip(layouts, starts, strict=False)])
+        counts = [b - a for u in layouts for a, b in itertools.pairwise(u.offsets)]
+        return cls(tuple(itertools.accumulate(counts, initial=0)), rows)
+
+    def part(self, samples: slice) -> Layout:
+        """The layout of some samples that follow one another, and of their rows alone; not of listed rows."""
+        first = self.offsets[samples.start]
+        return Layout(tuple(n - first for n in self.offsets[samples.start : samples.stop + 1]))
 
     def finer(self, parts: int) -> Layout:
         """The layout of rows each of which has been cut into so many, one after the other."""

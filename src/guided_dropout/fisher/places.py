@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from guided_dropout.fisher.late import LateHead
 from guided_dropout.fisher.operations import Key, Operation
 
 
@@ -53,6 +54,7 @@ class Plan:
         in_head: the operations inside of it.
         fallback: parameters that always take the reference loop → why.
         noise: parameters whose true gradient is zero; what is measured of them is rounding.
+        late: the same head, if it can also be run after the model's forward.
     """
 
     places: Mapping[Key, Place]
@@ -60,6 +62,7 @@ class Plan:
     in_head: frozenset[Key] = frozenset()
     fallback: Mapping[str, str] = field(default_factory=dict)
     noise: frozenset[str] = frozenset()
+    late: LateHead | None = None
 
     def place(self, key: Key) -> Place:
         """Where an operation has the samples.

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from guided_dropout.fisher.dense import part_of
 from guided_dropout.fisher.fast import BatchedSquares, Capture
+from guided_dropout.fisher.late import LateHead
 from guided_dropout.fisher.operations import Key, Operation, ParameterOperations, replaced, tensors_of
 from guided_dropout.fisher.places import Place, Plan
 from guided_dropout.fisher.rules import EMBEDDING
@@ -26,16 +27,18 @@ UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], sample: Sample) -> Plan:
     """Find by running `model` on two and on three copies of a sample where each operation has the samples.
 
-    Shortcuts (the head at target positions only; embeddings that the batch shares looked up per sample) are taken only
-    where they leave the logits as they are.
+    Shortcuts (the head at target positions only, or after the forward; embeddings that the batch shares looked up per
+    sample) are taken only where they leave the logits as they are.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     plans = []
     for share in (True, False):
         places, in_head = _places(model, objective, parameters, sample, head, share=share)
         plans.append(Plan(places, head, frozenset(in_head)))
-        if _keeps_logits(model, objective, parameters, plans[-1], sample):
-            return plans[-1]
+        for late in (LateHead.of(head), None):
+            plan = replace(plans[-1], late=late)
+            if _keeps_logits(model, objective, parameters, plan, sample):
+                return plan
     shared, unshared = (replace(plan, head=None) for plan in plans)
     return shared if _keeps_logits(model, objective, parameters, shared, sample) else unshared
 

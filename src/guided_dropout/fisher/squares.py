@@ -55,6 +55,8 @@ class Sums:
 class Squared:
     """An `Outer` whose squares have been added, and of which the products with `Rows` are still to come.
 
+    Several, with the same columns, are of groups of samples that follow one another.
+
     Attributes:
         columns: [C] int64, sorted: the rows that may be touched.
         left: [R, C], the columns of the outer's `left` that belong to them.
@@ -88,10 +90,10 @@ def add_squares(total: Tensor | None, uses: Sequence[Use], sums: Tensor | None =
             raise AssertionError("a vector's sums cannot be added to a matrix's products")
         _add_vector_squares(total, vectors, sums)
     elif squared := _of_kind(uses, Squared):
-        if len(squared) != 1 or outers:
+        if outers:
             raise AssertionError("what is squared already cannot be added to other products")
         if rows:
-            _add_tied_squares(total, squared[0], rows, sums)
+            _add_tied_squares(total, _joined(squared), rows, sums)
     elif outers:
         outer = _concatenated(outers)
         square_accumulate(total, sums, outer.left, outer.right, outer.layout)
@@ -124,6 +126,15 @@ def _concatenated(uses: Sequence[Outer]) -> Outer:
         return uses[0]
     left, right = torch.cat([u.left for u in uses]), torch.cat([u.right for u in uses])
     return Outer(left, right, Layout.concatenated([u.layout for u in uses], [len(u.left) for u in uses], left.device))
+
+
+def _joined(uses: Sequence[Squared]) -> Squared:
+    """Of all samples, group after group."""
+    if len(uses) == 1:
+        return uses[0]
+    left, right = torch.cat([u.left for u in uses]), torch.cat([u.right for u in uses])
+    layout = Layout.in_turn([u.layout for u in uses], [len(u.left) for u in uses], left.device)
+    return Squared(uses[0].columns, left, right, layout)
 
 
 def squared_early(total: Tensor | None, outer: Outer, ids: Tensor, sums: Tensor | None = None) -> Squared:
