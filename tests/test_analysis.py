@@ -9,6 +9,7 @@ from samples_of_experiments import made, write_experiment
 from guided_dropout.arms import ARMS
 from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import analyse
+from guided_dropout.bench.experiment_verdicts import claims
 from guided_dropout.bench.folder import Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.phrases import cell_text, guidance_sentence
@@ -159,6 +160,44 @@ def test_lost_runs_reach_the_mean_over_tasks():
     assert overall.pair.lost == (3, 0)
     assert (overall.pair.statistics.n, overall.pair.with_lost.n) == (5, 8)
     assert overall.verdict == "undecided at this n"
+
+
+def test_an_arm_that_loses_a_whole_task_does_not_gain_by_it_in_the_mean_over_tasks():
+    held = runs({"dropout": 0.6, "uniform": 0.6, "guided": 0.62}, tasks=("cola", "mrpc", "rte"))
+
+    def lose(arm):
+        return analyse([
+            Run(r.key, result=made(r.key, None, diverged=True)) if (r.key.arm, r.key.task) == (arm, "rte") else r
+            for r in held
+        ])  # fmt: skip
+
+    overall = comparison(lose("guided"), "dropout", None)
+    assert (overall.tasks, overall.pair.statistics.n, overall.pair.lost) == (2, 8, (8, 0))
+    worst = min(r.result.value for r in held if r.key.task == "rte" and r.key.arm == "dropout")
+    means = {arm: [np.mean([r.result.value if (arm, r.key.task) != ("guided", "rte") else worst for r in held
+                            if (r.key.arm, r.key.seed) == (arm, s)]) for s in range(8)]
+             for arm in ("guided", "dropout")}  # fmt: skip
+    assert overall.pair.with_lost.mean == pytest.approx(np.mean(means["guided"]) - np.mean(means["dropout"]))
+    assert overall.verdict == "undecided at this n"
+    said = " ".join(claims(lose("guided")))
+    assert "8 runs of guided and 0 of dropout were lost" in said
+    assert "Mean over 2 tasks. At the same mean rate" in said
+    assert comparison(lose("dropout"), "dropout", None).verdict == "helps"
+    assert comparison(lose("none"), "dropout", None).pair.lost == (0, 0)
+
+
+def test_controls_that_were_run_are_not_said_to_be_missing():
+    held = runs({"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "guided": 0.62})
+    for gone in (
+        lambda key: Run(key, result=made(key, None, diverged=True)),
+        lambda key: Run(key, failure=Failure("RuntimeError", "broken", "")),
+    ):
+        (g,) = analyse([gone(r.key) if r.key.arm == "guided" else r for r in held]).guidance
+        assert guidance_sentence(g) == (
+            "Nothing can be said of guidance itself: no seed has a result in both guided and uniform or shuffled."
+        )
+    (g,) = analyse(runs({"dropout": 0.6, "guided": 0.62})).guidance
+    assert "no control at the same mean rate has been run" in guidance_sentence(g)
 
 
 def test_simulated_effects_are_covered_and_null_effects_seldom_claimed():

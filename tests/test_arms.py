@@ -177,6 +177,9 @@ def test_the_pooler_that_the_checkpoint_lacks_counts_as_new(bert: Path, runs: di
         ("l2-sp:beta=1", {"alpha": 2}, "l2-sp:alpha=2,beta=1", {"alpha": 2.0, "beta": 1.0}),
         ("r-drop: alpha = 0.5", (), "r-drop:alpha=0.5", {"alpha": 0.5}),
         ("guided", (), "guided", {}),
+        ("shuffled:seed=1234567", (), "shuffled:seed=1234567", {"seed": 1234567}),
+        ("mixout:p=0.12345678", (), "mixout:p=0.12345678", {"p": 0.12345678}),
+        ("ewc:strength=12345678", (), "ewc:strength=12345678.0", {"strength": 12345678.0}),
     ],
 )
 def test_an_arm_is_read_as_people_write_it(arm: str, parameters: Any, label: str, values: dict[str, float]) -> None:

@@ -51,6 +51,22 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_links_stay_and_lead_to_what_was_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name in ("x.json", "profile"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    for _ in range(2):  # first to a place where nothing is yet
+        artefacts.write_json(tmp_path / "x.json", {"a": 1})
+        profile().save_pretrained(tmp_path / "profile")
+    with pytest.raises(ArtefactError, match="cannot write"):
+        artefacts.write_json(tmp_path / "data", {"a": 1})
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_symlink()) == ["data", "profile", "x.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "disk", "profile", "x.json"]
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["profile", "x.json"]
+    assert FisherProfile.from_pretrained(tmp_path / "profile").num_samples == 7
+
+
 def test_an_output_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ArtefactError, match=r"holds other files and no profile\.json"):

@@ -9,13 +9,14 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import pytest
 from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import cli
+from guided_dropout.bench import run as bench_run
 from guided_dropout.bench.folder import Experiment, Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.plan import BenchModel, Plan, Training
@@ -157,6 +158,9 @@ def test_names_of_runs_tell_them_apart():
     grid = Grid(["a", "b-c"], ["cola"], ["mixout:p=0.7", "mixout", "r-drop"], [1.0, 0.1, 0.01], [0, 11, 111])
     names = {key.name for key in grid}
     assert len(names) == len(grid) == 54
+    for changes in ({"models": ["my bert", "my-bert"]}, {"fractions": [0.1234567, 0.1234568]}):
+        with pytest.raises(GuidedDropoutError, match="would share the file"):
+            replace(grid, **changes)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=_-") for name in names)
 
 
@@ -241,6 +245,13 @@ def test_recipes_name_what_exists(folder):
     assert RECIPES["controls"].seeds >= 20
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_arm_of_a_recipe_can_be_put_on(folder, name):
+    recipe = RECIPES[name]
+    plan = plan_of(folder, arms=recipe.arms)
+    replace(plan, training=Training(**recipe.training)).rehearse()
+
+
 LINE = [
     *("--models", "model", "--profile", "profile", "--data", "glue", "--tasks", "cola", "--arms", "dropout,guided"),
     *("--fractions", "1.0,0.5", "--seeds", "2", "--epochs", "1", "--learning-rate", "1e-3", "--max-length", "16"),
@@ -256,8 +267,10 @@ def command(folder, out):
     )  # fmt: skip
 
 
-def children(pid):
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(invocation):
+    """The processes in which an invocation makes its runs."""
+    started = psutil.Process(invocation.pid).children()
+    return [p for p in started if any("spawn_main" in part for part in p.cmdline())]
 
 
 def wait_for(condition, process, seconds=120):
@@ -269,7 +282,6 @@ def wait_for(condition, process, seconds=120):
     return found
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_processes_and_two_invocations_give_the_same_results(folder, finished):
     """One invocation is killed with all of its work; then two go on side by side, and a worker of one is killed."""
     out = folder / "killed"
@@ -280,10 +292,7 @@ def test_killed_processes_and_two_invocations_give_the_same_results(folder, fini
     pair = [command(folder, out), command(folder, out)]
     made = len(list(out.glob("runs/*.json")))
     wait_for(lambda: len(list(out.glob("runs/*.json"))) > made, pair[0])
-    workers = wait_for(
-        lambda: [p for p in children(pair[0].pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()], pair[0]
-    )
-    os.kill(workers[0], signal.SIGKILL)
+    wait_for(lambda: workers_of(pair[0]), pair[0])[0].kill()
     for process in pair:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
@@ -328,6 +337,29 @@ def test_a_second_call_makes_nothing_and_says_so(finished, in_process):
     assert "as fast as the runs that are there" in text
 
 
+def test_failures_are_forgotten_only_to_be_made_again(folder, in_process, monkeypatch):
+    plan = plan_of(folder)
+    experiment = Experiment.start(folder / "retried", plan.check())
+    broken = {k for k in plan.grid if k.seed == 1}
+    for key in broken:
+        experiment.write(Run(key, failure=Failure("RuntimeError", "broken", "")))
+    code, text, _ = in_process("retried", "--dry-run")
+    assert (code, text.splitlines()[0]) == (0, "8 runs, 4 of them there, 4 to make")
+    code, text, _ = in_process("retried", "--dry-run", "--retry")
+    assert (code, text.splitlines()[0]) == (0, "8 runs, 0 of them there, 8 to make")
+    code, _, _ = in_process("retried", "--retry", "--tasks", "rte")  # of which there are no data
+    assert code == 2
+    assert experiment.failed() == broken
+
+    made = []
+    monkeypatch.setattr(bench_run, "run_experiment", lambda plan, experiment, keys, **_: made.extend(keys))
+    code, _, err = in_process("retried", "--retry", "--seeds", "1")
+    assert (code, len(made)) == (0, 4), err
+    assert experiment.failed() == broken
+    in_process("retried", "--retry")
+    assert (len(made), experiment.failed()) == (12, set())
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -343,3 +375,38 @@ def test_errors_of_the_command_line_are_one_line(finished, in_process, more, mes
     assert (code, text) == (2, "")
     assert err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--tasks", "rte"], "no RTE/dev.tsv in glue"),
+        (["--models", "nobody", "--profile", "profile"], "cannot load nobody"),
+        (["--schedule", "other.json"], "a schedule for another model"),
+        (["--arms", "guided-decay"], "it is 0; expected more than 0: set weight_decay"),
+        (["--epochs", "0"], "epochs is 0; expected at least 1"),
+        (["--rate", "1"], "1.0; expected a number in [0, 1)"),
+        (["--device", "gpu"], "device is gpu"),
+        (["--split", "papr"], "did you mean 'paper'"),
+        (["--seeds", "0"], "found no seeds"),
+        (["--jobs", "0"], "--jobs 0; expected at least 1"),
+        (["--out", "glue"], "glue holds other files"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(folder, in_process, more, message):
+    """What was begun with a mistake would be a folder that refuses the command once it is mended."""
+    other = load_lm(save_tiny_bert(folder / "other", num_hidden_layers=3))
+    DropoutSchedule.uniform(other, 0.1).save(folder / "other.json")
+    before = sorted(folder.rglob("*"))
+    for dry in ([], ["--dry-run"]) if "--out" not in more else ([],):
+        code, _, err = in_process("mistaken", *more, *dry)
+        assert code == 2, err
+        assert err.count("\n") == 1
+        assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_with_weight_decay_there_is_some_to_spread(in_process):
+    code, _, err = in_process("decayed", "--arms", "guided-decay", "--weight-decay", "0.01", "--dry-run")
+    assert code == 0, err

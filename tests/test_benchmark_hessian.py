@@ -1,11 +1,15 @@
 """The Hessian's diagonal beside the Fisher's: exact where elements are chosen, unbiased where it is estimated."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from families import language_model
 
 from benchmarks.fidelity.hessian import compare_elements, compare_means, draw, exact_elements, hutchinson
+from benchmarks.fidelity.report import hessian_section
+from guided_dropout.artefacts import read_json
 from guided_dropout.detection import detect_objective
 
 
@@ -92,3 +96,10 @@ def test_correlations_of_means_are_bounded_by_the_noise():
     assert 0.9 < found["between_halves"] < found["ceiling"] < 1
     assert found["spearman"] == pytest.approx(found["ceiling"], abs=0.05)
     assert found["tensors"] == 40
+
+
+@pytest.mark.parametrize("name", ["demo", "minilm-l6", "smollm2-135m"])
+def test_the_committed_readme_tells_the_committed_result(name):
+    folder = Path(__file__).parents[1] / f"benchmarks/results/fidelity-{name}"
+    found = read_json(folder / "hessian.json", kind="fisher-against-hessian", schema=2)
+    assert hessian_section(found) in (folder / "README.md").read_text(encoding="utf-8")

@@ -296,6 +296,8 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         ("schedule profile --shape linaer --out new", "did you mean 'linear'?"),
         ("schedule nowhere --out new", "no folder nowhere; expected one that `guided-dropout fisher"),
         ("inspect model --schedule text.txt", "text.txt is not valid JSON"),
+        ("inspect model --grouping owners", "unknown grouping 'owners' (did you mean 'owner'?)"),
+        (f"{FINETUNE} --seed -1", "the seed -1; expected 0 or more"),
         (FINETUNE.replace("cola", "kola"), "did you mean 'cola'"),
         (FINETUNE.replace("cola", "rte"), "RTE"),
         (FINETUNE.replace("guided", "guidde"), "did you mean 'guided'"),

@@ -1,5 +1,6 @@
 """The demo's text is prose, its task is fair, and the quickstart ends in a report and goes on where it was cut off."""
 
+import io
 import json
 import sys
 from dataclasses import replace
@@ -143,7 +144,9 @@ def test_quickstart_makes_everything_and_goes_on_where_it_was_cut_off(tmp_path, 
     assert trained == [("dropout", 0), ("uniform", 0)]
     first = (out / "runs" / "dropout-0" / "result.json").read_bytes()
     (out / "again").write_text("")
-    paths = run(out, model, seeds=2)
+    told = Console(file=io.StringIO(), markup=False)
+    paths = quickstart(out, seeds=2, model=model, settings=SMALL, console=told)
+    assert "4 Report" in told.file.getvalue()
 
     assert sorted(trained) == sorted((arm, seed) for arm in module.ARMS for seed in (0, 1))
     assert (out / "runs" / "dropout-0" / "result.json").read_bytes() == first

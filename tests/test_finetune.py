@@ -19,7 +19,8 @@ from guided_dropout.finetune import RunResult, Seeds, finetune
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.task_data import TaskData
-from guided_dropout.tasks import Examples, Task
+from guided_dropout.tasks import Examples, Task, get_task
+from guided_dropout.workbench import Workbench
 
 DATA = (colour_examples(48, seed=1), colour_examples(20, seed=2))
 RATE_ARMS = ("guided", "uniform", "dropout", "none")  # the others: test_arms.py
@@ -220,6 +221,20 @@ def test_a_file_of_ones_own(bert: Path, tmp_path: Path) -> None:
     assert held.metrics == {"f1": held.value}
 
 
+def test_tasks_and_lists_may_stand_for_their_names(bert: Path, tmp_path: Path) -> None:
+    """Data that are read once for many runs are kept by what was asked for, which need not be hashable."""
+    (tmp_path / "CoLA").mkdir()
+    for name, examples in zip(("train", "dev"), DATA, strict=True):
+        rows = [f"x\t{label}\t\t{text}\n" for (text,), label in examples]
+        (tmp_path / "CoLA" / f"{name}.tsv").write_text("".join(rows))
+    bench, options = Workbench(bert), {"arm": "none", **SHORT, "data": tmp_path}
+    cola = finetune(bench, get_task("cola"), **options)
+    assert cola.value == finetune(bench, "cola", **options).value
+    other = finetune(bench, replace(get_task("cola"), metrics=("f1",)), **options)
+    assert (cola.metric, other.metric) == ("matthews_correlation", "f1")
+    assert finetune(bench, "cola", metrics=["f1", "accuracy"], **options).metrics["f1"] == other.value
+
+
 @pytest.mark.parametrize("split", ["paper", "holdout:0.25"])
 def test_a_new_split_is_the_same_in_all_arms_and_another_for_another_seed(split: str, bert: Path) -> None:
     first, arm, other = (
@@ -296,6 +311,7 @@ def test_a_schedule_of_another_model_is_refused(schedule: DropoutSchedule, tmp_p
         ({"arm": "droput"}, ScheduleError, "did you mean 'dropout'"),
         ({"task": "cloa"}, DataError, "did you mean 'cola'"),
         ({"rate": 1.0}, ScheduleError, "1"),
+        ({"seed": -1}, DataError, "the seed -1; expected 0 or more"),
         ({"epochs": 0}, GuidedDropoutError, "epochs is 0; expected at least 1"),
         ({"learning_rate": math.nan}, GuidedDropoutError, "learning_rate is nan"),
         ({"warmup_ratio": 1.0}, GuidedDropoutError, "warmup_ratio is 1"),

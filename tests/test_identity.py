@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import classifier_of, language_model
+from families import classifier_of, language_model, profile_of
+from torch import nn
 
+from guided_dropout import apply_dropout, estimate_fisher, find_sites
+from guided_dropout.errors import ModelError
 from guided_dropout.identity import weights_digest
+from guided_dropout.regularizers import L2SP, Context, GaussianDropout
 from guided_dropout.schedule import DropoutSchedule
 
 
@@ -75,3 +79,23 @@ def test_a_schedule_of_an_earlier_version_does_not_say() -> None:
     facts = {key: value for key, value in schedule.model.items() if key != "digest"}
     old = DropoutSchedule(**{**vars(schedule), "model": facts})
     assert old.has_weights_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inside"), [(nn.DataParallel, "module"), (lambda m: torch.compile(m, backend="eager"), "_orig_mod")]
+)
+def test_what_is_wrapped_around_a_model_is_not_taken_for_it(wrap, inside: str) -> None:
+    """All of it would be a head without noise, or a backbone without a head, and nothing would say so."""
+    model = classifier_of("bert")
+    wrapped, inputs = wrap(model), {"input_ids": torch.arange(3, 19).reshape(2, 8)}
+    schedule = DropoutSchedule.from_profile(profile_of(model), model)
+    for use in (
+        lambda: find_sites(wrapped, inputs),
+        lambda: apply_dropout(wrapped, schedule, inputs),
+        lambda: DropoutSchedule.uniform(wrapped, 0.1),
+        lambda: GaussianDropout().apply(wrapped, Context(inputs=inputs)),
+        lambda: L2SP().apply(wrapped, Context()),
+        lambda: estimate_fisher(wrapped, [{"input_ids": [5, 6], "labels": 1}]),
+    ):
+        with pytest.raises(ModelError, match=rf"{type(wrapped).__name__} is wrapped.*give model\.{inside}"):
+            use()

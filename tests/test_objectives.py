@@ -135,6 +135,14 @@ def test_objectives_are_found_in_each_precision(dtype):
         assert detect_objective(model, labelled([9], [label])[0]).name == name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2", "bert", "modernbert"])
+@pytest.mark.parametrize("ids", [[5], [7] * 20, [0] * 16 + [5, 6, 7]])
+def test_equal_tokens_do_not_hide_what_a_model_predicts(family, ids):
+    name = "mlm" if family in ("bert", "modernbert") else "causal"
+    sample = {"input_ids": ids, "labels": [-100 if i == 0 else i for i in ids]}
+    assert detect_objective(language_model(family), sample).name == name
+
+
 def spoilt_logits(model, change):
     """`change` is called with the logits, to change them in place."""
 
@@ -278,6 +286,13 @@ def test_samples_come_back_as_tensors_and_numbered():
     assert first["input_ids"].dtype == first["labels"].dtype == torch.int64
     assert (first["index"], second["index"]) == (10, 11)
     assert [s["index"] for s in check_samples(model, [{**rows[0], "index": 3}, rows[1]])] == [3, 1]
+
+
+@pytest.mark.parametrize("more", [{"decoder_input_ids": [0, 9, 8, 7]}, {"decoder_attention_mask": [1]}])
+def test_what_the_decoder_reads_is_as_long_as_what_it_should_say(more):
+    sample = {"input_ids": [5, 6, 7, 8], "labels": [9, 8], **more}
+    with pytest.raises(DataError, match=rf"sample 0 has \d {next(iter(more))} for 2 labels"):
+        estimate_fisher(language_model("t5"), [sample])
 
 
 def test_losses_are_those_of_the_targets_alone():

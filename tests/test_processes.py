@@ -14,9 +14,10 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from families import language_model
 from processes_script import BAD, RANDOM, RULES, SAMPLES, draw_samples, found, ranked, told, with_nan
+from test_cli import exit_code
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import FisherProfile, cli, estimate_fisher
+from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.errors import ModelError
 
 HERE = Path(__file__).parent
@@ -145,12 +146,7 @@ def test_the_command_runs_under_accelerate(tmp_path, monkeypatch, capsys):
     done = launch(ACCELERATE, "-m", "guided_dropout", *line, "two", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("samples (mlm)") == 1
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["guided-dropout", *line, "one"])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code, capsys.readouterr().err
+    assert exit_code(tmp_path, *line, "one", monkeypatch=monkeypatch) == 0, capsys.readouterr().err
     one, both = FisherProfile.from_pretrained(tmp_path / "one"), FisherProfile.from_pretrained(tmp_path / "two")
     assert (both.num_samples, both.num_skipped) == (one.num_samples, one.num_skipped)
     assert both.tensor_means == close(one.tensor_means)
@@ -184,12 +180,7 @@ def test_a_ranked_command_that_is_killed_goes_on_under_accelerate(tmp_path, monk
     assert not (tmp_path / "two").exists()
     done = launch(ACCELERATE, "-m", "guided_dropout", *line, "two", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["guided-dropout", *line, "one"])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code, capsys.readouterr().err
+    assert exit_code(tmp_path, *line, "one", monkeypatch=monkeypatch) == 0, capsys.readouterr().err
     one, both = (found(FisherProfile.from_pretrained(tmp_path / out)) for out in ("one", "two"))
     assert one["ranking"]["settled"]
     assert one["num"][0] < 300
@@ -241,10 +232,7 @@ def test_an_offloaded_model_is_refused(how, tmp_path):
 )
 def test_devices_that_are_not_there_are_told(options, message, tmp_path, monkeypatch, capsys):
     line = f"fisher demo --text demo --samples 2 --out {tmp_path / 'new'} {options}"
-    monkeypatch.setattr(sys, "argv", ["guided-dropout", *line.split()])
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main()
+    assert exit_code(tmp_path, *line.split(), monkeypatch=monkeypatch) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -255,10 +243,7 @@ def test_device_map_auto_is_the_whole_model_where_it_fits(tmp_path, monkeypatch,
     means = []
     for options in ("--device-map auto", "--device cpu"):
         line = f"fisher {tmp_path}/model --text {tmp_path}/text.txt --max-length 12 --samples 5 {options}"
-        monkeypatch.setattr(sys, "argv", ["guided-dropout", *line.split(), "--out", str(tmp_path / options)])
-        monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        assert not stopped.value.code, capsys.readouterr().err
+        code = exit_code(tmp_path, *line.split(), "--out", tmp_path / options, monkeypatch=monkeypatch)
+        assert code == 0, capsys.readouterr().err
         means.append(FisherProfile.from_pretrained(tmp_path / options).tensor_means)
     assert means[0] == close(means[1])

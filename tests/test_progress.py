@@ -100,3 +100,11 @@ def test_what_is_printed_meanwhile_reaches_a_file(terminal, capsys):
     assert capsys.readouterr().out == "half of them are left out\n"
     assert any("1/10" in line for line in shown(terminal))
     assert "half of them" not in terminal.getvalue()
+
+
+def test_brackets_in_names_of_files_are_text(terminal, capsys):
+    with console.progress_bar("part[ab].csv [/guided]", 10) as update:
+        update(1)
+        console.console.print("part[ab].csv [/guided]")
+    assert capsys.readouterr().out == "part[ab].csv [/guided]\n"
+    assert any("part[ab].csv [/guided]" in line for line in shown(terminal))

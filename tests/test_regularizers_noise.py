@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from guided_dropout.errors import ModelError, SiteError
-from guided_dropout.regularizers import Context, GaussianDropout, Handle, Mixout, RDrop, apply_dropout
+from guided_dropout.regularizers import Context, GaussianDropout, Handle, Mixout, RDrop, Regularizer, apply_dropout
 from guided_dropout.regularizers.gaussian import gaussian_noise
 from guided_dropout.regularizers.mixout import mixout
 from guided_dropout.regularizers.r_drop import disagreement
@@ -371,6 +372,23 @@ def test_noise_on_the_same_modules_comes_off_in_any_order(first: int) -> None:
         for parameter in model.parameters():
             parameter.data /= 2
         assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("regularizer", [GaussianDropout(), Mixout(0.5)])
+def test_a_copy_of_a_model_computes_with_its_own_weights(regularizer: Regularizer) -> None:
+    """As a loop keeps its best model, or an average of them."""
+    model = classifier_of("bert")
+    with regularizer.apply(model, Context()):
+        best = copy.deepcopy(model)
+        wanted = logits(best)
+        for parameter in model.parameters():
+            parameter.data *= 2
+        assert torch.equal(logits(best), wanted)
+        assert not torch.equal(logits(model), wanted)
+        best.train()(input_ids=IDS).logits.sum().backward()
+        assert all(p.grad is not None for p in best.parameters())
+        assert all(p.grad is None for p in model.parameters())
+        assert not torch.equal(logits(best, 1), logits(best, 2))
 
 
 def test_a_compiled_model_gets_rates_and_noise_that_come_later_and_loses_them_again() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
 from families import classifier_of, language_model, profile_of
 from torch import Tensor, nn
 
-from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
+from guided_dropout.errors import ArtefactError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.regularizers import EWC, L2SP, Context, GuidedDecay, GuidedL2SP, Handle, Regularizer
 from guided_dropout.regularizers.strengths import relative_strengths
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.sites import find_sites
 
 PLAIN = torch.tensor(0.25, dtype=torch.float64)
 
@@ -93,6 +95,23 @@ def test_ewc_refuses_a_profile_of_means_only() -> None:
         EWC().apply(double_classifier(), Context(profile=profile))
 
 
+def test_ewc_with_nothing_to_pull_says_so() -> None:
+    model = double_classifier()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in HEAD | POOLER)
+    with pytest.raises(ModelError, match=r"none of the trainable pretrained parameters.*unfreeze a layer"):
+        EWC().apply(model, Context(profile=random_profile(language_model("bert"))))
+
+
+@pytest.mark.parametrize("regularizer", [GuidedL2SP(), GuidedDecay()])
+def test_guided_pulls_run_the_model_on_the_inputs_that_are_given(regularizer: Regularizer) -> None:
+    model, schedule = classifier_of("bert"), guided_schedule()
+    seen = []
+    model.register_forward_pre_hook(lambda *args: seen.append(args[-1]["input_ids"].shape), with_kwargs=True)
+    with regularizer.apply(model, Context(schedule=schedule, inputs={"input_ids": torch.full((2, 3), 5)})):
+        assert set(seen) == {(2, 3)}
+
+
 def guided_schedule(**options: object) -> DropoutSchedule:
     model = language_model("bert")
     return DropoutSchedule.from_profile(random_profile(model), model, upper=0.2, lower=0.0, **options)
@@ -112,6 +131,15 @@ def test_strengths_are_the_rates_of_the_sites_over_their_mean(grouping: str) -> 
     least = min(schedule.scores, key=lambda path: schedule.scores[path])
     assert max(strengths.values()) == pytest.approx(schedule.rates[least] / schedule.mean_rate)
     assert min(strengths.values()) == 0.0
+
+
+def test_a_schedule_by_call_weighs_each_parameter_by_the_calls_that_it_feeds() -> None:
+    model = language_model("albert")
+    schedule = DropoutSchedule.from_profile(random_profile(model), model, per_call=True)
+    fed = {site.path: site.parameters for site in find_sites(model, per_call=True)}
+    for name, strength in relative_strengths(model, schedule).items():
+        rates = [rate for path, rate in schedule.rates.items() if name in fed[path]]
+        assert strength == (pytest.approx(fmean(rates) / schedule.mean_rate) if rates else 1.0)
 
 
 def test_a_uniform_schedule_is_no_guidance() -> None:

@@ -8,6 +8,7 @@ from itertools import permutations
 import pytest
 import torch
 from families import FAMILIES, classifier_of, language_model, profile_of
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertModel, PreTrainedModel
 
@@ -97,6 +98,20 @@ def test_handles_may_be_removed_in_any_order(order: tuple[int, ...]) -> None:
     with apply_dropout(model, guided(model)):
         assert rates_of(model) == guided(model).rates
     assert rates_of(model) == own
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("first", [0, 1])
+def test_so_may_those_of_a_model_and_of_what_wraps_it(first: int) -> None:
+    inner = language_model("bert")
+    outer = get_peft_model(inner, LoraConfig(r=2, target_modules=["query"]))
+    own = rates_of(outer)
+    handles = [apply_dropout(outer, guided(inner)), apply_dropout(inner, DropoutSchedule.uniform(inner, 0.4))]
+    handles[first].remove()
+    left = handles[1 - first]
+    assert left.rates.items() <= rates_of(left.model).items()
+    left.remove()
+    assert rates_of(outer) == own
 
 
 def test_a_rate_that_no_schedule_covers_any_more_is_the_users_again() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from families import classifier_of, language_model, profile_of
@@ -76,16 +78,29 @@ def test_a_schedule_by_call_of_the_language_model_serves_the_classifier() -> Non
         assert list(handle.rates.values()) == list(schedule.rates.values())
 
 
-def test_a_plain_schedule_on_top_rules() -> None:
+@pytest.mark.parametrize("rate", [0.35, 0.2, 0.4])  # the latter two are also rates of calls below
+def test_a_plain_schedule_on_top_rules(rate: float) -> None:
     model = language_model("albert")
     before = state_of(model)
-    lower = apply_dropout(model, DropoutSchedule.from_profile(profile_of(model), model, upper=0.4, per_call=True))
-    upper = apply_dropout(model, DropoutSchedule.uniform(model, 0.3))
-    assert {call.rate for call in observe(model, rates={})} == {0.3}
+    rates = {site.path: (i + 1) / 10 for i, site in enumerate(find_sites(model, per_call=True))}
+    lower = apply_dropout(model, DropoutSchedule.from_rates(rates, model))
+    upper = apply_dropout(model, DropoutSchedule.uniform(model, rate))
+    assert {call.rate for call in observe(model, rates={})} == {rate}
     lower.remove()
-    assert {call.rate for call in observe(model, rates={})} == {0.3}
+    assert {call.rate for call in observe(model, rates={})} == {rate}
     upper.remove()
     assert state_of(model) == before
+
+
+def test_a_copy_of_a_model_keeps_the_rates_of_its_calls() -> None:
+    model = language_model("albert")
+    rates = {site.path: (i + 1) / 10 for i, site in enumerate(find_sites(model, per_call=True))}
+    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)):
+        best = copy.deepcopy(model)
+    assert [call.rate for call in observe(best, rates={})] == list(rates.values())
+    with apply_dropout(best, DropoutSchedule.uniform(best, 0.2)):
+        assert {call.rate for call in observe(best, rates={})} == {0.2}
+    assert [call.rate for call in observe(best, rates={})] == list(rates.values())
 
 
 @pytest.mark.parametrize("family", ["opt", "bart", "pegasus"])

@@ -134,6 +134,14 @@ def test_files_that_match_a_pattern_are_one_split(tmp_path: Path) -> None:
     assert len(given.validation) == 2
 
 
+def test_evaluation_on_training_data_is_told(tmp_path: Path) -> None:
+    for name in ("part-1.csv", "part-2.csv", "dev.csv"):
+        write(tmp_path, name, ROWS)
+    (note,) = load_data(None, tmp_path / "*.csv", eval_data=tmp_path / "." / "dev.csv", columns=PAIRS).notes
+    assert note == "dev.csv is in --data and in --eval-data: evaluated on training data"
+    assert load_data(None, tmp_path / "part-*.csv", eval_data=tmp_path / "dev.csv", columns=PAIRS).notes == ()
+
+
 def test_a_known_task_gives_files_its_classes_and_metrics(tmp_path: Path) -> None:
     train = write(tmp_path, "train.jsonl", [("a", "b", "not_entailment"), ("c", "d", 0)])
     given = load_data("rte", train, eval_data=train, columns=PAIRS)

@@ -71,6 +71,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_again(tmp_path):
         ("{", r"bad.jsonl:2 is not valid JSON"),
         ('{"body": "words"}', r"bad.jsonl:2 holds body; expected a text named 'text'"),
         ('["words"]', r"bad.jsonl:2 holds list; expected a text named 'text'"),
+        (r'{"text": "half \ud83d a pair"}', r"bad.jsonl:2 holds '\\ud83d', which is no character"),
     ],
 )
 def test_a_bad_line_of_json_is_named(tmp_path, line, message):

@@ -2,9 +2,10 @@
 
     python benchmarks/evidence/tune.py MODEL --data GLUE --tasks cola,rte --rates 2e-5,5e-5,1e-4 --out FILE
 
-For each task, rate and seed: train on 10 % of the training data, evaluate on another 10 % of it. Neither the dev split
-nor an arm under test has a part in it, and the seeds are not among those of the experiment. The rule: the rate whose
-metric, averaged over seeds and tasks, is highest. FILE is written after each run; what stands in it is not run again.
+For each task, rate and seed: train on a part of the training data (10 %), evaluate on another part of that size.
+Neither the dev split nor an arm under test has a part in it, and the seeds are not among those of the experiment. The
+rule: the rate whose metric, averaged over seeds and tasks, is highest. FILE is written after each run; what stands in
+it is not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from guided_dropout.provenance import provenance
 from guided_dropout.tasks import get_task, load_task
 from guided_dropout.workbench import Workbench
 
-FRACTION = 0.1
 SEEDS = (1000, 1001)
 
 
@@ -35,6 +35,10 @@ def main() -> None:
     p.add_argument("--tasks", default="cola,rte")
     p.add_argument("--rates", default="2e-5,5e-5,1e-4,2e-4")
     p.add_argument("--epochs", type=int, default=5)
+    p.add_argument(
+        "--fraction", type=float, default=0.1, help="of the training data, to train on; as much to evaluate on"
+    )
+    p.add_argument("--residual-sites", action="store_true", help="as in bench run")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     tasks, rates = args.tasks.split(","), [float(r) for r in args.rates.split(",")]
@@ -44,12 +48,13 @@ def main() -> None:
         key = f"{task} {rate:g} {seed}"
         if key in found["values"]:
             continue
-        fifth = subset(load_task(get_task(task), args.data, "train"), 2 * FRACTION, seed)
+        fifth = subset(load_task(get_task(task), args.data, "train"), 2 * args.fraction, seed)
         half = len(fifth) // 2
         pair = fifth.take(range(half)), fifth.take(range(half, len(fifth)))
         result = finetune(
-            bench, task, data=pair, arm="dropout", seed=seed, epochs=args.epochs, learning_rate=rate, evaluate="end"
-        )
+            bench, task, data=pair, arm="dropout", seed=seed, epochs=args.epochs, learning_rate=rate, evaluate="end",
+            residual_sites=args.residual_sites,
+        )  # fmt: skip
         found["values"][key] = result.value
         write_json(args.out, found)
         print(key, result.value, flush=True)
@@ -57,7 +62,13 @@ def main() -> None:
         f"{rate:g}": statistics.fmean(found["values"][f"{t} {rate:g} {s}"] or 0.0 for t in tasks for s in SEEDS)
         for rate in rates
     }
-    setting = {"model": Path(args.model).name, "tasks": tasks, "epochs": args.epochs, "fraction": FRACTION}
+    setting = {
+        "model": Path(args.model).name,
+        "tasks": tasks,
+        "epochs": args.epochs,
+        "fraction": args.fraction,
+        "residual_sites": args.residual_sites,
+    }
     chosen = max(means, key=means.__getitem__)
     write_json(args.out, {**found, "setting": setting, "means": means, "chosen": chosen, "provenance": provenance()})
     print(means, "→", chosen)

@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--elements", type=int, default=100, help="parameters of each layer and kind")
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="of the tensors to draw from; default: all")
+    parser.add_argument("--layers", nargs="+", metavar="LAYER", help="likewise: before, 0, 1, …, after")
     parser.add_argument("--vectors", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -207,8 +208,10 @@ def main() -> None:
     drawn_places = {
         (layer, kind): members
         for (layer, kind), members in draw(profile.diagonal, profile.noise, given.elements, given.seed).items()
-        if given.kinds is None or kind in given.kinds
+        if (given.kinds is None or kind in given.kinds) and (given.layers is None or layer in given.layers)
     }
+    if not drawn_places:
+        parser.error(f"no parameters of kinds {given.kinds} in layers {given.layers}")
     chosen = {n: places for members in drawn_places.values() for n, places in members.items()}
     with progress_bar("elements and vectors", None) as update:
         steps = sum(map(len, chosen.values())) * -(-len(samples) // BATCH)

@@ -19,6 +19,7 @@ ENDS = ("before", "after")
 def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel for each result: layers across, rank correlations with their intervals up, kinds by colour and mark."""
     kinds = list(dict.fromkeys(row["kind"] for result in found for row in result["by_layer"]))
+    lowest = min([-0.55, *(row["interval"][0] for result in found for row in result["by_layer"])])
     figure = Figure(figsize=(5.2 * len(found), 3.6), layout="constrained")
     panels = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, result in zip(panels, found, strict=True):
@@ -37,7 +38,7 @@ def draw(found: Sequence[Mapping[str, Any]]) -> Figure:
         facts = result["provenance"]
         ax.set_title(f"{facts['model']['name_or_path']}, {facts['num_samples']} samples", fontsize=9)
         ax.set_xlabel("layer")
-        ax.set_ylim(-0.6, 1.05)
+        ax.set_ylim(lowest - 0.05, 1.05)
         plain(ax)
     panels[0].set_ylabel("rank correlation of Fisher and\nHessian diagonal (95 % interval)")
     columns = len(kinds) if len(found) > 1 else -(-len(kinds) // 2)

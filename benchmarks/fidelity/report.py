@@ -8,11 +8,13 @@ FOLDER holds ``fidelity.json`` and perhaps ``hessian.json``; figures and the REA
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.fidelity import hessian_figure
 from guided_dropout import FisherProfile
 from guided_dropout.artefacts import read_json, write_text
 from guided_dropout.fidelity import Fidelity
@@ -27,9 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--profile", required=True)
+    parser.add_argument("--name", help="of the model; default: what the profile says")
     given = parser.parse_args()
     result, profile = Fidelity.load(given.folder / "fidelity.json"), FisherProfile.from_pretrained(given.profile)
-    name = profile.title.rstrip("/").rpartition("/")[2]
+    name = given.name or profile.title.rstrip("/").rpartition("/")[2]
     figures: dict[str, Figure] = {
         "fidelity": draw_fidelity(result),
         "spectrum": draw_spectrum({name: profile}),
@@ -42,7 +45,9 @@ def main() -> None:
     parts = [f"# Fidelity, spectrum and layers: {name}", _how(result), markdown(result), _spread(profile)]
     parts += [f"![{title}]({title}.png)" for title in figures]
     if (given.folder / "hessian.json").exists():
-        parts.append(_hessian(read_json(given.folder / "hessian.json", kind="fisher-against-hessian", schema=1)))
+        found = read_json(given.folder / "hessian.json", kind="fisher-against-hessian", schema=2)
+        save_figure(hessian_figure.draw([found]), given.folder / "hessian.png")
+        parts.append(hessian_section(found))
     write_text(given.folder / "README.md", "\n\n".join(part.strip() for part in parts) + "\n")
 
 
@@ -68,22 +73,25 @@ def _spread(profile: FisherProfile) -> str:
     )
 
 
-def _hessian(found: dict[str, Any]) -> str:
+def hessian_section(found: Mapping[str, Any]) -> str:
+    """What `hessian.py` found, as Markdown."""
     p, means = found["provenance"], found["tensor_means"]
+    ceiling = means["ceiling"]
     lines = [
         "## The Fisher beside the Hessian",
-        f"Rank correlation (Spearman) of the Fisher's diagonal with the Hessian's on {p['num_samples']} samples; the "
-        f"latter by Hutchinson's method with {p['vectors']} Rademacher vectors. *Halves*: between the estimates of two "
-        "halves of the vectors; *ceiling*: what a perfect agreement would show at that error.",
-        f"Means of {means['tensors']} tensors: {means['spearman']:.3f} (halves {means['between_halves']:.3f}; "
-        f"{means['negative']} of the Hessian's are negative).",
-        "| layer | kind | parameters | Fisher – Hessian | halves | ceiling | Hessian negative |\n"
-        "|---|---|---|---|---|---|---|\n"
+        f"Rank correlation (Spearman) of the Fisher's diagonal with exact elements of the Hessian's, on "
+        f"{p['num_samples']} samples of up to {p['max_length']} tokens; 95 % bootstrap intervals over parameters.",
+        "| layer | kind | parameters | Fisher – Hessian | Hessian negative |\n|---|---|---|---|---|\n"
         + "\n".join(
-            f"| {r['layer']} | {r['kind']} | {r['parameters']:,} | {r['spearman']:.3f} | {r['between_halves']:.3f} | "
-            f"{'–' if r['ceiling'] is None else format(r['ceiling'], '.3f')} | {100 * r['negative']:.0f} % |"
+            f"| {r['layer']} | {r['kind']} | {r['parameters']:,} | {r['spearman']:.2f} "
+            f"[{r['interval'][0]:.2f}, {r['interval'][1]:.2f}] | {100 * r['negative']:.0f} % |"
             for r in found["by_layer"]
         ),
+        f"Means of {means['tensors']} tensors, the Hessian's by Hutchinson's method with {p['vectors']} Rademacher "
+        f"vectors: {means['spearman']:.2f}"
+        + (f"; a perfect agreement would show {ceiling:.2f} at that error" if ceiling else "")
+        + f". {means['negative']} of the Hessian's are negative.",
+        "![hessian](hessian.png)",
     ]
     return "\n\n".join(lines)
 

@@ -122,7 +122,7 @@ class ChosenArm:
     def label(self) -> str:
         """Name, and the parameters that differ from their defaults: ``"mixout:p=0.9"``."""
         defaults = ARMS[self.name].parameters
-        changed = [f"{name}={value:g}" for name, value in self.parameters.items() if value != defaults[name]]
+        changed = [f"{name}={_shown(value)}" for name, value in self.parameters.items() if value != defaults[name]]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     def check(self, context: Context) -> None:
@@ -199,6 +199,12 @@ def _pair(text: str) -> tuple[str, str]:
     if not (equals and name and value):
         raise ScheduleError(f"arm parameter {text!r}; expected name=value, such as p=0.7")
     return name.strip(), value.strip()
+
+
+def _shown(value: int | float) -> str:
+    """In few digits, but so that `choose_arm` reads the same number again."""
+    short = f"{value:g}"
+    return short if type(value) is float and float(short) == value else repr(value)
 
 
 def _number(name: str, value: Any, default: int | float) -> int | float:

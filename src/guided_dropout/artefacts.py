@@ -30,7 +30,7 @@ def _cannot_write(path: Path, error: OSError) -> ArtefactError:
 @contextlib.contextmanager
 def staged_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends well, remove it otherwise."""
-    path = Path(path)
+    path = _followed(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -55,7 +55,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     An existing folder at `path` is replaced as a whole, so only folders that this project wrote should be given;
     `check_output_folder` sees to that.
     """
-    path = Path(path)
+    path = _followed(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -73,6 +73,12 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _followed(path: str | Path) -> Path:
+    """What is to be replaced: of a link, what it leads to."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
 
 
 def _umask() -> int:

@@ -96,9 +96,9 @@ def main() -> None:
         app(standalone_mode=True)
     except GuidedDropoutError as e:
         if not e.told_elsewhere:
-            errors.print(f"error: {' '.join(str(e).split())}", markup=False, highlight=False)
+            errors.print(f"error: {' '.join(str(e).split())}", highlight=False)
         sys.exit(2)
     except Interrupted as e:
         what = str(e) or "nothing was written by the unfinished step: run the command again"
-        errors.print(f"error: interrupted; {what}", markup=False, highlight=False)
+        errors.print(f"error: interrupted; {what}", highlight=False)
         sys.exit(2)

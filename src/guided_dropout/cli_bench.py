@@ -69,43 +69,53 @@ def run(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-5]")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. \\[default: 128]")] = None,
     rate: Annotated[float | None, typer.Option(help="Rate of plain dropout. \\[default: 0.1]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay. \\[default: 0]")] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     residual_sites: ResidualSites = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make runs that failed once more.")] = False,
 ) -> None:
     """Fine-tune every combination, as far as it is not there yet; kill it and start it again as you like."""
-    from guided_dropout.bench.folder import Experiment
+    from guided_dropout.bench.folder import EXPERIMENT, Experiment, check_folder
     from guided_dropout.bench.run import run_experiment
 
+    if jobs < 1:
+        raise GuidedDropoutError(f"found --jobs {jobs}; expected at least 1")
     given = {
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "max_length": max_length,
         "rate": rate,
+        "weight_decay": weight_decay,
     }
     chosen = _recipe(recipe, _parts(tasks), _arms(arms), _numbers("fractions", fractions), seeds, split, given)
     plan = _plan(chosen, _parts(models), profile or [], schedule or [], data, device, residual_sites)
     facts = plan.check()
     keys = list(plan.grid)
-    if dry_run and not (out / "experiment.json").exists():
+    if not dry_run:
+        check_folder(out)
+    if not (out / EXPERIMENT).exists():
         experiment, missing = None, keys
     else:
         experiment = Experiment.start(out, facts)
-        if retry and not dry_run:
-            experiment.forget_failures()
-        missing = [k for k in keys if not experiment.is_done(k)]
+        failed = experiment.failed() if retry else ()
+        missing = [k for k in keys if k in failed or not experiment.is_done(k)]
     console.print(f"{len(keys):,} runs, {len(keys) - len(missing):,} of them there, {len(missing):,} to make")
     if not missing:
         console.print(out)
         return
+    # A mistake that each run would make is found here, before anything is written.
+    plan.rehearse()
     clock = _clock(plan, experiment)
     if dry_run or recipe:
         _tell_cost(plan, clock, missing, jobs)
-    if dry_run or experiment is None:
+    if dry_run:
         return
+    experiment = experiment or Experiment.start(out, facts)
     experiment.note_grid(plan.grid)
+    if retry:
+        experiment.forget_failures(missing)
     counts: dict[str, int] = {}
     left = {k: clock.units(k) for k in missing}
     whole = sum(left.values())
@@ -148,7 +158,7 @@ def report(
     of = "" if analysis.expected is None else f" of {analysis.expected:,}"
     console.print(f"{len(analysis.runs):,}{of} runs", highlight=False)
     for claim in claims(analysis):
-        console.print(claim, highlight=False, markup=False)
+        console.print(claim, highlight=False)
     for file in files:
         console.print(file)
 
@@ -175,7 +185,7 @@ def compare(
     found = compare_two(analysis, arm, other)
     for c in found:
         place = f"{c.model}, {of_the_data(c.fraction)}, {c.task or OVERALL}"
-        console.print(f"{place}: {verdict_sentence(c.pair, margin=margin)}", highlight=False, markup=False)
+        console.print(f"{place}: {verdict_sentence(c.pair, margin=margin)}", highlight=False)
     if csv is not None:
         console.print(write_comparisons(csv, found, analysis))
 
@@ -199,7 +209,7 @@ def _recipe(
         raise GuidedDropoutError("found no --tasks and no --recipe; expected one of them: name a task")
     given = {k: v for k, v in training.items() if v is not None}
     changes: dict[str, Any] = {"tasks": tasks, "arms": arms, "fractions": fractions, "seeds": seeds, "split": split}
-    changes = {k: v for k, v in changes.items() if v}
+    changes = {k: v for k, v in changes.items() if v or v == 0}
     return replace(base, **changes, training={**base.training, **given})
 
 

@@ -20,9 +20,9 @@ from guided_dropout.schedule.places import by_role
 if TYPE_CHECKING:
     from guided_dropout.schedule.compare import ScheduleDiff
 
-# Piped output is not folded: nothing knows how wide it will be read.
-console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True, soft_wrap=True)
+# Piped output is not folded: nothing knows how wide it will be read. Brackets are text: names of files hold them.
+console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 160)
+errors = Console(stderr=True, soft_wrap=True, markup=False)
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _LEVELS = "▁▂▃▄▅▆▇█"
 _BAR_CELLS = 24
@@ -70,7 +70,7 @@ class Update(Protocol):
 @contextlib.contextmanager
 def progress_bar(what: str, total: int | None, *, shown: bool = True) -> Iterator[Update]:
     """A bar that shows speed and time left, if the total is known; yields its update."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), _Left())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), _Speed(), _Left())
     # On a terminal below what is printed meanwhile; where that goes into a file or pipe, alone on stderr.
     on = console if sys.stdout.isatty() else errors
     hidden = not (shown and on.is_terminal)

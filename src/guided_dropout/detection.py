@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, GuidedDropoutError, ModelError
 from guided_dropout.objectives import LABELS, PER_SAMPLE, REDUCTIONS, Objective
-from guided_dropout.samples import IGNORE, Sample, as_tensor
+from guided_dropout.samples import IGNORE, Sample, as_tensor, vocabulary_size
 
 # What a model that does not suit may raise in its forward.
 _UNSUITED = (RuntimeError, ValueError, TypeError, IndexError)
@@ -82,22 +82,29 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
     if len(ids) < 3:  # one or two tokens cannot tell the two apart
         ids = ids.repeat(3)[:3]
     ids = ids.to(next(model.parameters()).device)
-    with torch.no_grad():
-        out = model(input_ids=ids[None], labels=ids[None])
-    _require_finite(model, out.loss)
-    found = {
-        name: _nearest(
-            partial(F.cross_entropy, ignore_index=IGNORE), out.logits[0], Objective(name).targets(ids), out.loss
-        )
-        for name in ("mlm", "causal")
-    }
-    name = min(found, key=lambda n: _distance(found[n], out.loss))
-    if not _same(found[name], out.loss):
+    own, found = _losses_as(model, ids)
+    if all(_same(loss, own) for loss in found.values()):
+        # Equal tokens, as padding on the left, are predicted alike at each place: only unequal ones tell the two apart.
+        own, found = _losses_as(model, (ids + torch.arange(len(ids)).to(ids)) % vocabulary_size(model))
+    name = min(found, key=lambda n: _distance(found[n], own))
+    if not _same(found[name], own):
         raise ModelError(
-            f"{type(model).__name__} computes a loss ({out.loss:.4f}) that is neither masked-LM ({found['mlm']:.4f}) "
+            f"{type(model).__name__} computes a loss ({own:.4f}) that is neither masked-LM ({found['mlm']:.4f}) "
             f"nor next-token cross-entropy ({found['causal']:.4f}); expected a language model"
         )
     return name
+
+
+def _losses_as(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The model's own loss, and what it would be as that of a masked LM and of a next-token model."""
+    with torch.no_grad():
+        out = model(input_ids=ids[None], labels=ids[None])
+    _require_finite(model, out.loss)
+    cross_entropy = partial(F.cross_entropy, ignore_index=IGNORE)
+    return out.loss, {
+        name: _nearest(cross_entropy, out.logits[0], Objective(name).targets(ids), out.loss)
+        for name in ("mlm", "causal")
+    }
 
 
 def _of_classifier(model: nn.Module, sample: Sample) -> str | None:

@@ -100,7 +100,8 @@ class LengthGroups(Sampler[int]):
     """Each epoch another random order, in which the examples of a batch are of like lengths, so that little is padding.
 
     A random permutation is cut into stretches of 16 batches; each is sorted by length and cut into batches, and all
-    batches are shuffled. Each example comes once an epoch.
+    batches are shuffled. Each example comes once an epoch. Where all examples are one stretch (256 at a batch size of
+    16), only equal lengths are mixed: the batches of each epoch are nearly the same, in another order.
 
     Args:
         lengths: tokens of each example.

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.adapters import name_before
+from guided_dropout.errors import ModelError
 
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SAMPLED = 4096  # elements of each tensor that go into a digest
 
 
@@ -76,6 +78,16 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT model; any other model as it is."""
+    """The transformers model inside a PEFT model; any other model as it is.
+
+    Raises:
+        ModelError: it is wrapped by ``torch.compile``, ``DataParallel`` or ``DistributedDataParallel``, which give all
+            names another beginning: the backbone would not be found, and all of it taken for a head, or for pretrained.
+    """
+    wrapped_in = "_orig_mod" if "_orig_mod" in model._modules else "module" if isinstance(model, _PARALLEL) else None
+    if wrapped_in:
+        raise ModelError(
+            f"{type(model).__name__} is wrapped around a model; expected the model itself: give model.{wrapped_in}"
+        )
     inner: Any = getattr(model, "get_base_model", None)
     return inner() if inner is not None and hasattr(model, "peft_config") else model

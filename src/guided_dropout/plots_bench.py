@@ -241,7 +241,7 @@ def _limits(effects: Sequence[Effect], margin: float | None) -> tuple[float, flo
     intervals = [e.interval for e in effects if e.interval]
     means = [e.mean for e in effects if e.mean is not None]
     reach = sorted(max(abs(low), abs(high)) for low, high in intervals)
-    most = 2.5 * reach[len(reach) // 2] if reach else 0.0
+    most = 4 * reach[len(reach) // 2] if reach else 0.0
     held = [0.0, *means, *(m * sign for m in [margin or 0.0] for sign in (-1, 1))]
     held += [math.copysign(min(abs(bound), most), bound) for bounds in intervals for bound in bounds]
     room = 0.06 * max(max(held) - min(held), 1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from guided_dropout.artefacts import check_output_folder, read_json, write_json
-from guided_dropout.errors import ArtefactError
+from guided_dropout.errors import ArtefactError, DataError
 
 KIND = "run-result"
 SCHEMA = 1
@@ -40,7 +40,12 @@ class Seeds:
 
         They are far apart on purpose: the Trainer shuffles epoch e by ``order + e``, so that neighbouring order seeds
         would show two restarts the same permutations.
+
+        Raises:
+            DataError: a seed below 0.
         """
+        if seed < 0:
+            raise DataError(f"the seed {seed}; expected 0 or more")
         subset, head, order, noise = (int(s) for s in np.random.SeedSequence(seed).generate_state(4))
         return cls(subset, head, order, noise)
 

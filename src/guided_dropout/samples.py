@@ -38,7 +38,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
         DataError: a sample that is no mapping, is empty, whose sequences differ in length, that holds other keys than
             the first, a token beyond the vocabulary or a label beyond the classes.
     """
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_size(model)
     encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     keys: set[str] = set()
     for i, s in enumerate(samples, start=first):
@@ -62,6 +62,11 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
         for name in sorted(per_token):
             if len(tensors[name]) != length:
                 raise DataError(f"sample {i} has {len(tensors[name])} {name} for {length} input_ids; expected as many")
+        for name in ("decoder_input_ids", "decoder_attention_mask") if labels.dim() and encodes_and_decodes else ():
+            if name in tensors and len(tensors[name]) != len(labels):
+                raise DataError(
+                    f"sample {i} has {len(tensors[name])} {name} for {len(labels)} labels; expected as many"
+                )
         for name in ("input_ids", "labels") if labels.dim() else ("input_ids",):
             _check_tokens(model, i, name, tensors[name], vocabulary)
         if not labels.dim():
@@ -86,7 +91,8 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return out.long()
 
 
-def _vocabulary(model: nn.Module) -> int:
+def vocabulary_size(model: nn.Module) -> int:
+    """How many tokens the model knows."""
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.weight.shape[0]
 

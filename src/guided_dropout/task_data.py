@@ -247,14 +247,17 @@ def _read_files(task: Task | str | None, data: str | Path, asked: _Asked, *, eva
     if evaluated and not table_kind(str(asked.eval_data)):
         raise DataError(f"--eval-data {asked.eval_data}; expected a file that ends with {', '.join(KINDS)}")
     columns, advice = _columns(asked)
-    tables = [read_table(file, columns.names, advice=advice) for file in table_files(data)]
+    sources = table_files(data)
+    tables = [read_table(file, columns.names, advice=advice) for file in sources]
     chosen, read = _task(str(task or Path(data).name), known, tables, columns, asked)
     train = pool([_examples(table, columns, read) for table in tables])
-    validation = None
+    validation, notes = None, []
     if evaluated:
         files = table_files(str(asked.eval_data))
         validation = pool([_examples(read_table(f, columns.names, advice=advice), columns, read) for f in files])
-    return _Read(chosen, train, validation)
+        both = {file.resolve() for file in sources} & {file.resolve() for file in files}
+        notes = [f"{file.name} is in --data and in --eval-data: evaluated on training data" for file in sorted(both)]
+    return _Read(chosen, train, validation, notes=tuple(notes))
 
 
 def _read_hub(name: str, asked: _Asked, *, evaluated: bool) -> _Read:

@@ -161,4 +161,9 @@ def _lines_of(row: Any, column: str, where: str) -> Iterator[str]:
     if not isinstance(value, str):
         found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f"{where} holds {found or 'nothing'}; expected a text named {column!r}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:  # half of a pair of code units, which JSON lets through
+            raise DataError(f"{where} holds {value[e.start]!r}, which is no character; expected text: mend it") from e
     yield from value.split("\n")

@@ -33,6 +33,7 @@ from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.models import quiet
 from guided_dropout.regularizers import Handle
 from guided_dropout.results import Seeds
+from guided_dropout.schedule.shapes import check_rate
 from guided_dropout.tasks import Task, compute_metrics
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -46,6 +47,7 @@ class Recipe:
 
     Raises:
         GuidedDropoutError: a number that is out of range.
+        ScheduleError: a rate that is.
     """
 
     train_fraction: float
@@ -73,6 +75,7 @@ class Recipe:
             "precision": (self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
             "evaluate": (self.evaluate in EVALUATE, " or ".join(map(repr, EVALUATE))),
         }
+        check_rate("the plain arms", self.rate)
         for name, (holds, wanted) in rules.items():
             if not holds:
                 raise GuidedDropoutError(f"{name} is {getattr(self, name)}; expected {wanted}")

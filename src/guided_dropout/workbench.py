@@ -33,7 +33,7 @@ class Workbench:
     def __init__(self, model: str | Path):
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
-        self._data: dict[Any, TaskData] = {}
+        self._data: dict[str, TaskData] = {}
         self._tokens: dict[int, TokenCache] = {}
 
     def classifier(self, num_labels: int, *, head_seed: int) -> PreTrainedModel:
@@ -45,7 +45,8 @@ class Workbench:
         if isinstance(data, (tuple, TaskData)):
             return load_data(task, data, split=split, seed=seed, **options)
         read = GLUE if split == PAPER else split
-        key = (task, None if data is None else str(data), read, seed if read != GLUE else None, *options.values())
+        # By what they print: tasks and lists have no hash.
+        key = repr((task, data and str(data), read, seed if read != GLUE else None, options))
         if key not in self._data:
             self._data[key] = load_data(task, data, split=read, seed=seed, **options)
         whole = self._data[key]

@@ -84,6 +84,7 @@ class Guidance:
             undecided. A claim that must hold against each of the controls needs no correction for their number.
         by_verdict: verdict → controls.
         lacking: kinds of control without which nothing can be claimed: ``"even"``, ``"uneven"``.
+        unpaired: controls of the guided arm that were run, without a seed that has a result in both.
     """
 
     model: str
@@ -93,6 +94,7 @@ class Guidance:
     verdict: str
     by_verdict: dict[str, tuple[str, ...]]
     lacking: tuple[str, ...]
+    unpaired: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -261,14 +263,16 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
     """The mean over the tasks of each seed that is there in all of them."""
     pairs = [c.pair for c in family if c.pair.statistics is not None]
     chances = [p.probability for p in pairs if p.probability is not None]
-    complete, filled = _averaged([p.pairs for p in pairs]), _averaged([p.filled for p in pairs])
+    # An arm that loses all of its runs of a task has no pair there, and must not gain by it.
+    complete = _averaged([p.pairs for p in pairs])
+    filled = _averaged([c.pair.filled for c in family if c.pair.filled])
     improved = [(x > y) + (x == y) / 2 for x, y in complete.values()]
     pair = compare_pairs(
         pairs[0].a,
         pairs[0].b,
         complete,
         filled,
-        lost=(sum(p.lost[0] for p in pairs), sum(p.lost[1] for p in pairs)),
+        lost=(sum(c.pair.lost[0] for c in family), sum(c.pair.lost[1] for c in family)),
         left_out=len({s for p in pairs for s in p.pairs}) - len(complete),
         better=sum(improved) / len(improved) if improved else None,
         probability=sum(chances) / len(chances) if chances else None,
@@ -306,4 +310,5 @@ def _judged(model: str, task: str | None, fraction: float, guided: str, comparis
     kinds = ["uneven" if controls.name_of(c.pair.b) in uneven else "even" for c in fair]
     lacking = tuple(kind for kind in ("even", "uneven") if kind not in kinds)
     verdict = next(iter(by_verdict)) if len(by_verdict) == 1 and not lacking else UNDECIDED
-    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking)
+    unpaired = tuple(c.pair.b for c in comparisons if c.role == controls.CONTROL and c.pair.statistics is None)
+    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking, unpaired)

@@ -110,7 +110,7 @@ class ArmComparison:
 
     def verdict(self, margin: float | None = None) -> str:
         """`stats.verdict`, which must hold both without the lost runs and with them at their worst."""
-        if self.statistics is None:
+        if self.statistics is None or not self.filled:
             return UNDECIDED
         ruling = verdict(self.statistics, margin=margin)
         if self.with_lost is not None and verdict(self.with_lost, margin=margin) != ruling:
@@ -187,7 +187,7 @@ def compare_pairs(
     def statistics(of: Pairs) -> PairedComparison | None:
         return paired_comparison(*zip(*of.values(), strict=True), confidence=confidence) if of else None
 
-    with_lost = statistics(filled) if len(filled) > len(pairs) else None
+    with_lost = statistics(filled) if filled != pairs else None
     return ArmComparison(a, b, statistics(pairs), with_lost, lost, left_out, better, probability, pairs, filled)
 
 

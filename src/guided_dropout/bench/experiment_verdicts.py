@@ -127,7 +127,11 @@ def _about_guidance(analysis: Analysis, model: str, fraction: float, arm: str) -
             return next(iter(sentences))
         return " ".join(f"{g.task}: {guidance_sentence(g)}" for g in held)
     tasks = [g for g in held if g.task is not None]
-    return f"Mean over {len(tasks)} tasks. {guidance_sentence(overall)}{_task_by_task(tasks)}"
+    means = {
+        c.tasks for c in analysis.overall if c.same_mean and (c.model, c.fraction, c.pair.a) == (model, fraction, arm)
+    }
+    over = " to ".join(map(str, sorted({min(means), max(means)}))) if means else str(len(tasks))
+    return f"Mean over {over} tasks. {guidance_sentence(overall)}{_task_by_task(tasks)}"
 
 
 def _task_by_task(held: Sequence[Guidance]) -> str:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ class Experiment:
         Raises:
             ArtefactError: the folder holds other things, or runs of another recipe; both sides are shown.
         """
-        path = check_output_folder(path, marker=EXPERIMENT, begun=_LOCK)
+        path = check_folder(path)
         path.mkdir(parents=True, exist_ok=True)
         file = path / EXPERIMENT
         with _alone(path):
@@ -133,11 +133,15 @@ class Experiment:
         """Whether the run is there, be it as a failure."""
         return self.file(key).exists()
 
-    def forget_failures(self) -> int:
-        """Delete the runs that failed, so that they are made again; returns how many."""
-        failed = [run for run in self.runs() if run.failure]
-        for run in failed:
-            self.file(run.key).unlink(missing_ok=True)
+    def failed(self) -> set[RunKey]:
+        """The runs that failed."""
+        return {run.key for run in self.runs() if run.failure}
+
+    def forget_failures(self, keys: Iterable[RunKey] | None = None) -> int:
+        """Delete the runs that failed, of `keys` or all, so that they are made again; returns how many."""
+        failed = self.failed() if keys is None else self.failed() & {*keys}
+        for key in failed:
+            self.file(key).unlink(missing_ok=True)
         return len(failed)
 
     def file(self, key: RunKey) -> Path:
@@ -197,6 +201,15 @@ class Experiment:
             if file.with_name(f"{file.stem[1:]}.json").exists():
                 with suppress(OSError), FileLock(file, timeout=0) as lock:
                     _remove_held(lock)
+
+
+def check_folder(path: str | Path) -> Path:
+    """Make sure that an experiment can begin in this folder, or go on in it.
+
+    Raises:
+        ArtefactError: it cannot be written, or holds other things.
+    """
+    return check_output_folder(path, marker=EXPERIMENT, begun=_LOCK)
 
 
 @contextmanager

@@ -47,7 +47,8 @@ class Grid:
         seeds: which.
 
     Raises:
-        GuidedDropoutError: an empty axis, a value given twice, or a fraction or seed out of range.
+        GuidedDropoutError: an empty axis, a value given twice, a fraction or seed out of range, or two runs whose files
+            would have the same name.
     """
 
     models: Sequence[str]
@@ -70,6 +71,14 @@ class Grid:
         for seed in self.seeds:
             if seed < 0:
                 raise GuidedDropoutError(f"the seed {seed}; expected 0 or more")
+        files: dict[str, RunKey] = {}
+        for key in self:
+            other = files.setdefault(key.name, key)
+            if other != key:
+                raise GuidedDropoutError(
+                    f"the runs {other} and {key} would share the file {key.name}; expected names that tell them apart: "
+                    "rename a model's folder, or choose fractions that differ by more"
+                )
 
     def __iter__(self) -> Iterator[RunKey]:
         """All runs, seed after seed, so that what is there at any moment is paired, with all arms side by side."""

@@ -95,16 +95,20 @@ def overview_sentence(comparisons: Sequence[Comparison], overall: Comparison | N
     first = comparisons[0]
     a, b = first.pair.a, first.pair.b
     if overall is None or overall.pair.statistics is None:
-        return " ".join(f"{c.task}: {_short(c, a, b)}." for c in comparisons)
+        return " ".join(f"{c.task}: {_short(c, a, b)}.{_lost(c.pair)}" for c in comparisons)
     by_verdict: dict[str, list[str]] = {}
     for c in comparisons:
         by_verdict.setdefault(c.verdict, []).append(f"{c.task}{dagger(c, alpha)}")
     tasks = "; ".join(f"{v} on {listing(names)}" for v, names in by_verdict.items())
-    return f"Mean over {overall.tasks} tasks: {_short(overall, a, b)}. Task by task: {tasks}."
+    mean = f"Mean over {overall.tasks} tasks: {_short(overall, a, b)}.{_lost(overall.pair)}"
+    return f"{mean} Task by task: {tasks}."
 
 
 def guidance_sentence(g: Guidance) -> str:
     """What can be said of guidance: from controls at the same mean rate, or nothing."""
+    if not g.by_verdict and g.unpaired:
+        controls = " or ".join(g.unpaired)
+        return f"Nothing can be said of guidance itself: no seed has a result in both {g.guided} and {controls}."
     if not g.by_verdict:
         return "Nothing can be said of guidance itself: no control at the same mean rate has been run."
     words = {HELPS: "better than {}", HURTS: "worse than {}", UNDECIDED: "undecided against {}"}

@@ -12,12 +12,14 @@ from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.finetune import finetune
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.models import load_classifier
-from guided_dropout.regularizers import Context
+from guided_dropout.models import drawn_parameters, load_classifier
+from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.task_data import parse_split
 from guided_dropout.tasks import get_task
+from guided_dropout.training import Recipe
 from guided_dropout.workbench import Workbench
 
 
@@ -125,9 +127,13 @@ class Plan:
             Plain data for `folder.Experiment.start`.
 
         Raises:
+            GuidedDropoutError: a number of the recipe that is out of range, or a split that there is not.
             ScheduleError: an arm needs a profile or schedule that a model does not have.
             ArtefactError: one that cannot be read.
         """
+        parse_split(self.split)
+        # Refuses numbers out of range.
+        Recipe(train_fraction=1.0, device=self.device, evaluate="end", **asdict(self.training))
         models = {}
         for label, model in self.models.items():
             profile, schedule = model.known()
@@ -151,6 +157,25 @@ class Plan:
         data = None if self.data is None else Path(self.data).name
         recipe = {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"}
         return {"recipe": recipe, "models": models}
+
+    def rehearse(self) -> None:
+        """Put each arm on each model, and take it off again: what cannot be put on would fail in every run.
+
+        Raises:
+            GuidedDropoutError: a schedule or profile of another model, or something that an arm lacks.
+        """
+        for model in self.models.values():
+            profile, schedule = model.known()
+            classifier = load_classifier(model.source, 2, head_seed=0)
+            context = Context(
+                rate=self.training.rate, schedule=schedule, profile=profile, new=drawn_parameters(classifier)
+            )
+            group = {"params": [*classifier.parameters()], "lr": 0.0, "weight_decay": self.training.weight_decay}
+            with added_sites(classifier, model.residual_sites):
+                for arm in map(choose_arm, self.grid.arms):
+                    rates = arm.rates(classifier, context)
+                    with apply_dropout(classifier, rates), arm.apply(classifier, context) as handle:
+                        handle.parameter_groups([dict(group)])
 
 
 class Runner:

@@ -92,21 +92,22 @@ def quickstart(
     out = check_output_folder(out, marker=SETTINGS_NAME)
     _claim(out, str(model), settings)
 
-    console.print("[bold]1[/] Fisher information of the pretrained weights")
+    console.print("[bold]1[/] Fisher information of the pretrained weights", markup=True)
     profile = _profile(out / "fisher", model, settings)
     console.print(f"  {profile.num_samples} samples of {settings.fisher_length} tokens, text from Python's own help")
 
-    console.print("[bold]2[/] Dropout rates: the more a site's weights know, the lower")
+    console.print("[bold]2[/] Dropout rates: the more a site's weights know, the lower", markup=True)
     classifier = load_classifier(model, SWAPPED_WORDS.num_labels, head_seed=0)
     schedule = DropoutSchedule.from_profile(profile, classifier, upper=settings.rate)
     schedule_file = schedule.save(out / "schedule.json")
     table = dropout_table(classifier, schedule, profile)
     console.print(site_table(table))
 
-    console.print(f"[bold]3[/] Fine-tuning: {len(ARMS)} arms × {seeds} seeds on the task '{SWAPPED_WORDS.name}'")
+    what = f"{len(ARMS)} arms × {seeds} seeds on the task '{SWAPPED_WORDS.name}'"
+    console.print(f"[bold]3[/] Fine-tuning: {what}", markup=True)
     results = _runs(out / "runs", model, schedule, seeds, settings)
 
-    console.print("[bold]4[/] Report")
+    console.print("[bold]4[/] Report", markup=True)
     reports = write_report(
         out,
         title="guided-dropout quickstart",

@@ -17,7 +17,7 @@ from guided_dropout.artefacts import read_tensors, write_tensors
 from guided_dropout.fisher.stream import Item
 from guided_dropout.unfinished import RunFiles
 
-FILES = RunFiles("fisher-checkpoint", 1, "checkpoint", "process-{}-of-{}.safetensors")
+FILES = RunFiles("fisher-checkpoint", 2, "checkpoint", "process-{}-of-{}.safetensors")
 # Elements of each parameter that go into the fingerprint of the weights.
 _SAMPLED = 256
 

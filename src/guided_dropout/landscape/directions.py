@@ -2,8 +2,9 @@ r"""Directions in parameter space: Gaussian and normalised, or toward other weig
 
 Eq. 5 of Sharma et al. (2024) moves the weights to :math:`\theta^* + \alpha\delta + \beta\eta`, with Gaussian directions
 that are normalised per filter (Li et al., 2018, section 4): each slice of a parameter's first dimension gets the norm
-of the same slice of :math:`\theta^*`, so that no rescaling of the weights that leaves the function alone changes the
-picture, and a step of 1 is as long as the weights are.
+of the same slice of :math:`\theta^*`, so that scaling a slice scales its step alike, and a step of 1 is as long as the
+weights are. The first dimension is a linear layer's outputs; in GPT-2, whose matrices are stored the other way round,
+its inputs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from guided_dropout.errors import ModelError
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
 from guided_dropout.regularizers.penalty import Pull, QuadraticPenalty
 from guided_dropout.regularizers.pretrained import fisher_of, pretrained_parameters
@@ -42,4 +43,9 @@ class EWC(Regularizer):
             for name, p in pretrained.items()
             if name in fisher
         ]
+        if not pulls:
+            raise ModelError(
+                f"the profile holds none of the trainable pretrained parameters of {type(model).__name__}, so that EWC "
+                "pulls nothing; expected at least one: unfreeze a layer, or choose another regularizer"
+            )
         return QuadraticPenalty(pulls, {"unmeasured": sorted(pretrained.keys() - fisher.keys())})

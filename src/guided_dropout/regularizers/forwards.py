@@ -18,26 +18,32 @@ def wrap_forward(handle: Handle, module: nn.Module, around: Callable[[], Abstrac
     It is meant for the modules that do the work, not for the model, so that a forward that gradient checkpointing runs
     again is treated alike. A forward, not a pair of hooks: `torch.compile` does not notice hooks that come later.
     """
-    forward: Callable[..., Any] = module.forward
-    own = "forward" in vars(module)
-    on = True
-
-    @functools.wraps(forward)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not (on and module.training):
-            return forward(*args, **kwargs)
-        with around():
-            return forward(*args, **kwargs)
-
-    def unwrap() -> None:
-        nonlocal on
-        on = False
-        if module.forward is not wrapped:  # another one lies on top: this one only steps aside
-            return
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
-
-    handle.on_remove(unwrap)
+    wrapped = _Wrapped(module, around)
+    handle.on_remove(wrapped.off)
     module.forward = wrapped
+
+
+class _Wrapped:
+    """A module's forward. An object, not a function: copied with its module, it belongs to the copy."""
+
+    def __init__(self, module: nn.Module, around: Callable[[], AbstractContextManager[Any]]):
+        self._module, self._around = module, around
+        self._forward: Callable[..., Any] = module.forward
+        self._own, self._on = "forward" in vars(module), True
+        functools.update_wrapper(self, self._forward, updated=())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self._on and self._module.training):
+            return self._forward(*args, **kwargs)
+        with self._around():
+            return self._forward(*args, **kwargs)
+
+    def off(self) -> None:
+        """Take it off the module."""
+        self._on = False
+        if self._module.forward is not self:  # another one lies on top: this one only steps aside
+            return
+        if self._own:
+            self._module.forward = self._forward
+        else:
+            del self._module.forward

@@ -30,7 +30,7 @@ class GuidedDecay(Regularizer):
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Acts on the optimizer's parameter groups; see `Regularizer.apply` and `Handle.parameter_groups`."""
-        strengths = relative_strengths(model, context.needed_schedule("guided weight decay"))
+        strengths = relative_strengths(model, context.needed_schedule("guided weight decay"), context.inputs)
         return _GuidedDecay({id(p): strengths[name] for name, p in model.named_parameters()})
 
 

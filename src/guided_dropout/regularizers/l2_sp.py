@@ -64,4 +64,4 @@ class GuidedL2SP(L2SP):
     needs: ClassVar[tuple[str, ...]] = ("schedule",)
 
     def _strengths(self, model: nn.Module, context: Context) -> Mapping[str, float]:
-        return relative_strengths(model, context.needed_schedule("guided L2-SP"))
+        return relative_strengths(model, context.needed_schedule("guided L2-SP"), context.inputs)

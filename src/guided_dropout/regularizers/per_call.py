@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from guided_dropout.knobs import Knob
 
 
 def set_by_call(
-    model: nn.Module, rates: Mapping[Knob, Sequence[float]], holders: Mapping[str, nn.Module]
+    model: nn.Module,
+    rates: Mapping[Knob, Sequence[float]],
+    holders: Mapping[str, nn.Module],
+    rules: Callable[[Knob], bool],
 ) -> contextlib.ExitStack:
     """Turn each knob to its next rate whenever its holder's forward begins, from the first in each of the model's.
 
@@ -22,6 +25,7 @@ def set_by_call(
         model: the model whose forward begins the count.
         rates: knob → the rates of its calls in one forward of the model, in order.
         holders: path of the knob → the module that has one forward for each of these calls.
+        rules: whether these are the rates that a knob should have now; another schedule may lie on top.
 
     Returns:
         What takes the hooks off when it is closed.
@@ -36,7 +40,7 @@ def set_by_call(
         )
     stack = contextlib.ExitStack()
     for knob, calls in rates.items():
-        count = _Count(knob, calls)
+        count = _Count(knob, calls, rules)
         stack.callback(model.register_forward_pre_hook(count.begin).remove)
         stack.callback(holders[knob.path].register_forward_pre_hook(count.next).remove)
         stack.callback(model.register_forward_hook(count.end).remove)
@@ -46,9 +50,10 @@ def set_by_call(
 class _Count:
     """How many forwards of a knob's holder this forward of the model has seen."""
 
-    def __init__(self, knob: Knob, rates: Sequence[float]):
+    def __init__(self, knob: Knob, rates: Sequence[float], rules: Callable[[Knob], bool]):
         self._knob = knob
         self._rates = tuple(rates)
+        self._rules = rules
         self._done = 0
 
     def begin(self, *_: Any) -> None:
@@ -57,7 +62,9 @@ class _Count:
 
     def next(self, module: nn.Module, *_: Any) -> None:
         """The holder's forward begins."""
-        if not module.training or self._knob.rate not in self._rates:  # somebody else, a probe say, has turned it
+        if not module.training or not self._rules(self._knob):
+            return
+        if self._knob.rate not in self._rates:  # somebody else, a probe say, has turned it
             return
         if torch.compiler.is_compiling():
             raise SiteError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,32 +13,32 @@ from guided_dropout.attention import attention_implementations, takes_dropout
 from guided_dropout.errors import ScheduleError, SiteError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.identity import backbone_name, model_identity, relative_name
-from guided_dropout.knobs import find_knobs
+from guided_dropout.knobs import Knob, find_knobs
 from guided_dropout.regularizers.base import Handle
 from guided_dropout.regularizers.per_call import set_by_call
 from guided_dropout.schedule import DropoutSchedule, site_scores
-from guided_dropout.sites import DropoutSite, find_sites, knob_path, trace, verify_rates
+from guided_dropout.schedule.shapes import check_choice
+from guided_dropout.sites import GROUPINGS, DropoutSite, find_sites, knob_path, trace, verify_rates
 
 
 @dataclass
 class _Rates:
-    """What stands on one model: its own rates, and the schedules that lie on top, the latest last."""
+    """What stands on one knob: its own rate, and those that lie on top, each with whose it is, the latest last."""
 
-    own: dict[str, float] = field(default_factory=dict)
-    layers: list[dict[str, float]] = field(default_factory=list)
-
-    def current(self, path: str) -> float:
-        return next((layer[path] for layer in reversed(self.layers) if path in layer), self.own[path])
+    own: float
+    layers: list[tuple[object, float]] = field(default_factory=list)
 
 
-_applied: WeakKeyDictionary[nn.Module, _Rates] = WeakKeyDictionary()
+# By what holds the knobs, not by the model that a schedule was put on: it may be a part of another, or wrapped in one.
+_applied: WeakKeyDictionary[nn.Module, dict[tuple[type[Knob], str], _Rates]] = WeakKeyDictionary()
 
 
 class DropoutHandle(Handle):
     """Takes a schedule off a model again, by `remove` or at the end of a ``with`` block.
 
-    Several schedules may lie on one model: the one applied last rules. Handles may be removed in any order; each takes
-    off its own schedule only, and the model has its own rates again, exactly, when the last one is gone.
+    Several schedules may lie on one model, on a part of it, or on what wraps it: the one applied last rules. Handles
+    may be removed in any order; each takes off its own schedule only, and the model has its own rates again, exactly,
+    when the last one is gone.
 
     Attributes:
         model: the model.
@@ -53,33 +53,42 @@ class DropoutHandle(Handle):
         self._calls: dict[str, list[float]] = {}
         for path, rate in rates.items():
             self._calls.setdefault(knob_path(path), []).append(rate)
-        # What stands on a knob between forwards; it also tells this handle's layer from others'.
+        # What stands on a knob between forwards.
         self._standing = {path: calls[0] for path, calls in self._calls.items()}
         self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in self._standing}
+        self._layer = object()
 
     def _take_off(self) -> None:
-        applied = _applied[self.model]
-        applied.layers = [layer for layer in applied.layers if layer is not self._standing]
-        for path, knob in self._knobs.items():
-            knob.turn(applied.current(path))
-        applied.own = {
-            path: rate for path, rate in applied.own.items() if any(path in layer for layer in applied.layers)
-        }
-        if not applied.layers:
-            del _applied[self.model]
+        for knob in self._knobs.values():
+            key, known = (type(knob), knob.attribute), _applied[knob.module]
+            rates = known[key]
+            rates.layers = [(layer, rate) for layer, rate in rates.layers if layer is not self._layer]
+            knob.turn(rates.layers[-1][1] if rates.layers else rates.own)
+            if not rates.layers:
+                del known[key]
 
     def _put_on(self) -> None:
-        applied = _applied.setdefault(self.model, _Rates())
         for path, knob in self._knobs.items():
-            applied.own.setdefault(path, knob.rate)
-        applied.layers.append(self._standing)
+            known = _applied.setdefault(knob.module, {})
+            rates = known.setdefault((type(knob), knob.attribute), _Rates(knob.rate))
+            rates.layers.append((self._layer, self._standing[path]))
         self.on_remove(self._take_off)
         for path, knob in self._knobs.items():
             knob.turn(self._standing[path])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
-            hooks = set_by_call(self.model, several, self._holders)
+            hooks = set_by_call(self.model, several, self._holders, _on_top(self._layer))
             self.on_remove(hooks.close)
+
+
+def _on_top(layer: object) -> Callable[[Knob], bool]:
+    """Whether nothing lies on a knob above `layer`."""
+
+    def on_top(knob: Knob) -> bool:
+        rates = _applied.get(knob.module, {}).get((type(knob), knob.attribute))
+        return rates is None or rates.layers[-1][0] is layer  # none: a copy of the model, which keeps its rates
+
+    return on_top
 
 
 def apply_dropout(
@@ -150,6 +159,7 @@ def dropout_table(
         ScheduleError: the schedule or the profile belongs to another model; an unknown grouping.
         SiteError: as for `sites.trace`.
     """
+    check_choice("grouping", grouping, GROUPINGS)
     sites = find_sites(model, per_call=schedule is not None and schedule.per_call)
     rates = rates_on(model, schedule, sites) if schedule else {}
     scores = site_scores(profile, model, sites, grouping) if profile else {}
