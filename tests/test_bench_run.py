@@ -295,7 +295,7 @@ def test_killed_processes_and_two_invocations_give_the_same_results(folder, fini
     wait_for(lambda: workers_of(pair[0]), pair[0])[0].kill()
     for process in pair:
         _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
+        assert process.returncode == int("runs failed" in err), err
     plan, experiment = plan_of(folder), Experiment(out)
     experiment.forget_failures()
     run_experiment(plan, experiment, [k for k in plan.grid if not experiment.is_done(k)], threads=1)
@@ -358,6 +358,19 @@ def test_failures_are_forgotten_only_to_be_made_again(folder, in_process, monkey
     assert experiment.failed() == broken
     in_process("retried", "--retry")
     assert (len(made), experiment.failed()) == (12, set())
+
+
+def test_a_script_sees_that_runs_failed(folder, in_process, monkeypatch):
+    def all_fail(plan, experiment, keys, *, told, **_):
+        for key in keys:
+            experiment.write(Run(key, failure=Failure("OSError", "the disk\nis full", "…")))
+            told(bench_run.Done(key, "failed", None, 0.1))
+
+    monkeypatch.setattr(bench_run, "run_experiment", all_fail)
+    code, text, err = in_process("full")
+    assert (code, text.splitlines()[-2:]) == (1, ["8 failed", "full"])
+    assert "error: 8 of 8 runs failed; the first with OSError: the disk is full (full/runs/" in err
+    assert err.count("error:") == 1
 
 
 @pytest.mark.parametrize(

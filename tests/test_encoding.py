@@ -1,11 +1,13 @@
 """Tokens made once, and the order of a training's examples."""
 
+import itertools
+
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import COLOUR, colour_examples, save_tiny_bert
 
-from guided_dropout.encoding import LengthGroups, encode
+from guided_dropout.encoding import LengthGroups, encode, order_name
 from guided_dropout.models import load_tokenizer
 
 
@@ -35,6 +37,25 @@ def test_batches_hold_little_padding_and_come_in_no_order_of_length():
     longest = batches(grouped).amax(1).float()
     place = torch.arange(len(longest)).float()
     assert abs(torch.corrcoef(torch.stack([longest, place]))[0, 1]) < 0.3
+
+
+@given(st.integers(80, 1600), st.integers(0, 2**32 - 1))
+@example(249, 0)
+def test_each_epoch_puts_other_examples_together_however_few_there_are(count, seed):
+    lengths = torch.randint(5, 60, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    sampler = LengthGroups(lengths, 16, seed)
+
+    def together():
+        batches = torch.tensor(list(sampler)[: count // 16 * 16]).view(-1, 16)
+        return {pair for b in batches.tolist() for pair in itertools.combinations(sorted(b), 2)}
+
+    first, second = together(), together()
+    assert len(first & second) < 0.6 * len(first)
+
+
+def test_a_recipe_tells_of_orders_that_mix_otherwise():
+    assert order_name(768, 16) == order_name(10**6, 16) == "batches of like lengths"
+    assert len({order_name(767, 16), order_name(249, 16), order_name(20, 16), order_name(768, 16)}) == 4
 
 
 def test_a_cache_changes_nothing_and_tokenises_each_text_once(tmp_path, monkeypatch):

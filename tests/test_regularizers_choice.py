@@ -125,6 +125,18 @@ def test_only_the_chosen_layers_and_the_new_train(kind: type[torch.optim.Optimiz
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_that_freeze_leave_nothing_frozen_whichever_goes_first(first: int) -> None:
+    model = classifier_of("bert", num_hidden_layers=4)
+    context = Context(profile=random_profile(language_model("bert", num_hidden_layers=4)))
+    held = model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    handles = [Surgical(share).apply(model, context) for share in (0.5, 0.25)]
+    handles.pop(first).remove()
+    handles.pop().remove()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad and p is not held] == []
+    assert not held.requires_grad
+
+
 def test_a_layers_score_is_the_mean_over_its_parameters() -> None:
     model, profile = classifier_of("bert"), random_profile(language_model("bert"))
     with Surgical().apply(model, Context(profile=profile)) as handle:

@@ -144,6 +144,7 @@ def test_a_mean_rate_is_met_by_one_factor_or_refused(scores: dict[str, float], m
 
 def test_a_mean_of_nothing_but_zeros() -> None:
     assert with_mean({"a": 0.0, "b": 0.0}, 0.0) == {"a": 0.0, "b": 0.0}
+    assert rates_from_scores({}, mean_rate=0.1) == {}
     with pytest.raises(ScheduleError, match=r"all 0 have no multiple of mean 0.1"):
         with_mean({"a": 0.0, "b": 0.0}, 0.1)
     with pytest.raises(ScheduleError, match=r"mean_rate is 1; expected a number in \[0, 1\)"):

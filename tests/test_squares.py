@@ -99,17 +99,39 @@ def test_the_kernel_at_sizes_of_several_blocks(rows, m, n, threads):
     left, right = torch.randn(sum(rows), m), torch.randn(sum(rows), n)
     layout = Layout((0, *torch.tensor(rows).cumsum(0).tolist()))
     total, sums = torch.zeros(m, n), torch.zeros(len(rows), dtype=torch.float64)
+    by_gram = torch.zeros_like(sums)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         assert native.takes(total, left, right)
         native.square_accumulate(total, sums, left, right, layout)
+        native.gram_sums(by_gram, left, right, layout)
     finally:
         torch.set_num_threads(before)
     want = [(left[s].double().T @ right[s].double()) ** 2 for _, s in layout.spans()]
     torch.testing.assert_close(total.double(), sum(want), rtol=1e-5, atol=1e-4)
     filled = [b for b, _ in layout.spans()]
-    torch.testing.assert_close(sums[filled], torch.stack([w.sum() for w in want]), rtol=1e-5, atol=0)
+    for found in (sums, by_gram):
+        torch.testing.assert_close(found[filled], torch.stack([w.sum() for w in want]), rtol=1e-5, atol=0)
+        assert found.count_nonzero() == len(filled)
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler, so no kernel: the torch path is tested in its place")
+@given(data=st.data())
+def test_the_kernels_gram_sums_equal_the_products_whatever_the_rows(data):
+    draw = data.draw
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    num_samples = draw(st.integers(1, 5))
+    num_rows = num_samples * draw(st.integers(1, 15))
+    m, n = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    wide = torch.randn(num_rows, m + n, generator=g)
+    left, right = (wide[:, :m], wide[:, m:]) if draw(st.booleans()) else (wide[:, :m].T.contiguous().T, wide[:, m:])
+    layout, sums = random_layout(draw, g, num_samples, num_rows), torch.zeros(num_samples, dtype=torch.float64)
+    native.gram_sums(sums, left, right, layout)
+    want = torch.zeros_like(sums)
+    for b, span in layout.spans():
+        want[b] = (layout.take(left, span).double().T @ layout.take(right, span).double()).square().sum()
+    torch.testing.assert_close(sums, want, rtol=1e-4, atol=1e-4)
 
 
 PRODUCT = """

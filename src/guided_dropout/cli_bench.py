@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guided_dropout.cli_options import ResidualSites
-from guided_dropout.console import console, duration, progress_bar
+from guided_dropout.console import console, duration, errors, progress_bar
 from guided_dropout.errors import GuidedDropoutError
 
 if TYPE_CHECKING:
@@ -136,6 +136,9 @@ def run(
         run_experiment(plan, experiment, missing, jobs=jobs, told=told)
     console.print(", ".join(f"{n:,} {status}" for status, n in sorted(counts.items())))
     console.print(out)
+    if lost := counts.get("failed"):
+        errors.print(f"error: {_what_failed(experiment, missing, lost)}", highlight=False)
+        raise typer.Exit(1)
 
 
 @bench_app.command()
@@ -188,6 +191,17 @@ def compare(
         console.print(f"{place}: {verdict_sentence(c.pair, margin=margin)}", highlight=False)
     if csv is not None:
         console.print(write_comparisons(csv, found, analysis))
+
+
+def _what_failed(experiment: Experiment, made: Sequence[RunKey], lost: int) -> str:
+    """How many runs, why the first of them, and where that stands."""
+    told = [
+        f"the first with {' '.join(f'{r.failure.error}: {r.failure.message}'.split())} ({experiment.file(r.key)} has "
+        "the traceback)"
+        for r in experiment.runs()
+        if r.failure and r.key in made
+    ]
+    return "; ".join([f"{lost:,} of {len(made):,} runs failed", *told[:1], "expected none: mend it and add --retry"])
 
 
 def _recipe(

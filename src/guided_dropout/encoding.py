@@ -16,8 +16,10 @@ from guided_dropout.tasks import Examples, Task
 
 TokenCache = dict[tuple[str, ...], dict[str, Any]]
 
-# Batches whose examples are sorted by length together: enough for little padding, few enough to mix anew each epoch.
+# Batches whose examples are sorted by length together, at most: enough for little padding.
 _BATCHES_TOGETHER = 16
+# At least so many times are they sorted apart in an epoch, so that each epoch mixes them anew.
+_STRETCHES = 3
 
 
 class Encoded(Dataset[dict[str, Any]]):
@@ -96,12 +98,22 @@ def _check_examples(examples: Examples, task: Task) -> None:
             raise DataError(f"{examples.source}: found the label {label}; expected {wanted}, as {task.name} has")
 
 
+def order_name(examples: int, batch_size: int) -> str:
+    """What a recipe says of the order of so many examples."""
+    together = _together(examples, batch_size)
+    return "batches of like lengths" + ("" if together == _BATCHES_TOGETHER else f", sorted {together} at a time")
+
+
+def _together(examples: int, batch_size: int) -> int:
+    return max(1, min(_BATCHES_TOGETHER, examples // (_STRETCHES * batch_size)))
+
+
 class LengthGroups(Sampler[int]):
     """Each epoch another random order, in which the examples of a batch are of like lengths, so that little is padding.
 
-    A random permutation is cut into stretches of 16 batches; each is sorted by length and cut into batches, and all
-    batches are shuffled. Each example comes once an epoch. Where all examples are one stretch (256 at a batch size of
-    16), only equal lengths are mixed: the batches of each epoch are nearly the same, in another order.
+    A random permutation is cut into stretches of 16 batches, or of fewer, so that there are three stretches at least
+    (of one batch at least); each is sorted by length and cut into batches, and all batches are shuffled. Each example
+    comes once an epoch.
 
     Args:
         lengths: tokens of each example.
@@ -120,7 +132,7 @@ class LengthGroups(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         size = self._batch_size
         order = torch.randperm(len(self), generator=self._generator)
-        stretches = order.split(size * _BATCHES_TOGETHER)
+        stretches = order.split(size * _together(len(self), size))
         batches = [b for s in stretches for b in s[self._lengths[s].argsort(descending=True, stable=True)].split(size)]
         # The one that is not full, if any, stays last: the batches are cut anew from this sequence.
         full = len(self) // size

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from guided_dropout.arms import ARMS, choose_arm
 from guided_dropout.artefacts import check_output_folder
 from guided_dropout.columns import Columns
+from guided_dropout.encoding import order_name
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
@@ -204,7 +205,7 @@ def _recipe_facts(recipe: Recipe, data: TaskData, n_train: int) -> dict[str, Any
         "optimizer": "adamw(0.9, 0.999)",
         "decay": "linear",
         "max_grad_norm": 1.0,
-        "order": "batches of like lengths",
+        "order": order_name(n_train, recipe.batch_size),
         "n_train": n_train,
         "n_eval": len(data.validation),
         "train_data": data.train.source,

@@ -4,12 +4,12 @@ r"""Squares of per-sample products, where nearly all of the time goes: one entry
 
 On a CPU a small C kernel, built on first use (`native`), keeps each sample's product in registers; on a GPU a Triton
 kernel does (`triton_kernel`). Without a compiler, and for types that these do not take, tiles that stay in the cache
-do. Where only a sample's sum over i and j is wanted, the
-Gram identity
+do. Where only a sample's sum over i and j is wanted, the Gram identity
 
 .. math:: \lVert L^\top R\rVert^2 = \sum_{t,t'} (L L^\top)_{tt'} (R R^\top)_{tt'}
 
-needs no product of the parameter's size; it is taken where it is the cheaper one.
+needs no product of the parameter's size; it is taken where it is the cheaper one. Both Gram matrices are symmetric, and
+the C kernel forms half of each, in registers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
     """
     if total is None:
         dense, gram = _costs(left.shape[1], right.shape[1], layout)
-        if gram < dense:
+        if (gram / 2 if native.takes(None, left, right) else gram) < dense:  # the kernel meets a pair of rows once
             _by_gram(sums, left, right, layout)
             return
     if native.takes(total, left, right):
@@ -74,6 +74,9 @@ def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:
 
 def _by_gram(sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
     if sums is None:
+        return
+    if native.takes(None, left, right):
+        native.gram_sums(sums, left, right, layout)
         return
     wide = torch.promote_types(left.dtype, torch.float32)  # at least: these products cancel
     if layout.step:  # many samples in one product

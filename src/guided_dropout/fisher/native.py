@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -41,12 +41,28 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
     """`kernels.square_accumulate` for what `takes` takes."""
     kernel = _kernel()
     assert kernel is not None
+    outputs = [None if t is None else t.data_ptr() for t in (total, sums)]
+    with _inputs(left, right, layout) as inputs:
+        failed = kernel.square_accumulate(*outputs, *inputs)
+    if failed:
+        raise MemoryError("no memory for the kernel's buffers")
+
+
+def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
+    """Add each sample's sum of squares to `sums` by the Gram identity of `kernels`, for what `takes` takes."""
+    kernel = _kernel()
+    assert kernel is not None
+    with _inputs(left, right, layout) as inputs:
+        kernel.gram_sums(sums.data_ptr(), *inputs)
+
+
+@contextlib.contextmanager
+def _inputs(left: Tensor, right: Tensor, layout: Layout) -> Iterator[list[int]]:
+    """What both of the kernel's functions take; it stays in memory within."""
     left, right = _dense_rows(left), _dense_rows(right)
     offsets = torch.tensor(layout.offsets, device="cpu")
     rows = layout.row_numbers(left.device).contiguous()
-    failed = kernel(
-        None if total is None else total.data_ptr(),
-        None if sums is None else sums.data_ptr(),
+    yield [
         left.data_ptr(),
         left.stride(0),
         right.data_ptr(),
@@ -57,9 +73,7 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
         left.shape[1],
         right.shape[1],
         torch.get_num_threads(),
-    )
-    if failed:
-        raise MemoryError("no memory for the kernel's buffers")
+    ]
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -68,7 +82,7 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 @functools.cache
-def _kernel() -> Callable[..., int] | None:
+def _kernel() -> ctypes.CDLL | None:
     """The kernel, built if need be; None where it cannot be."""
     if os.environ.get("GUIDED_DROPOUT_KERNEL", "").lower() == "off":
         return None
@@ -80,11 +94,13 @@ def _kernel() -> Callable[..., int] | None:
             library = ctypes.CDLL(str(_built(compiler, tuning)))
         except (OSError, subprocess.SubprocessError, GuidedDropoutError):
             continue
-        kernel = library.square_accumulate
         p, i = ctypes.c_void_p, ctypes.c_int64
-        kernel.argtypes = [p, p, p, i, p, i, p, p, i, i, i, ctypes.c_int]
-        kernel.restype = ctypes.c_int
-        return kernel
+        inputs = [p, i, p, i, p, p, i, i, i, ctypes.c_int]
+        library.square_accumulate.argtypes = [p, p, *inputs]
+        library.square_accumulate.restype = ctypes.c_int
+        library.gram_sums.argtypes = [p, *inputs]
+        library.gram_sums.restype = None
+        return library
     return None
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from guided_dropout.fisher.capture import Capture
 from guided_dropout.fisher.dense import part_of
-from guided_dropout.fisher.fast import BatchedSquares, Capture
 from guided_dropout.fisher.late import LateHead
 from guided_dropout.fisher.operations import Key, Operation, ParameterOperations, replaced, tensors_of
 from guided_dropout.fisher.places import Place, Plan
 from guided_dropout.fisher.rules import EMBEDDING
+from guided_dropout.fisher.totals import Totals
+from guided_dropout.fisher.uses import Uses
 from guided_dropout.fisher.variants import altered, longer
 from guided_dropout.objectives import Batch, Objective, Sample
 
@@ -280,7 +282,8 @@ def _keeps_logits(
     with torch.no_grad():
         plain = batch.at_targets(model(**batch.inputs).logits)
     try:
-        capture = Capture(BatchedSquares(model, objective, parameters, plan), batch)
+        uses = Uses(parameters, Totals(parameters, scores_only=True), len(batch))
+        capture = Capture(model, objective, parameters, plan, batch, uses)
         logits = capture.forward().detach()
     except UNSUITED:
         return False

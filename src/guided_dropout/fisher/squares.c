@@ -2,7 +2,9 @@
  *
  *   total[i][j] += sum_b ( sum_{t in sample b} left[t][i] * right[t][j] )^2
  *
- * Plain C with vector types of GCC and Clang, no intrinsics; built by kernels.py for the machine at hand.
+ * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each.
+ *
+ * Plain C with vector types of GCC and Clang, no intrinsics; built by native.py for the machine at hand.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -11,12 +13,15 @@
 #if defined(__AVX512F__)
 #define LANES 16
 #define MR 12
+#define GR 5
 #elif defined(__AVX__)
 #define LANES 8
 #define MR 6
+#define GR 3
 #else
 #define LANES 4
 #define MR 6
+#define GR 3
 #endif
 #define NR (2 * LANES)
 
@@ -122,4 +127,96 @@ int square_accumulate(float *total, double *sums, const float *left, int64_t lef
     free(packed_left);
   }
   return failed;
+}
+
+static inline __attribute__((always_inline)) float sum_of_lanes(vec v) {
+  typedef float four __attribute__((vector_size(16)));
+#if LANES == 16
+  typedef float eight __attribute__((vector_size(32)));
+  const union { vec whole; eight part[2]; } first = {v};
+  const union { eight whole; four part[2]; } second = {first.part[0] + first.part[1]};
+  const four x = second.part[0] + second.part[1];
+#elif LANES == 8
+  const union { vec whole; four part[2]; } second = {v};
+  const four x = second.part[0] + second.part[1];
+#else
+  const four x = v;
+#endif
+  return (x[0] + x[2]) + (x[1] + x[3]);
+}
+
+/* out[i][j] = a[i] . b[j], over `width` elements. */
+static inline __attribute__((always_inline)) void dots(int64_t width, const float *const a[GR], const float *const b[GR],
+                                                       float out[GR][GR]) {
+  vec acc[GR][GR], right[GR];
+#pragma GCC unroll 8
+  for (int i = 0; i < GR; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < GR; j++) acc[i][j] = (vec){0};
+  int64_t k = 0;
+  for (; k + LANES <= width; k += LANES) {
+#pragma GCC unroll 8
+    for (int j = 0; j < GR; j++) right[j] = *(const vec *)(b[j] + k);
+#pragma GCC unroll 8
+    for (int i = 0; i < GR; i++) {
+      const vec left = *(const vec *)(a[i] + k);
+#pragma GCC unroll 8
+      for (int j = 0; j < GR; j++) acc[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < GR; i++)
+#pragma GCC unroll 8
+    for (int j = 0; j < GR; j++) {
+      out[i][j] = sum_of_lanes(acc[i][j]);
+      for (int64_t q = k; q < width; q++) out[i][j] += a[i][q] * b[j][q];
+    }
+}
+
+#define GBLOCK (4 * GR)
+
+/* sums[b] += sum over rows t, u of sample b of (left[t] . left[u]) (right[t] . right[u]). Each pair of rows is met once. */
+void gram_sums(double *sums, const float *left, int64_t left_stride, const float *right, int64_t right_stride,
+               const int64_t *rows, const int64_t *offsets, int64_t samples, int64_t m, int64_t n, int threads) {
+  int64_t deepest = 0;
+  for (int64_t b = 0; b < samples; b++) deepest = offsets[b + 1] - offsets[b] > deepest ? offsets[b + 1] - offsets[b] : deepest;
+  const int64_t blocks = (deepest + GBLOCK - 1) / GBLOCK;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t task = 0; task < samples * blocks; task++) {
+    const int64_t b = task / blocks, begin = task % blocks * GBLOCK, depth = offsets[b + 1] - offsets[b];
+    const int64_t *own = rows + offsets[b];
+    const int64_t end = least(begin + GBLOCK, depth);
+    double whole = 0;
+    for (int64_t j0 = begin; j0 < depth; j0 += GR)
+      for (int64_t i0 = begin; i0 < end && i0 <= j0; i0 += GR) {
+        const float *a[GR], *c[GR];
+        float of_left[GR][GR], of_right[GR][GR];
+        for (int r = 0; r < GR; r++) { /* past the end the last row stands in, and does not count */
+          a[r] = left + own[least(i0 + r, depth - 1)] * left_stride;
+          c[r] = left + own[least(j0 + r, depth - 1)] * left_stride;
+        }
+        dots(m, a, c, of_left);
+        for (int r = 0; r < GR; r++) {
+          a[r] = right + own[least(i0 + r, depth - 1)] * right_stride;
+          c[r] = right + own[least(j0 + r, depth - 1)] * right_stride;
+        }
+        dots(n, a, c, of_right);
+        double part = 0;
+        if (j0 > i0 && j0 + GR <= depth) {
+          for (int i = 0; i < GR; i++) {
+            double line = 0;
+            for (int j = 0; j < GR; j++) line += (double)of_left[i][j] * of_right[i][j];
+            part += 2 * line;
+          }
+        } else
+          for (int i = 0; i < GR && i0 + i < depth; i++)
+            for (int j = 0; j < GR && j0 + j < depth; j++) {
+              const int weight = j0 + j > i0 + i ? 2 : j0 + j == i0 + i;
+              part += weight * (double)of_left[i][j] * of_right[i][j];
+            }
+        whole += part;
+      }
+#pragma omp atomic
+    sums[b] += whole;
+  }
 }

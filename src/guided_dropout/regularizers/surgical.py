@@ -49,7 +49,8 @@ class Surgical(Regularizer):
         trained = sorted(sorted(scores, key=lambda path: -scores[path])[:number])
         handle = Handle({"trained": trained, "scores": scores})
         for name, parameter in model.named_parameters():
-            if not (is_new(model, name, context) or name.startswith(tuple(f"{path}." for path in trained))):
-                handle.on_remove(parameter.requires_grad_, parameter.requires_grad)
+            kept = is_new(model, name, context) or name.startswith(tuple(f"{path}." for path in trained))
+            if parameter.requires_grad and not kept:  # what is frozen already is not this handle's to give back
+                handle.on_remove(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)
         return handle

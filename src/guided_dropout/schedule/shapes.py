@@ -213,6 +213,8 @@ def with_mean(rates: Mapping[str, float], mean: float) -> dict[str, float]:
         ScheduleError: a mean outside [0, 1), one that would take a rate to 1 or above, or rates that are all 0.
     """
     check_rate("mean_rate", mean)
+    if not rates:
+        return {}
     present = math.fsum(rates.values()) / len(rates)
     if present == 0:
         if mean == 0:
