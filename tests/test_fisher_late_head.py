@@ -89,14 +89,15 @@ def test_logits_that_are_changed_after_the_head_take_the_way_through_the_model(f
 def test_no_more_logits_than_asked_for_are_made(family, scores_only):
     samples = draw_samples([9, 5, 11, 7, 9, 8, 8, 4], share=0.5)
     model = language_model(family)
-    squares, _ = squares_of(model, samples, 12, scores_only=scores_only)
+    most = max(int((detect_objective(model, s).targets(s["labels"]) != -100).sum()) for s in samples)
+    squares, _ = squares_of(model, samples, 8, scores_only=scores_only)
     with LargestLogits() as seen:
         squares.add(samples)
-    assert 0 < seen.rows <= 12
+    assert 0 < seen.rows < 8 + most
     squares.targets_at_once = None
     with LargestLogits() as seen:
         squares.add(samples)
-    assert seen.rows > 12
+    assert seen.rows > 8 + most
 
 
 class Bigram(nn.Module):
@@ -270,11 +271,13 @@ def test_bfloat16_in_groups_is_as_good_as_whole(family):
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=20), st.integers(1, 40))
 @example([0, 9, 0], 4)
-def test_groups_are_whole_samples_in_order_and_as_small_as_asked_for(counts, at_once):
+@example([2, 0, 2], 1)
+@example([77] * 8, 512)
+def test_groups_are_whole_samples_in_order_and_about_as_large_as_asked_for(counts, at_once):
     offsets = (0, *itertools.accumulate(counts))
     groups = LateHead(nn.Linear(2, 3), 1.0, 1.0).groups(offsets, at_once)
     assert [i for g in groups for i in range(len(counts))[g]] == list(range(len(counts)))
     for g in groups:
-        assert sum(counts[g]) <= at_once or sum(n > 0 for n in counts[g]) == 1
+        assert sum(counts[g]) < at_once + max(max(counts), 1)
     assert len(groups) == 1 or all(sum(counts[g]) for g in groups)
-    assert all(sum(counts[a]) + sum(counts[b]) > at_once for a, b in itertools.pairwise(groups))
+    assert len(groups) <= max(1, -(-sum(counts) // at_once))

@@ -1,6 +1,6 @@
 """A head that is left out of its model's forward, and run afterwards on the targets of a few samples at a time.
 
-The logits of a whole batch, with large vocabularies the peak of memory, then never exist. No square may be added
+The logits of a large batch, with large vocabularies the peak of memory, then never exist. No square may be added
 before it is known that all losses of the batch are finite; so a head is run in parts only where it is a linear layer,
 and where a bound on its logits says beforehand that they are.
 """
@@ -8,6 +8,7 @@ and where a bound on its logits says beforehand that they are.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Targets at a time, unless one sample has more. For each group the head's weights and sums are read once, which with
-# fewer would take too much of the time.
-_AT_ONCE = {"cpu": 256}
+# Targets at a time. For each group the head's weights and sums are read once, which with fewer takes too much of the
+# time.
+_AT_ONCE = {"cpu": 512}
 _AT_ONCE_ELSEWHERE = 2048
 # The losses of a sample with as many targets as any has add up to what float32 holds.
 _SAFE = 1e30
@@ -60,7 +61,7 @@ class LateHead:
         return bound < min(torch.finfo(rows.dtype).max / 4, _SAFE)  # not where it is NaN
 
     def groups(self, offsets: Sequence[int], at_once: int | None = None) -> list[slice]:
-        """Samples in groups that have `at_once` targets at most, together; a sample at least.
+        """Samples in groups of about equally many targets: less than a sample's more than `at_once`.
 
         Args:
             offsets: B+1 numbers; sample b has the targets ``offsets[b]`` to ``offsets[b+1]``.
@@ -68,11 +69,17 @@ class LateHead:
         """
         if at_once is None:
             at_once = _AT_ONCE.get(self.module.weight.device.type, _AT_ONCE_ELSEWHERE)
-        groups, first = [], 0
-        for last, end in enumerate(offsets[1:]):
-            if end - offsets[first] > at_once and end > offsets[last] > offsets[first]:
-                groups.append(slice(first, last))
-                first = last
+        total = offsets[-1]
+        parts = -(-total // at_once)
+        groups, first, part = [], 0, 0
+        for sample, (start, end) in enumerate(itertools.pairwise(offsets)):
+            if start == end:
+                continue
+            own = (start + end) * parts // (2 * total)  # where its middle lies
+            if own != part and start > offsets[first]:
+                groups.append(slice(first, sample))
+                first = sample
+            part = own
         return [*groups, slice(first, len(offsets) - 1)]
 
 
