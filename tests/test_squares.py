@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guided_dropout.fisher import kernels, native
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.rowwise import RowByRow
+from guided_dropout.fisher.rules import RULES
 from guided_dropout.fisher.squares import Outer, Rows, Sums, add_squares
 
 # Not whether the kernel was built: where it can be and was not, its tests fail.
@@ -87,6 +90,27 @@ def test_products_lookups_and_both_equal_the_plain_formula(data):
 def test_vectors_sum_their_uses_before_squaring():
     a, b = torch.randn(3, 7), torch.randn(3, 7)
     check([Sums(a), Sums(b)], (7,), 3, dtype=torch.float32, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept_share", [0.1, 0.9])
+def test_listed_rows_by_the_thousand_add_up(kept_share):
+    torch.manual_seed(0)
+    rows, weight = torch.randn(6000, 3), torch.randn(3, 5)
+    kept = (torch.rand(6000) < kept_share).nonzero()[:, 0]
+    layout = Layout.even(6000, 4).only(kept)
+    want = torch.stack([rows[kept[kept // 1500 == b]].double().sum(0) for b in range(4)])
+    torch.testing.assert_close(layout.sum_rows(rows).double(), want, rtol=1e-5, atol=1e-4)
+
+    # The same through a linear layer's own backward, in which rows without a gradient have no part.
+    rule, taken = RULES[F.linear], {}
+    call = rule.bind(rows.requires_grad_(), weight.T.requires_grad_())
+    gradient = torch.randn(6000, 5).index_fill_(0, (torch.rand(6000) >= kept_share).nonzero()[:, 0], 0.0)
+    RowByRow(call, rule, Layout.even(6000, 4), taken.update).run().backward(gradient)
+    torch.testing.assert_close(rows.grad, gradient @ weight.T)
+    square = torch.zeros(5, 3)
+    add_squares(square, [taken["weight"]])
+    whole = [gradient[b : b + 1500].T @ rows.detach()[b : b + 1500] for b in range(0, 6000, 1500)]
+    torch.testing.assert_close(square, torch.stack(whole).square().sum(0), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler, so no kernel: the torch path is tested in its place")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 # Targets at a time. For each group the head's weights and sums are read once, which with fewer takes too much of the
 # time.
-_AT_ONCE = {"cpu": 512}
+_AT_ONCE = {"cpu": 384}
 _AT_ONCE_ELSEWHERE = 2048
 # The losses of a sample with as many targets as any has add up to what float32 holds.
 _SAFE = 1e30

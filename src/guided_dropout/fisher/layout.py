@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_COPIED = 1024  # rows at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -95,9 +97,12 @@ class Layout:
         dtype = torch.promote_types(rows.dtype, torch.float32)
         if self.step is not None:
             return rows.view(self.num_samples, self.step, *rows.shape[1:]).sum(1, dtype=dtype)
-        listed = rows if self.rows is None else rows[self.rows]
-        zeros = rows.new_zeros(self.num_samples, *rows.shape[1:], dtype=dtype)
-        return zeros.index_add_(0, self.owners(rows.device), listed.to(dtype))
+        sums, owners = rows.new_zeros(self.num_samples, *rows.shape[1:], dtype=dtype), self.owners(rows.device)
+        if self.rows is None:
+            return sums.index_add_(0, owners, rows.to(dtype))
+        for theirs, some in zip(owners.split(_COPIED), self.rows.split(_COPIED), strict=True):
+            sums.index_add_(0, theirs, rows[some].to(dtype))
+        return sums
 
     def spans(self) -> list[tuple[int, slice]]:
         """(sample, its part of the list of rows) for each sample that has rows."""

@@ -13,51 +13,60 @@ from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.rules import Call, Rule, as_rows
 from guided_dropout.fisher.squares import Use
 
+# Rows whose copies are held at a time, where only some have a gradient.
+_AT_ONCE = 1024
+
 
 @dataclass
 class RowByRow:
     """An operation whose rows are differentiated by us, so that rows without a gradient cost nothing.
 
     Attributes:
-        call: the operation, of a rule that gives the input's gradient.
+        call: the operation, of a rule that gives the input's gradient; None once it has been differentiated.
         rule: its rule.
         layout: which rows are whose.
         take: called with the uses in the backward.
     """
 
-    call: Call
+    call: Call | None
     rule: Rule
     layout: Layout
     take: Callable[[dict[str, Use]], None]
 
     def run(self) -> Tensor:
         """The output; its backward never forms a weight's gradient."""
+        assert self.call is not None
         return _Function.apply(self.call.x, self)  # pyright: ignore[reportReturnType]
 
     def backward(self, gradient: Tensor) -> Tensor:
         """The input's gradient from the output's."""
-        call, rule, layout = self.call, self.rule, self.layout
-        assert rule.input_gradient is not None
-        rows = as_rows(gradient)
-        kept = None if layout.rows is not None else rows_with_gradient(rows)
+        assert self.call is not None
+        assert self.rule.input_gradient is not None
+        shape, parameters, rows = self.call.x.shape, self.call.parameters, as_rows(gradient)
+        kept = None if self.layout.rows is not None else rows_with_gradient(rows)
+        uses = self.rule.uses(self.call, rows, self.layout if kept is None else self.layout.only(kept))
+        self.call = None  # the input goes as soon as it has served
+        self.take(uses)
+        del uses
         if kept is None:
-            self.take(rule.uses(call, rows, layout))
-            return rule.input_gradient(call, rows).view(call.x.shape)
-        self.take(rule.uses(call, rows, layout.only(kept)))
-        whole = rows.new_zeros(len(rows), call.x.shape[-1])
-        return whole.index_copy_(0, kept, rule.input_gradient(call, rows[kept])).view(call.x.shape)
+            return self.rule.input_gradient(parameters, rows).view(shape)
+        whole = rows.new_zeros(len(rows), shape[-1])
+        for some in kept.split(_AT_ONCE):
+            whole.index_copy_(0, some, self.rule.input_gradient(parameters, rows[some]))
+        return whole.view(shape)
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: RowByRow) -> Tensor:
         ctx.kept = kept
+        assert kept.call is not None
         kept.call = replace(kept.call, x=x.detach())
         return kept.rule.run(kept.call)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        kept, ctx.kept = ctx.kept, None  # free the input as soon as it has served
+        kept, ctx.kept = ctx.kept, None
         return kept.backward(*gradients), None
 
 

@@ -43,8 +43,9 @@ class Rule:
         bind: the operation's own arguments → Call, or None where this form of it has no rule.
         run: Call → output.
         uses: (Call, gradient rows [R, ·], Layout) → role → Use.
-        input_gradient: (Call, gradient rows [R, ·]) → the gradient of the input's rows [R, ·], for operations that
-            treat each row alike; rows without a gradient are then left out of all products. None: autograd does it.
+        input_gradient: (parameters, gradient rows [R, ·]) → the gradient of the input's rows [R, ·], for operations
+            that treat each row alike; rows without a gradient are then left out of all products. None: autograd does
+            it.
         like_x: (Call, gradient) → the gradient with its dimensions in the order of the call's ``x``.
         mirrored: `bind` for the form with the parameter first and the samples second.
         by_rows: False where `uses` wants x and the gradient whole, with the samples along their first dimension, and
@@ -55,7 +56,7 @@ class Rule:
     bind: Callable[..., Call | None]
     run: Callable[[Call], Tensor]
     uses: Callable[[Call, Tensor, Layout], dict[str, Use]]
-    input_gradient: Callable[[Call, Tensor], Tensor] | None = None
+    input_gradient: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
     like_x: Callable[[Call, Tensor], Tensor] = lambda call, g: g
     mirrored: Callable[..., Call | None] | None = None
     by_rows: bool = True
@@ -282,14 +283,14 @@ _LINEAR = Rule(
     _bind_linear,
     lambda c: F.linear(c.x, **c.parameters),
     _linear_uses,
-    lambda c, g: g @ c.parameters["weight"],
+    lambda parameters, g: g @ parameters["weight"],
 )
 _ADDMM = Rule(
     "addmm",
     _bind_addmm,
     lambda c: torch.addmm(c.parameters["bias"], c.x, c.parameters["weight"]),
     _addmm_uses,
-    lambda c, g: g @ c.parameters["weight"].T,
+    lambda parameters, g: g @ parameters["weight"].T,
 )
 EMBEDDING = Rule(
     "embedding",
