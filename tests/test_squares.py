@@ -92,7 +92,7 @@ def test_vectors_sum_their_uses_before_squaring():
     check([Sums(a), Sums(b)], (7,), 3, dtype=torch.float32, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kept_share", [0.1, 0.9])
+@pytest.mark.parametrize("kept_share", [0.1, 0.5])
 def test_listed_rows_by_the_thousand_add_up(kept_share):
     torch.manual_seed(0)
     rows, weight = torch.randn(6000, 3), torch.randn(3, 5)
