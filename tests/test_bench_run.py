@@ -123,6 +123,22 @@ def test_results_of_another_recipe_are_refused_and_both_sides_shown(folder, fini
     Experiment.start(folder / "finished", plan_of(folder, seeds=range(9)).check())  # more of the same is welcome
 
 
+def test_models_and_schedules_may_join_but_not_change(tmp_path):
+    def started(**models):
+        return Experiment.start(tmp_path / "out", {"recipe": {"epochs": 1}, "models": models}).facts["models"]
+
+    bare, known = {"source": "a", "schedule": None}, {"source": "a", "schedule": {"rates": {"x": 0.1}}}
+    assert started(a=bare) == {"a": bare}
+    assert started(b=known) == {"a": bare, "b": known}
+    assert started(a=known)["a"] == known
+    assert started(a=bare, b=bare) == {"a": known, "b": known}
+    with pytest.raises(ArtefactError, match=r"\(models.a.schedule.rates.x: 0.1 there, 0.2 given\)"):
+        started(a={"source": "a", "schedule": {"rates": {"x": 0.2}}})
+    with pytest.raises(ArtefactError, match=r"recipe.epochs: 1 there, 2 given"):
+        Experiment.start(tmp_path / "out", {"recipe": {"epochs": 2}, "models": {"c": known}})
+    assert started() == {"a": known, "b": known}
+
+
 def test_the_grid_grows(tmp_path):
     experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
     assert experiment.grid is None
@@ -327,7 +343,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, in_process):
     assert not (folder / "dry").exists()
 
 
-def test_a_second_call_makes_nothing_and_says_so(finished, in_process):
+def test_a_second_call_makes_nothing_and_says_so(folder, finished, in_process):
+    save_tiny_bert(folder / "other")
     code, text, err = in_process("finished")
     assert code == 0, err
     assert "8 runs, 8 of them there, 0 to make" in text
@@ -335,6 +352,10 @@ def test_a_second_call_makes_nothing_and_says_so(finished, in_process):
     assert code == 0
     assert "16 runs, 8 of them there, 8 to make" in text
     assert "as fast as the runs that are there" in text
+    before = (folder / "finished" / "experiment.json").read_bytes()
+    code, text, _ = in_process("finished", "--dry-run", "--models", "other", "--profile", "profile")
+    assert (code, text.splitlines()[0]) == (0, "16 runs, 8 of them there, 8 to make")
+    assert (folder / "finished" / "experiment.json").read_bytes() == before
 
 
 def test_failures_are_forgotten_only_to_be_made_again(folder, in_process, monkeypatch):

@@ -98,7 +98,8 @@ def run(
     if not (out / EXPERIMENT).exists():
         experiment, missing = None, keys
     else:
-        experiment = Experiment.start(out, facts)
+        experiment = Experiment(out)
+        experiment.check(facts)
         failed = experiment.failed() if retry else ()
         missing = [k for k in keys if k in failed or not experiment.is_done(k)]
     console.print(f"{len(keys):,} runs, {len(keys) - len(missing):,} of them there, {len(missing):,} to make")
@@ -112,7 +113,7 @@ def run(
         _tell_cost(plan, clock, missing, jobs)
     if dry_run:
         return
-    experiment = experiment or Experiment.start(out, facts)
+    experiment = Experiment.start(out, facts)
     experiment.note_grid(plan.grid)
     if retry:
         experiment.forget_failures(missing)

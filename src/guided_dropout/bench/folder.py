@@ -24,7 +24,7 @@ from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult
 
 EXPERIMENT, GRID = "experiment.json", "grid.json"
-_RUNS, _LOCK = "runs", ".experiment.lock"
+_RUNS, _LOCK, _MODELS = "runs", ".experiment.lock", "models"
 KIND, GRID_KIND, RUN_KIND, SCHEMA = "bench-experiment", "bench-grid", "bench-run", 1
 
 
@@ -89,9 +89,11 @@ class Experiment:
     def start(cls, path: str | Path, facts: Mapping[str, Any]) -> Experiment:
         """Begin an experiment in a new folder, or go on with one that was begun with the same facts.
 
+        Models may join it later, and so may the profile and schedule of one that had none.
+
         Args:
             path: the folder.
-            facts: what all runs share, as plain data.
+            facts: what all runs share, as plain data; under ``"models"`` what is known of each.
 
         Raises:
             ArtefactError: the folder holds other things, or runs of another recipe; both sides are shown.
@@ -102,14 +104,27 @@ class Experiment:
         with _alone(path):
             if not file.exists():
                 write_json(file, {"kind": KIND, "schema": SCHEMA, **facts, "provenance": provenance()})
-        experiment = cls(path)
-        different = differences({k: experiment.facts.get(k) for k in facts}, facts)
+            experiment = cls(path)
+            experiment.check(facts)
+            there = experiment.facts
+            models = there.get(_MODELS, {})
+            grown = models | {n: _known(m) | _known(models.get(n, {})) for n, m in facts.get(_MODELS, {}).items()}
+            if any(_known(grown[n]) != _known(models.get(n, {})) for n in grown):
+                write_json(file, {**there, _MODELS: grown})
+        return cls(path)
+
+    def check(self, facts: Mapping[str, Any]) -> None:
+        """Make sure that runs with these facts may join.
+
+        Raises:
+            ArtefactError: they are of another recipe; both sides are shown.
+        """
+        different = differences(*_in_common(self.facts, facts))
         if different:
             raise ArtefactError(
-                f"{path} holds an experiment with another recipe ({'; '.join(different)}); expected the same one: "
+                f"{self.path} holds an experiment with another recipe ({'; '.join(different)}); expected the same one: "
                 "choose another --out, or the recipe that it was begun with"
             )
-        return experiment
 
     def note_grid(self, grid: Grid) -> None:
         """Add to what is to be run: ``facts["grid"]``, the union of all that was asked for, axis by axis."""
@@ -201,6 +216,21 @@ class Experiment:
             if file.with_name(f"{file.stem[1:]}.json").exists():
                 with suppress(OSError), FileLock(file, timeout=0) as lock:
                     _remove_held(lock)
+
+
+def _known(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in model.items() if v is not None}
+
+
+def _in_common(there: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What must be equal of the facts of two calls: all but the models, and of these what both know."""
+    here, models = {k: there.get(k) for k in given}, there.get(_MODELS, {})
+    both = {n: _known(m).keys() & _known(models[n]).keys() for n, m in given.get(_MODELS, {}).items() if n in models}
+    ours, theirs = (
+        {n: {k: m[n][k] for k in m[n] if k in keys} for n, keys in both.items()}
+        for m in (models, given.get(_MODELS, {}))
+    )
+    return here | {_MODELS: ours}, dict(given) | {_MODELS: theirs}
 
 
 def check_folder(path: str | Path) -> Path:
