@@ -16,6 +16,7 @@ from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import cli
+from guided_dropout.arms import ARMS
 from guided_dropout.bench import run as bench_run
 from guided_dropout.bench.folder import Experiment, Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
@@ -259,6 +260,7 @@ def test_recipes_name_what_exists(folder):
         Training(**recipe.training)
     assert len(RECIPES["paper_table2"].tasks) == 9
     assert RECIPES["controls"].seeds >= 20
+    assert {*RECIPES["controls"].arms} == {*ARMS}
 
 
 @pytest.mark.parametrize("name", RECIPES)
