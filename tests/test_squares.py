@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_dropout.fisher import kernels, native
+from guided_dropout.fisher import kernels
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.rowwise import RowByRow
@@ -113,12 +113,17 @@ def test_listed_rows_by_the_thousand_add_up(kept_share):
     torch.testing.assert_close(square, torch.stack(whole).square().sum(0), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler, so no kernel: the torch path is tested in its place")
+def test_where_there_is_a_compiler_the_kernel_is_what_is_used():
+    """So that the tests below are of the kernel there, and of the torch path where there is none."""
+    used = kernels.backend(torch.device("cpu"), torch.float32)
+    assert used == ("native" if HAS_COMPILER else "torch")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize(
     ("rows", "m", "n"), [((300, 0, 1), 40, 70), ((7,), 12, 32), ((5, 6), 200, 700), ((3, 600), 13, 31)]
 )
-def test_the_kernel_at_sizes_of_several_blocks(rows, m, n, threads):
+def test_products_at_sizes_of_several_blocks(rows, m, n, threads):
     torch.manual_seed(0)
     left, right = torch.randn(sum(rows), m), torch.randn(sum(rows), n)
     layout = Layout((0, *torch.tensor(rows).cumsum(0).tolist()))
@@ -127,9 +132,8 @@ def test_the_kernel_at_sizes_of_several_blocks(rows, m, n, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        assert native.takes(total, left, right)
-        native.square_accumulate(total, sums, left, right, layout)
-        native.gram_sums(by_gram, left, right, layout)
+        kernels.square_accumulate(total, sums, left, right, layout)
+        kernels.gram_sums(by_gram, left, right, layout)
     finally:
         torch.set_num_threads(before)
     want = [(left[s].double().T @ right[s].double()) ** 2 for _, s in layout.spans()]
@@ -140,22 +144,23 @@ def test_the_kernel_at_sizes_of_several_blocks(rows, m, n, threads):
         assert found.count_nonzero() == len(filled)
 
 
-@pytest.mark.skipif(not HAS_COMPILER, reason="no C compiler, so no kernel: the torch path is tested in its place")
 @given(data=st.data())
-def test_the_kernels_gram_sums_equal_the_products_whatever_the_rows(data):
+def test_gram_sums_equal_the_products_whatever_the_rows(data):
     draw = data.draw
     g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     num_samples = draw(st.integers(1, 5))
     num_rows = num_samples * draw(st.integers(1, 15))
     m, n = draw(st.integers(1, 70)), draw(st.integers(1, 70))
-    wide = torch.randn(num_rows, m + n, generator=g)
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))  # the torch path takes float64 everywhere
+    wide = torch.randn(num_rows, m + n, generator=g, dtype=dtype)
     left, right = (wide[:, :m], wide[:, m:]) if draw(st.booleans()) else (wide[:, :m].T.contiguous().T, wide[:, m:])
     layout, sums = random_layout(draw, g, num_samples, num_rows), torch.zeros(num_samples, dtype=torch.float64)
-    native.gram_sums(sums, left, right, layout)
+    kernels.gram_sums(sums, left, right, layout)
     want = torch.zeros_like(sums)
     for b, span in layout.spans():
         want[b] = (layout.take(left, span).double().T @ layout.take(right, span).double()).square().sum()
-    torch.testing.assert_close(sums, want, rtol=1e-4, atol=1e-4)
+    precise = dtype == torch.float64
+    torch.testing.assert_close(sums, want, rtol=1e-10 if precise else 1e-4, atol=1e-10 if precise else 1e-4)
 
 
 PRODUCT = """

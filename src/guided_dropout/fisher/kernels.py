@@ -43,7 +43,8 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
     if total is None:
         dense, gram = _costs(left.shape[1], right.shape[1], layout)
         if (gram / 2 if native.takes(None, left, right) else gram) < dense:  # the kernel meets a pair of rows once
-            _by_gram(sums, left, right, layout)
+            if sums is not None:
+                gram_sums(sums, left, right, layout)
             return
     if native.takes(total, left, right):
         native.square_accumulate(total, sums, left, right, layout)
@@ -58,23 +59,8 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
         _by_tiles(total, sums, left, right, layout)
 
 
-def backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What `square_accumulate` uses for such matrices, for the records: ``"native"``, ``"triton"`` or ``"torch"``."""
-    probe = torch.empty(16, 16, device=device, dtype=dtype)
-    if native.takes(None, probe, probe):
-        return "native"
-    return "triton" if triton is not None and triton.supports(None, probe, probe) else "torch"
-
-
-def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:
-    """Multiplications of the products and of the Gram matrices."""
-    lengths = [span.stop - span.start for _, span in layout.spans()]
-    return sum(lengths) * m * n, sum(t * t for t in lengths) * (m + n)
-
-
-def _by_gram(sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
-    if sums is None:
-        return
+def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
+    """Add each sample's sum of squares to `sums` [B] by the Gram identity, whatever that costs; else as above."""
     if native.takes(None, left, right):
         native.gram_sums(sums, left, right, layout)
         return
@@ -91,6 +77,20 @@ def _by_gram(sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -
         parts = [layout.take(x, span).to(wide) for x in (left, right)]
         grams = [x @ x.T for x in parts]
         sums[b] += torch.dot(grams[0].flatten(), grams[1].flatten())
+
+
+def backend(device: torch.device, dtype: torch.dtype) -> str:
+    """What `square_accumulate` uses for such matrices, for the records: ``"native"``, ``"triton"`` or ``"torch"``."""
+    probe = torch.empty(16, 16, device=device, dtype=dtype)
+    if native.takes(None, probe, probe):
+        return "native"
+    return "triton" if triton is not None and triton.supports(None, probe, probe) else "torch"
+
+
+def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:
+    """Multiplications of the products and of the Gram matrices."""
+    lengths = [span.stop - span.start for _, span in layout.spans()]
+    return sum(lengths) * m * n, sum(t * t for t in lengths) * (m + n)
 
 
 def _by_tiles(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
