@@ -106,11 +106,10 @@ class Experiment:
                 write_json(file, {"kind": KIND, "schema": SCHEMA, **facts, "provenance": provenance()})
             experiment = cls(path)
             experiment.check(facts)
-            there = experiment.facts
-            models = there.get(_MODELS, {})
-            grown = models | {n: _known(m) | _known(models.get(n, {})) for n, m in facts.get(_MODELS, {}).items()}
-            if any(_known(grown[n]) != _known(models.get(n, {})) for n in grown):
-                write_json(file, {**there, _MODELS: grown})
+            joined = experiment._joined(facts)
+            if any(m != _known(experiment.facts.get(_MODELS, {}).get(n, {})) for n, m in joined.items()):
+                models = experiment.facts.get(_MODELS, {}) | joined
+                write_json(file, {**experiment.facts, _MODELS: models})
         return cls(path)
 
     def check(self, facts: Mapping[str, Any]) -> None:
@@ -119,12 +118,21 @@ class Experiment:
         Raises:
             ArtefactError: they are of another recipe; both sides are shown.
         """
-        different = differences(*_in_common(self.facts, facts))
+        given = {n: _known(m) for n, m in facts.get(_MODELS, {}).items()}
+        joined = self._joined(facts)
+        there = {n: {k: joined[n][k] for k in m} for n, m in given.items()}
+        recipe = {k: self.facts.get(k) for k in facts}
+        different = differences({**recipe, _MODELS: there}, {**facts, _MODELS: given})
         if different:
             raise ArtefactError(
                 f"{self.path} holds an experiment with another recipe ({'; '.join(different)}); expected the same one: "
                 "choose another --out, or the recipe that it was begun with"
             )
+
+    def _joined(self, facts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """The models of `facts`, each with what is known of it here before what is given."""
+        there = self.facts.get(_MODELS, {})
+        return {n: _known(m) | _known(there.get(n, {})) for n, m in facts.get(_MODELS, {}).items()}
 
     def note_grid(self, grid: Grid) -> None:
         """Add to what is to be run: ``facts["grid"]``, the union of all that was asked for, axis by axis."""
@@ -220,17 +228,6 @@ class Experiment:
 
 def _known(model: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in model.items() if v is not None}
-
-
-def _in_common(there: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What must be equal of the facts of two calls: all but the models, and of these what both know."""
-    here, models = {k: there.get(k) for k in given}, there.get(_MODELS, {})
-    both = {n: _known(m).keys() & _known(models[n]).keys() for n, m in given.get(_MODELS, {}).items() if n in models}
-    ours, theirs = (
-        {n: {k: m[n][k] for k in m[n] if k in keys} for n, keys in both.items()}
-        for m in (models, given.get(_MODELS, {}))
-    )
-    return here | {_MODELS: ours}, dict(given) | {_MODELS: theirs}
 
 
 def check_folder(path: str | Path) -> Path:
