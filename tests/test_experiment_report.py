@@ -60,6 +60,21 @@ def test_the_verdicts_come_first(clear):
     assert "collapsed on" not in text
 
 
+def test_that_no_dropout_is_better_is_said_beside_that_guidance_helps(tmp_path):
+    better = {"guided": 0.05, "none": 0.1}
+
+    def value(key):
+        return accuracy_like(key, {}, spread=0.002) + better.get(key.arm, 0.0)
+
+    analysis, text, _ = report(tmp_path, arms=[*MAIN, "none"], seeds=6, fractions=[0.1], value=value)
+    standard, none, guidance = claims(analysis)
+    assert "Against standard dropout." in standard
+    assert "Against no dropout. Mean over 2 tasks: guided − none = -0.0" in none
+    assert "hurts on cola† and rte†" in none
+    assert "Guidance helps" in guidance
+    assert text.index("Against no dropout") < text.index("Maximum and mean")
+
+
 def test_the_page_is_whole_and_needs_nothing_outside(clear):
     html = (clear[2] / "report.html").read_text()
     outline = Outline()

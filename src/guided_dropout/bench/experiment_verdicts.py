@@ -21,10 +21,12 @@ from guided_dropout.bench.phrases import (
 from guided_dropout.bench.sections import Difference, difference_table, how_to_read
 
 _OTHERS = "Other guided arms"
+# Guidance may help and dropout harm all the same: so no dropout has a sentence of its own.
+_AGAINST = {"dropout": "Against standard dropout", "none": "Against no dropout"}
 
 
 def claims(analysis: Analysis, arms: Sequence[str] | None = None) -> Iterator[str]:
-    """What the experiment shows of guided arms, two paragraphs for each model and fraction.
+    """What the experiment shows of guided arms, some paragraphs for each model and fraction.
 
     Args:
         analysis: of the runs.
@@ -37,11 +39,11 @@ def claims(analysis: Analysis, arms: Sequence[str] | None = None) -> Iterator[st
                 place = place_name(analysis, model, fraction)
                 about = [c for c in analysis.comparisons
                          if (c.model, c.fraction, c.pair.a) == (model, fraction, arm)]  # fmt: skip
-                for control in dict.fromkeys(c.pair.b for c in about if controls.name_of(c.pair.b) == "dropout"):
-                    pairs = [c for c in about if c.pair.b == control]
-                    overall = _overall(analysis, pairs[0])
-                    found = overview_sentence(pairs, overall, 1 - analysis.confidence)
-                    yield f"{place}. Against standard dropout. {found}"
+                for name, title in _AGAINST.items():
+                    for control in dict.fromkeys(c.pair.b for c in about if controls.name_of(c.pair.b) == name):
+                        pairs = [c for c in about if c.pair.b == control]
+                        found = overview_sentence(pairs, _overall(analysis, pairs[0]), 1 - analysis.confidence)
+                        yield f"{place}. {title}. {found}"
                 if about:
                     yield f"{place}. {_about_guidance(analysis, model, fraction, arm)}"
 
