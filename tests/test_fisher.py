@@ -213,7 +213,7 @@ class OddWithSome(nn.Module):
 @pytest.mark.parametrize("long", [True, False])
 def test_what_a_model_does_with_samples_of_their_own_length_is_proved(long):
     """Although a plan is made on a few tokens."""
-    model = bert(4, 1, 2, seed=2)
+    model = bert(4, 2, 2, seed=2)
     odd = OddWithSome(8, long)
     model.bert.encoder.layer[0].output.register_forward_hook(lambda m, a, out: odd(out))
     model.bert.encoder.layer[0].output.odd = odd
@@ -232,7 +232,7 @@ def test_little_is_run_before_the_first_batch():
     tokens = []
     model.register_forward_pre_hook(lambda m, a, k: tokens.append(k["input_ids"].numel()), with_kwargs=True)
     estimate_fisher(model, samples, batch_size=4)
-    assert sum(tokens) - 4 * 512 < 10 * 512
+    assert sum(tokens) - 4 * 512 < 10.5 * 512
 
 
 @pytest.mark.parametrize(

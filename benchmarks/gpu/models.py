@@ -118,7 +118,7 @@ def _batch(
         batch = objective.collate(model, samples)
         targets = batch.targets != IGNORE
         if head_at_targets:
-            with head_at(plan.head, targets):
+            with head_at(plan.head, lambda x: x[targets]):
                 logits = model(**batch.inputs).logits
             weights = batch.weights[targets].to(logits.dtype)
             loss = torch.nn.functional.cross_entropy(logits, batch.targets[targets], reduction="none") @ weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -55,6 +55,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
         if cache is not None:
             model.config.use_cache = cache  # pyright: ignore
+
+
+@contextlib.contextmanager
+def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within, `parameters` require gradients; after, they do not."""
+    parameters = list(parameters)
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
 
 
 def _foreign_forward(module: nn.Module, x: Tensor) -> Tensor:

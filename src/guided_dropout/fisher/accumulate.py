@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
-from guided_dropout.fisher.fast import Added, BatchedSquares, requiring_grad
+from guided_dropout.fisher.fast import Added, BatchedSquares
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.site_scores import Observer
 from guided_dropout.fisher.stream import Item
 from guided_dropout.fisher.totals import FLUSH_EVERY, Totals
 from guided_dropout.objectives import Objective, Sample
+from guided_dropout.undisturbed import requiring_grad
 
 METHODS = ("batched", "reference")
 NONFINITE = ("error", "skip")

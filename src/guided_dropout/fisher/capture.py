@@ -19,10 +19,11 @@ from guided_dropout.fisher.dense import OneByOne
 from guided_dropout.fisher.gathered import GatheredRows
 from guided_dropout.fisher.late import LateHead, LeftOut
 from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.narrow import Narrowed
 from guided_dropout.fisher.operations import Operation, Origin, ParameterOperations, replaced
 from guided_dropout.fisher.places import Place, Plan, head_at
 from guided_dropout.fisher.rowwise import RowByRow
-from guided_dropout.fisher.rules import Call, as_rows
+from guided_dropout.fisher.rules import Call, Rule, as_rows
 from guided_dropout.fisher.uses import Uses
 from guided_dropout.objectives import Batch, Objective
 
@@ -51,12 +52,15 @@ class Capture:
         targets_at_once: int | None = None,
     ):
         self.model, self.objective, self.plan, self.batch, self.uses = model, objective, plan, batch, uses
-        self.targets, self.targets_at_once = batch.mask, targets_at_once
+        self.targets_at_once = targets_at_once
         self.mode = ParameterOperations(parameters, self)
-        self.head_rows: Layout | None = None
+        self.narrowed = Narrowed(batch.mask)
+        self._layout = Layout((0, *batch.mask.sum(1).cumsum(0).tolist()))  # which of the M targets are whose
+        self._in_head: Layout | None = None  # whose the rows are that the head is seeing
+        self._is_late = False
         self._is_left_out = False  # whether the head is being called with no rows, instead of later
         self._later: list[Origin] = []  # what the head uses that is called later
-        self._gathered = GatheredRows(len(batch))
+        self._gathered = GatheredRows(len(batch), self._layout, self.narrowed)
 
     def run(self) -> Tensor:
         """Forward and, where all losses are finite, backward; returns the losses [B]."""
@@ -67,7 +71,7 @@ class Capture:
             logits = self.batch.at_targets(logits)
         losses = self._losses(logits, self.batch)
         del logits  # its memory becomes the gradient's
-        sums = self.target_layout().sum_rows(losses.detach())
+        sums = self._layout.sum_rows(losses.detach())
         if not sums.isfinite().all():
             return sums
         if losses.requires_grad:
@@ -77,7 +81,7 @@ class Capture:
 
     def _run_late(self, late: LateHead) -> Tensor:
         """The same, with the head's forward and backward between those of the rest, on some samples at a time."""
-        rows, layout = self._before_head(late), self.target_layout()
+        rows, layout = self._before_head(late), self._layout
         gradient, sums = torch.zeros_like(rows), []
         groups = self._groups(late, rows, layout)
         for self.uses.samples in groups:
@@ -103,14 +107,15 @@ class Capture:
     def forward(self) -> Tensor:
         """The logits [B, T, V], or [M, V] where the head sees target positions only."""
         if self.plan.late is not None:
-            return self._through_head(self.plan.late, self._before_head(self.plan.late), self.target_layout())
-        with self.mode, head_at(self.plan.head, self.targets, self._entered_head):
+            return self._through_head(self.plan.late, self._before_head(self.plan.late), self._layout)
+        at_head = head_at(self.plan.head, self.narrowed.at_targets, self._entered_head)
+        with self.mode, self.narrowed.of(self.plan.start), at_head:
             return self.model(**self.batch.inputs).logits
 
     def _before_head(self, late: LateHead) -> Tensor:
         """The model's forward without its head: what that is to see at the targets, [M, d]."""
-        left_out = LeftOut(self.targets, self._left_head_out)
-        with self.mode, left_out.of(late.module):
+        left_out = LeftOut(self.narrowed.at_targets, self._left_head_out)
+        with self.mode, self.narrowed.of(self.plan.start), left_out.of(late.module):
             logits = self.model(**self.batch.inputs).logits
         return left_out.rows(logits)
 
@@ -119,10 +124,10 @@ class Capture:
 
     def _through_head(self, late: LateHead, rows: Tensor, layout: Layout) -> Tensor:
         """The logits of some targets: rows [m, d] → [m, V]."""
-        self.head_rows = layout
+        self._in_head, self._is_late = layout, True
         with self.mode:
             logits = late.module(rows)
-        self.head_rows = None
+        self._in_head, self._is_late = None, False
         return logits
 
     def _groups(self, late: LateHead, rows: Tensor, layout: Layout) -> list[slice]:
@@ -132,12 +137,8 @@ class Capture:
             return groups
         return [slice(0, len(self.batch))]
 
-    def target_layout(self) -> Layout:
-        """Which of the M target rows are whose."""
-        return Layout((0, *self.targets.sum(1).cumsum(0).tolist()))
-
     def _entered_head(self, inside: bool) -> None:
-        self.head_rows = self.target_layout() if inside else None
+        self._in_head = self._layout if inside else None
 
     def is_constant(self, operation: Operation) -> bool:
         """Whether the plan says so, or there are only parameters in it."""
@@ -145,9 +146,10 @@ class Capture:
         return alone or self._place(operation).kind == "constant"
 
     def _place(self, operation: Operation) -> Place:
-        if self.plan.late is not None and self.head_rows is not None:
-            return Place("head")
-        return self.plan.place(operation.key).within(operation, len(self.batch))
+        place = self.plan.place(operation.key).within(operation, len(self.batch))
+        if self._in_head is None and all(self.narrowed.dim(t) is None for t in _of_samples(operation)):
+            return place
+        return place if place.kind == "constant" else Place("targets")
 
     def other(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Follow rows picked from the batch."""
@@ -188,8 +190,8 @@ class Capture:
                 return None
             layout = Layout.of_owners(owners, samples)
             return call, layout.finer(x.shape[1:-1].numel()) if rule.by_rows else layout
-        if place.kind == "head":
-            return (call, self.head_rows) if self.head_rows is not None else None
+        if place.kind == "targets":
+            return self._at_targets(call, rule)
         if place.kind == "shared":
             x = x.expand(samples, *x.shape[-1:] if x.dim() == 1 else x.shape[1:])
             return replace(call, x=x), Layout.even(x.numel(), samples)
@@ -207,11 +209,22 @@ class Capture:
         grid = grid.view(-1, *[1] * (len(leading) - place.dim - 1)).expand(leading)
         return call, Layout.of_owners(grid.reshape(-1), samples)
 
+    def _at_targets(self, call: Call, rule: Rule) -> tuple[Call, Layout] | None:
+        if self._in_head is not None:
+            return call, self._in_head
+        dim, x = self.narrowed.dim(call.x), call.x
+        if dim is None:
+            return None
+        if rule.by_rows:
+            leading = x.shape if not x.is_floating_point() else x.shape[:-1]
+            return call, self._layout.finer(leading[dim + 1 :].numel())
+        return (replace(call, batch_dim=dim), self._layout) if rule.repeats_along(call)(dim) else None
+
     def _by_rule(self, operation: Operation, call: Call, layout: Layout) -> Tensor:
         rule = operation.rule
         assert rule is not None
         roles = {role: o for role, t in call.parameters.items() if (o := operation.origin_of(t))}
-        if self.plan.late is None or self.head_rows is None:
+        if not self._is_late:
             self.uses.expect(roles.values())
         for origin in roles.values():
             if not call.x.is_floating_point():
@@ -252,6 +265,10 @@ class Capture:
 
         out.register_hook(hook)
         return out
+
+
+def _of_samples(operation: Operation) -> list[Tensor]:
+    return [t for t in operation.tensors() if operation.origin_of(t) is None]
 
 
 # Of a call's options: what its backward needs no more.

@@ -10,13 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from guided_dropout.fisher.fast import BatchedSquares, requiring_grad
+from guided_dropout.fisher.fast import BatchedSquares
 from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
-from guided_dropout.fisher.plan import UNSUITED, make_plan
+from guided_dropout.fisher.plan import make_plan
+from guided_dropout.fisher.shortcuts import UNSUITED
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.variants import SHORT, longer, pair_with_all_targets, sequences, shortened, turned
 from guided_dropout.objectives import PER_SAMPLE, Objective, Sample
+from guided_dropout.undisturbed import requiring_grad
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
 _TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
@@ -70,7 +72,7 @@ def _proved(
     batches = _batches(objective, first, short)
     problem = ""
     # Logits that their own backward needs must not be overwritten. Parts as small as can be prove the way in parts.
-    for tried in (plan, replace(plan, head=None, late=None)):
+    for tried in (plan, replace(plan, head=None, late=None, start=None)):
         plan, fast = tried, BatchedSquares(model, objective, parameters, tried, targets_at_once=1)
         try:
             for batch in batches:
@@ -90,7 +92,7 @@ def _proved(
     noise = _noise(model, objective, small, batches[-1])
     floor = 1e-9 * max(norms.values())
     wrong = [n for n in off if n not in noise and not off[n] <= tolerance * norms[n] + floor]
-    plan = replace(plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
+    plan = replace(fast.plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
     return plan, {*wrong, *fast.fallback}
 
 

@@ -5,21 +5,20 @@ Parameters that meet an operation whose samples cannot be told apart are left to
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.capture import Capture
-from guided_dropout.fisher.late import IndirectError
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.reference import sum_of_squares
+from guided_dropout.fisher.shortcuts import IndirectError
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.uses import Uses
 from guided_dropout.objectives import Batch, Objective, Sample
+from guided_dropout.undisturbed import requiring_grad
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class BatchedSquares:
         try:
             uses, losses = self._run(batch)
         except IndirectError:  # not seen when the plan was made; nothing has been added yet
-            self.plan = replace(self.plan, late=None)
+            self.plan = replace(self.plan, late=None, start=None)
             uses, losses = self._run(batch)
         skipped = {**uses.uncovered, **self.plan.fallback}
         self.fallback.update(skipped)
@@ -96,16 +95,3 @@ class BatchedSquares:
                         self.totals[name].add_(squares)
                     if name in sums:
                         sums[name][b] = squares.sum(dtype=torch.float64)
-
-
-@contextlib.contextmanager
-def requiring_grad(parameters: Any) -> Iterator[None]:
-    """Within, `parameters` require gradients; after, they do not."""
-    parameters = list(parameters)
-    for p in parameters:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(False)

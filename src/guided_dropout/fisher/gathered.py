@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.narrow import Narrowed
 from guided_dropout.fisher.operations import tensors_of
 
 _PICKING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
@@ -26,10 +28,12 @@ class GatheredRows:
 
     Args:
         num_samples: B; what rows are picked from holds equally many of each sample, sample after sample.
+        layout: of the targets, which is what rows are picked from where the model runs on them alone.
+        narrowed: says where it does.
     """
 
-    def __init__(self, num_samples: int):
-        self._num_samples = num_samples
+    def __init__(self, num_samples: int, layout: Layout, narrowed: Narrowed):
+        self._num_samples, self._layout, self._narrowed = num_samples, layout, narrowed
         self._owners: Any = WeakTensorKeyDictionary()
 
     def owners(self, tensors: Sequence[Tensor]) -> Tensor | None:
@@ -63,9 +67,15 @@ class GatheredRows:
         if first is Ellipsis or (isinstance(first, slice) and first == slice(None)):
             if source in self._owners and out.shape[:1] == source.shape[:1]:
                 self._owners[out] = self._owners[source]
-        elif isinstance(first, Tensor) and first.dim() == 1 and source.shape[0] % self._num_samples == 0:
+        elif isinstance(first, Tensor) and first.dim() == 1 and (owners := self._all_owners(source)) is not None:
             numbers = first.nonzero()[:, 0] if first.dtype == torch.bool else first
             if out.shape[:1] == numbers.shape:
-                step = source.shape[0] // self._num_samples
-                known = self._owners.get(source)
-                self._owners[out] = numbers // step if known is None else known[numbers]
+                self._owners[out] = owners[numbers]
+
+    def _all_owners(self, source: Tensor) -> Tensor | None:
+        if source in self._owners:
+            return self._owners[source]
+        if self._narrowed.dim(source) == 0:
+            return self._layout.owners(source.device)
+        step, odd = divmod(len(source), self._num_samples)
+        return None if odd else torch.arange(len(source), device=source.device) // step

@@ -16,16 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from guided_dropout.fisher.shortcuts import IndirectError
+
 # Targets at a time. For each group the head's weights and sums are read once, which with fewer takes too much of the
 # time.
 _AT_ONCE = {"cpu": 384}
 _AT_ONCE_ELSEWHERE = 2048
 # The losses of a sample with as many targets as any has add up to what float32 holds.
 _SAFE = 1e30
-
-
-class IndirectError(RuntimeError):
-    """A model does something with its head or its logits that is not seen from outside of it."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +90,12 @@ class LeftOut:
     """A forward in which a head is called with no rows.
 
     Args:
-        targets: [B, T] bool, where the head's output is wanted.
+        at_targets: what it is called with → that at the targets, [M, d].
         entered: called with whether the head has been entered or left.
     """
 
-    def __init__(self, targets: Tensor, entered: Callable[[bool], None]):
-        self._targets, self._entered = targets, entered
+    def __init__(self, at_targets: Callable[[Tensor], Tensor], entered: Callable[[bool], None]):
+        self._at_targets, self._entered = at_targets, entered
         self._rows: Tensor | None = None
         self._out: tuple[Tensor, int] | None = None
 
@@ -128,7 +126,7 @@ class LeftOut:
         if self._rows is not None or len(args) != 1:
             raise IndirectError("the head was called twice, or with something else")
         self._entered(True)
-        rows = self._rows = args[0][self._targets]
+        rows = self._rows = self._at_targets(args[0])
         return (rows.detach()[:0],)
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:

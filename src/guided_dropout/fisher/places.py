@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from guided_dropout.fisher.late import LateHead
+from guided_dropout.fisher.narrow import Start
 from guided_dropout.fisher.operations import Key, Operation
 
 
@@ -21,7 +22,7 @@ class Place:
 
     Attributes:
         kind: ``"rows"`` (along `dim` of the operand that the rule names), ``"shared"`` (an embedding looked up once for
-            the whole batch; it is looked up per sample instead), ``"head"`` (target positions only), ``"constant"``
+            the whole batch; it is looked up per sample instead), ``"targets"`` (target positions only), ``"constant"``
             (nowhere: it makes something of parameters alone), ``"alone"`` (no rule: along `dims` of its tensors and
             along `dim` of its output) or ``"unknown"``.
         interleaved: along `dim`, the samples take turns instead of following one another.
@@ -51,26 +52,24 @@ class Plan:
     Attributes:
         places: where each operation has the samples.
         head: the module that maps hidden states to the vocabulary, if it can be run at target positions only.
-        in_head: the operations inside of it.
         fallback: parameters that always take the reference loop → why.
         noise: parameters whose true gradient is zero; what is measured of them is rounding.
         late: the same head, if it can also be run after the model's forward.
+        start: from where on the model can be run at target positions only.
     """
 
     places: Mapping[Key, Place]
     head: nn.Module | None
-    in_head: frozenset[Key] = frozenset()
     fallback: Mapping[str, str] = field(default_factory=dict)
     noise: frozenset[str] = frozenset()
     late: LateHead | None = None
+    start: Start | None = None
 
     def place(self, key: Key) -> Place:
         """Where an operation has the samples.
 
         One that a longer sample repeats more often than was seen has them where all those that were seen have.
         """
-        if self.head is not None and key in self.in_head:
-            return Place("head")
         return self.places.get(key) or self._usual.get(key[:2]) or Place("unknown")
 
     @functools.cached_property
@@ -83,16 +82,18 @@ class Plan:
 
 @contextlib.contextmanager
 def head_at(
-    head: nn.Module | None, targets: Tensor, entered: Callable[[bool], None] = lambda inside: None
+    head: nn.Module | None,
+    at_targets: Callable[[Tensor], Tensor],
+    entered: Callable[[bool], None] = lambda inside: None,
 ) -> Iterator[None]:
-    """Within, `head` sees only the rows where `targets` [B, T] is true, and gives logits [M, V] for them."""
+    """Within, `head` sees only what `at_targets` leaves of its input [B, T, d], and gives logits [M, V] for that."""
     if head is None:
         yield
         return
 
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         entered(True)
-        return (args[0][targets], *args[1:])
+        return (at_targets(args[0]), *args[1:])
 
     def after(*_: Any) -> None:
         entered(False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,35 +14,57 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from guided_dropout.fisher.capture import Capture
 from guided_dropout.fisher.dense import part_of
 from guided_dropout.fisher.late import LateHead
+from guided_dropout.fisher.narrow import Start, starts
 from guided_dropout.fisher.operations import Key, Operation, ParameterOperations, replaced, tensors_of
 from guided_dropout.fisher.places import Place, Plan
 from guided_dropout.fisher.rules import EMBEDDING
+from guided_dropout.fisher.shortcuts import UNSUITED
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.uses import Uses
 from guided_dropout.fisher.variants import altered, longer
-from guided_dropout.objectives import Batch, Objective, Sample
+from guided_dropout.objectives import IGNORE, Batch, Objective, Sample
+from guided_dropout.undisturbed import requiring_grad
 
-# Where a shortcut does not suit a model, one of these comes up in its forward.
-UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+# How many ways to run the end of a model on its targets alone are tried, each a short forward.
+_TRIES = 12
 
 
 def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], sample: Sample) -> Plan:
     """Find by running `model` on two and on three copies of a sample where each operation has the samples.
 
-    Shortcuts (the head at target positions only, or after the forward; embeddings that the batch shares looked up per
-    sample) are taken only where they leave the logits as they are.
+    Shortcuts (the head, and all that treats each position by itself, at target positions only; the head after the
+    forward; embeddings that the batch shares looked up per sample) are taken only where they leave the logits as they
+    are.
     """
+    batch = objective.collate(model, [sample, altered(model, sample)])
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits
+
+    def uncovered(plan: Plan, batch: Batch = batch) -> set[str] | None:
+        return _uncovered(model, parameters, plan, batch, batch.at_targets(logits), objective)
+
+    def fits(plan: Plan, found: set[str]) -> bool:
+        # A number of targets may happen to be one that a model's own shapes allow; not two that follow one another.
+        return all(uncovered(plan, b) == found for b in (batch, _with_one_less(batch)))
+
     head = getattr(model, "get_output_embeddings", lambda: None)()
     plans = []
     for share in (True, False):
-        places, in_head = _places(model, objective, parameters, sample, head, share=share)
-        plans.append(Plan(places, head, frozenset(in_head)))
+        plans.append(Plan(_places(model, objective, parameters, sample, share=share), head))
         for late in (LateHead.of(head), None):
             plan = replace(plans[-1], late=late)
-            if _keeps_logits(model, objective, parameters, plan, sample):
-                return plan
+            if (found := uncovered(plan)) is not None:
+                begun = (replace(plan, start=start) for start in _starts(model, head, batch))
+                return next((p for p in itertools.islice(begun, _TRIES) if fits(p, found)), plan)
     shared, unshared = (replace(plan, head=None) for plan in plans)
-    return shared if _keeps_logits(model, objective, parameters, shared, sample) else unshared
+    return shared if uncovered(shared) is not None else unshared
+
+
+def _starts(model: nn.Module, head: nn.Module | None, batch: Batch) -> list[Start]:
+    if head is None or batch.mask.sum() < 3:
+        return []
+    with requiring_grad(p for p in model.parameters() if p.is_floating_point()):
+        return starts(model, head, batch.mask, lambda: batch.at_targets(model(**batch.inputs).logits))
 
 
 def _places(
@@ -50,13 +72,11 @@ def _places(
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
     sample: Sample,
-    head: nn.Module | None,
     *,
     share: bool,
-) -> tuple[dict[Key, Place], set[Key]]:
-    """Where the operations have the samples, and which belong to the head."""
+) -> dict[Key, Place]:
+    """Where the operations have the samples."""
     places: dict[Key, Place] = {}
-    in_head: set[Key] = set()
     other_sample = altered(model, sample)
     for padded in (False, True):  # which some models treat apart
         runs: list[_Look] = []
@@ -66,7 +86,7 @@ def _places(
             if padded:
                 batch = objective.collate(model, [*samples, longer(sample)])
                 batch = Batch({k: v[:-1] for k, v in batch.inputs.items()}, batch.targets[:-1], batch.weights[:-1])
-            with look.watching(head), ParameterOperations(parameters, look):
+            with ParameterOperations(parameters, look):
                 model(**batch.inputs)
             runs.append(look)
         two, three, other = runs
@@ -75,8 +95,7 @@ def _places(
             known = places.setdefault(k, place)
             if known != place:  # a mask that is there in padded batches only
                 places[k] = replace(place, unpadded=known)
-        in_head |= other.in_head
-    return places, in_head
+    return places
 
 
 @dataclass(frozen=True)
@@ -110,29 +129,10 @@ class _Look:
 
     def __init__(self, model: nn.Module, share: bool, two: Mapping[Key, _Seen], num_samples: int):
         self.seen: dict[Key, _Seen] = {}
-        self.in_head: set[Key] = set()
         self._share, self._two, self._num_samples = share, two, num_samples
-        self._inside = False
         self._constants: Any = WeakTensorKeyDictionary()
         for t in (*model.parameters(), *model.buffers()):
             self._constants[t] = True
-
-    @contextlib.contextmanager
-    def watching(self, head: nn.Module | None) -> Iterator[None]:
-        """Within, note which operations are the head's."""
-
-        def entered(*_: Any) -> None:
-            self._inside = True
-
-        def left(*_: Any) -> None:
-            self._inside = False
-
-        pairs = [(head.register_forward_pre_hook(entered), head.register_forward_hook(left))] if head else []
-        try:
-            yield
-        finally:
-            for handle in (h for pair in pairs for h in pair):
-                handle.remove()
 
     def is_constant(self, operation: Operation) -> bool:
         others = [t for t in operation.tensors() if operation.origin_of(t) is None]
@@ -167,8 +167,6 @@ class _Look:
             separable,
             prints,
         )
-        if self._inside:
-            self.in_head.add(operation.key)
         return out
 
     def other(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -275,17 +273,28 @@ def _batch_dim(two: Sequence[int], three: Sequence[int]) -> int | None:
     return grown[0] if len(grown) == 1 and two[grown[0]] * 3 == three[grown[0]] * 2 else None
 
 
-def _keeps_logits(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], plan: Plan, sample: Sample
-) -> bool:
-    batch = objective.collate(model, [sample] * 2)
-    with torch.no_grad():
-        plain = batch.at_targets(model(**batch.inputs).logits)
+def _with_one_less(batch: Batch) -> Batch:
+    """The same batch without its first target."""
+    mask = torch.ones_like(batch.mask)
+    mask[tuple(batch.mask.nonzero()[0])] = False
+    return replace(batch, targets=batch.targets.where(mask, IGNORE), weights=batch.weights * mask)
+
+
+def _uncovered(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    plan: Plan,
+    batch: Batch,
+    plain: Tensor,
+    objective: Objective,
+) -> set[str] | None:
+    """Parameters that no rule covers; None where the plan's shortcuts do not keep the logits `plain` at the targets."""
+    uses = Uses(parameters, Totals(parameters, scores_only=True), len(batch))
+    capture = Capture(model, objective, parameters, plan, batch, uses)
     try:
-        uses = Uses(parameters, Totals(parameters, scores_only=True), len(batch))
-        capture = Capture(model, objective, parameters, plan, batch, uses)
         logits = capture.forward().detach()
     except UNSUITED:
-        return False
+        return None
     logits = logits if plan.head is not None else batch.at_targets(logits)
-    return logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)
+    kept = logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)
+    return set(uses.uncovered) if kept and capture.narrowed.has_begun == (plan.start is not None) else None

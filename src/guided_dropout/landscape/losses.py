@@ -11,7 +11,7 @@ from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.checkpoint import Digest
 from guided_dropout.fisher.places import head_at
-from guided_dropout.fisher.plan import UNSUITED
+from guided_dropout.fisher.shortcuts import UNSUITED
 from guided_dropout.fisher.stream import Stream, batches
 from guided_dropout.objectives import OBJECTIVES, PER_SAMPLE, Batch, Objective, Sample, check_samples
 from guided_dropout.undisturbed import evaluating, same_random_states
@@ -105,7 +105,7 @@ class Evaluation:
 
     def total(self, batch: Batch) -> Tensor:
         """The sum of a batch's losses, a scalar; differentiable where gradients are enabled."""
-        with head_at(self._head, batch.mask):
+        with head_at(self._head, lambda x: x[batch.mask]):
             logits = self.model(**batch.inputs).logits
         at_targets = logits if self._head is not None else batch.at_targets(logits)
         wide = torch.promote_types(at_targets.dtype, torch.float32)
@@ -123,7 +123,7 @@ def _head_for_targets(model: nn.Module, objective: Objective, batch: Batch) -> n
     if head is None or objective.name in PER_SAMPLE or batch.mask.float().mean() > _FEW:
         return None
     try:
-        with head_at(head, batch.mask):
+        with head_at(head, lambda x: x[batch.mask]):
             few = model(**batch.inputs).logits
     except UNSUITED:
         return None
