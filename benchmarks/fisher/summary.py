@@ -159,7 +159,8 @@ def _table(results: Results) -> list[str]:
     lengths = case["tokens"]
     span = f"{lengths[0]}" if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
     rows = [
-        f"{case['batch']} samples of {span} tokens, {case['targets']} targets; weights: {case['weights']}.",
+        f"{case['batch']} samples of {span} tokens, {case['targets']} targets; weights: {case['weights']}. "
+        f"{_measured(results)}.",
         "",
         "| method | ms a sample [quartiles] | ÷ floor A [quart.] | ÷ floor B | ÷ ours | MiB | worst error | covered |",
         "|---|---|---|---|---|---|---|---|",
@@ -187,6 +188,13 @@ def _table(results: Results) -> list[str]:
             if r["note"] and name != "floor-a":
                 notes.append(f"- {r['label']}: {r['note']}")
     return [*rows, "", *notes] if notes else rows
+
+
+def _measured(results: Results) -> str:
+    """On what and when: a ratio is of measurements on the same machine, another case's may be of another."""
+    machines = sorted({r["hardware"]["cpu"] for r in results.values()})
+    days = sorted({r["provenance"]["date"][:10] for r in results.values()})
+    return f"{' / '.join(machines)}, {' to '.join(dict.fromkeys((days[0], days[-1])))}"
 
 
 def _accuracy(found: dict[str, Any] | None) -> tuple[str, str]:
