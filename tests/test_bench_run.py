@@ -347,9 +347,12 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, in_process):
 
 def test_a_second_call_makes_nothing_and_says_so(folder, finished, in_process):
     save_tiny_bert(folder / "other")
+    plan, experiment = finished
+    assert experiment.grid is None  # as of runs that were brought from elsewhere
     code, text, err = in_process("finished")
     assert code == 0, err
     assert "8 runs, 8 of them there, 0 to make" in text
+    assert experiment.grid == plan.grid
     code, text, _ = in_process("finished", "--dry-run", "--seeds", "4")
     assert code == 0
     assert "16 runs, 8 of them there, 8 to make" in text

@@ -104,6 +104,8 @@ def run(
         missing = [k for k in keys if k in failed or not experiment.is_done(k)]
     console.print(f"{len(keys):,} runs, {len(keys) - len(missing):,} of them there, {len(missing):,} to make")
     if not missing:
+        if experiment is not None and not dry_run:
+            experiment.note_grid(plan.grid)  # runs that were there before anyone asked for them
         console.print(out)
         return
     # A mistake that each run would make is found here, before anything is written.
