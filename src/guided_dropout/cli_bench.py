@@ -68,7 +68,9 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Examples per step. \\[default: 16]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-5]")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. \\[default: 128]")] = None,
-    rate: Annotated[float | None, typer.Option(help="Rate of plain dropout. \\[default: 0.1]")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Rate of plain dropout (guided rates: --schedule). \\[default: 0.1]")
+    ] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay. \\[default: 0]")] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     residual_sites: ResidualSites = False,
