@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,35 +36,42 @@ def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, n
     forward; embeddings that the batch shares looked up per sample) are taken only where they leave the logits as they
     are.
     """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     batch = objective.collate(model, [sample, altered(model, sample)])
-    with torch.no_grad():
-        logits = model(**batch.inputs).logits
+    found_starts, logits = _starts(model, head, batch)
+    odd = _with_odd_number(batch)
 
     def uncovered(plan: Plan, batch: Batch = batch) -> set[str] | None:
         return _uncovered(model, parameters, plan, batch, batch.at_targets(logits), objective)
 
-    def fits(plan: Plan, found: set[str]) -> bool:
-        # A number of targets may happen to be one that a model's own shapes allow; not two that follow one another.
-        return all(uncovered(plan, b) == found for b in (batch, _with_one_less(batch)))
-
-    head = getattr(model, "get_output_embeddings", lambda: None)()
     plans = []
     for share in (True, False):
         plans.append(Plan(_places(model, objective, parameters, sample, share=share), head))
         for late in (LateHead.of(head), None):
             plan = replace(plans[-1], late=late)
             if (found := uncovered(plan)) is not None:
-                begun = (replace(plan, start=start) for start in _starts(model, head, batch))
-                return next((p for p in itertools.islice(begun, _TRIES) if fits(p, found)), plan)
+                begun = (replace(plan, start=start) for start in found_starts[:_TRIES])
+                return next((p for p in begun if uncovered(p, odd) == found), plan)
     shared, unshared = (replace(plan, head=None) for plan in plans)
     return shared if uncovered(shared) is not None else unshared
 
 
-def _starts(model: nn.Module, head: nn.Module | None, batch: Batch) -> list[Start]:
+def _starts(model: nn.Module, head: nn.Module | None, batch: Batch) -> tuple[list[Start], Tensor]:
+    """From where on the model may be run on its targets alone, and its logits."""
+    kept: list[Tensor] = []
+
+    def forward() -> Tensor:
+        kept.append(model(**batch.inputs).logits)
+        return batch.at_targets(kept[0])
+
+    found: list[Start] = []
     if head is None or batch.mask.sum() < 3:
-        return []
-    with requiring_grad(p for p in model.parameters() if p.is_floating_point()):
-        return starts(model, head, batch.mask, lambda: batch.at_targets(model(**batch.inputs).logits))
+        with torch.no_grad():
+            forward()
+    else:
+        with requiring_grad(p for p in model.parameters() if p.is_floating_point()):
+            found = starts(model, head, batch.mask, forward)
+    return found, kept[0].detach()
 
 
 def _places(
@@ -273,10 +280,13 @@ def _batch_dim(two: Sequence[int], three: Sequence[int]) -> int | None:
     return grown[0] if len(grown) == 1 and two[grown[0]] * 3 == three[grown[0]] * 2 else None
 
 
-def _with_one_less(batch: Batch) -> Batch:
-    """The same batch without its first target."""
-    mask = torch.ones_like(batch.mask)
-    mask[tuple(batch.mask.nonzero()[0])] = False
+def _with_odd_number(batch: Batch) -> Batch:
+    """The same batch without so many of its first targets that a model's own shapes, B and T, do not suit the rest."""
+    places, mask = batch.mask.nonzero(), torch.ones_like(batch.mask)
+    for place in places:
+        if math.gcd(len(places) - int((~mask).sum()), mask.numel()) == 1:
+            break
+        mask[tuple(place)] = False
     return replace(batch, targets=batch.targets.where(mask, IGNORE), weights=batch.weights * mask)
 
 
