@@ -78,6 +78,31 @@ def test_any_number_of_targets_is_exact(family, sizes):
     assert_exact(diagonal_of(squares, len(samples)), own_loss_oracle(model, samples))
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "bart"])
+@pytest.mark.parametrize("length", [5, 9, 30])
+def test_it_begins_there_too_where_the_first_samples_have_one_target_each(family, length):
+    model, samples = language_model(family).double(), draw_samples([length, length - 1, length], share=0)
+    squares = squares_of(model, samples)
+    assert start_of(squares).endswith(STARTS[family])
+    squares.totals.clear()
+    squares.add(samples)
+    assert_exact(diagonal_of(squares, 3), own_loss_oracle(model, samples))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", STARTS)
+def test_it_begins_there_in_half_precision(family, dtype):
+    """Where fewer positions are rounded otherwise than many."""
+    squares = squares_of(language_model(family).to(dtype), draw_samples([29, 20, 27]))
+    assert start_of(squares).endswith(STARTS[family])
+
+
+@pytest.mark.parametrize("name", ["sums of what was before", "one place on", "as many as were given"])
+def test_half_precision_does_not_hide_what_is_not_by_itself(name):
+    end, _ = ENDS[name]
+    assert start_of(squares_of(Mixing(end).bfloat16(), draw_samples([9, 9, 9, 9]))) is None
+
+
 def test_only_the_targets_are_run():
     model, samples = language_model("bert"), draw_samples([9, 5, 11, 7, 9], share=0.2)
     rows = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from guided_dropout.fisher.attention import WideAttention
 from guided_dropout.fisher.capture import Capture
 from guided_dropout.fisher.dense import part_of
 from guided_dropout.fisher.late import LateHead
@@ -21,12 +22,15 @@ from guided_dropout.fisher.rules import EMBEDDING
 from guided_dropout.fisher.shortcuts import UNSUITED
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.uses import Uses
-from guided_dropout.fisher.variants import altered, longer
+from guided_dropout.fisher.variants import altered, longer, with_more_targets
 from guided_dropout.objectives import IGNORE, Batch, Objective, Sample
 from guided_dropout.undisturbed import requiring_grad
 
 # How many ways to run the end of a model on its targets alone are tried, each a short forward.
 _TRIES = 12
+
+# Rounding to bfloat16 moves a row of logits by a few hundredths of what two rows are apart.
+_ROUNDED = 0.1
 
 
 def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], sample: Sample) -> Plan:
@@ -37,6 +41,7 @@ def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, n
     are.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    sample = with_more_targets(sample)  # one or two would not tell whether their number suits the model
     batch = objective.collate(model, [sample, altered(model, sample)])
     found_starts, logits = _starts(model, head, batch)
     odd = _with_odd_number(batch)
@@ -61,11 +66,12 @@ def _starts(model: nn.Module, head: nn.Module | None, batch: Batch) -> tuple[lis
     kept: list[Tensor] = []
 
     def forward() -> Tensor:
-        kept.append(model(**batch.inputs).logits)
+        with WideAttention():
+            kept.append(model(**batch.inputs).logits)
         return batch.at_targets(kept[0])
 
     found: list[Start] = []
-    if head is None or batch.mask.sum() < 3:
+    if head is None or batch.mask.sum() < 3:  # one label a sample
         with torch.no_grad():
             forward()
     else:
@@ -306,5 +312,14 @@ def _uncovered(
     except UNSUITED:
         return None
     logits = logits if plan.head is not None else batch.at_targets(logits)
-    kept = logits.shape == plain.shape and torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)
+    kept = logits.shape == plain.shape and _are_alike(logits, plain)
     return set(uses.uncovered) if kept and capture.narrowed.has_begun == (plan.start is not None) else None
+
+
+def _are_alike(logits: Tensor, plain: Tensor) -> bool:
+    """Whether [M, V] differ by rounding only: in half precision, by little of what tells one row from another."""
+    if plain.dtype not in (torch.bfloat16, torch.float16):
+        return torch.allclose(logits, plain, rtol=1e-3, atol=1e-4)
+    plain = plain.float()
+    apart = (plain - plain.mean(0)).norm(dim=-1).mean()
+    return bool((torch.linalg.vector_norm(logits.float() - plain, dim=-1) <= _ROUNDED * apart).all())

@@ -55,6 +55,15 @@ def with_all_targets(sample: Sample) -> Sample:
     return {**sample, "labels": labels.where(labels != IGNORE, labels.max())}
 
 
+def with_more_targets(sample: Sample) -> Sample:
+    """The same with something to be guessed at each second position at least."""
+    labels = torch.as_tensor(sample["labels"])
+    if labels.dim() == 0:
+        return sample
+    second = torch.arange(len(labels), device=labels.device) % 2 == 1
+    return {**sample, "labels": labels.where((labels != IGNORE) | ~second, labels.max())}
+
+
 def turned(sample: Sample) -> dict[str, Any]:
     """Another sample of the same form: its tokens in the opposite order."""
     return {**sample, **{k: v.flip(0) for k, v in sequences(sample).items() if k in ("input_ids", "labels")}}
