@@ -151,6 +151,7 @@ class Mixing(nn.Module):
 ENDS = {
     "each by itself": (lambda m, x: x + torch.tanh(m.last(x)), "last"),
     "in place": (lambda m, x: (m.last(x) * 2).add_(x), "last"),
+    "in place, on what a layer gave": (lambda m, x: m.last(x).add_(x), "last"),
     "sums of what was before": (lambda m, x: x + m.last(x).cumsum(1), None),
     "one place on": (lambda m, x: x + nn.functional.pad(m.last(x), (0, 0, 1, 0))[:, :-1], None),
     "how many there are": (lambda m, x: (y := m.last(x)) / y.shape[1], None),

@@ -62,7 +62,9 @@ class _Function(torch.autograd.Function):
         ctx.kept = kept
         assert kept.call is not None
         kept.call = replace(kept.call, x=x.detach())
-        return kept.rule.run(kept.call)
+        out = kept.rule.run(kept.call)
+        # A view that was made in here could not be changed in place, as a model may do with what it gets.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
