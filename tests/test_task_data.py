@@ -86,6 +86,16 @@ def test_true_and_false_are_classes(tmp_path: Path) -> None:
         assert (given.task.labels, given.train.labels) == (("false", "true"), [1, 0])
 
 
+def test_whole_numbers_are_classes_however_they_are_written(tmp_path: Path) -> None:
+    """What holds a gap somewhere is written with a fraction by many a program."""
+    for kind in ("csv", "tsv", "jsonl", "parquet"):
+        train = write(tmp_path, f"train.{kind}", [("a", 10.0), ("b", 2.0), ("c", -1.0)], ("text", "label"))
+        given = load_data(None, train, eval_data=train)
+        assert (given.task.labels, given.train.labels) == (("-1", "2", "10"), [2, 1, 0])
+    odd = write(tmp_path, "odd.csv", [("a", "1.0"), ("b", "v2.0"), ("c", "1.0.0")], ("text", "label"))
+    assert load_data(None, odd, eval_data=odd).task.labels == ("1", "1.0.0", "v2.0")
+
+
 def test_a_regression_is_stated(tmp_path: Path) -> None:
     rows = [("a", 0.5), ("b", 3), ("c", -1.25)]
     for kind in ("csv", "jsonl", "parquet"):

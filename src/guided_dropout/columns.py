@@ -102,13 +102,13 @@ def class_reader(classes: Sequence[str]) -> Callable[[Any, str], int]:
 
 
 def class_name(value: Any, where: str) -> str:
-    """A class as files spell it: a string, an integer, true or false.
+    """A class as files spell it: a string, a whole number (``1`` of ``1.0``), true or false.
 
     Raises:
         DataError: none of them.
     """
-    if isinstance(value, str) and value.strip():
-        return value.strip()
+    if isinstance(value, str) and (name := value.strip()):
+        return re.sub(r"(?<=[0-9])\.0+$", "", name) if re.fullmatch(r"[+-]?[0-9]+\.0+", name) else name
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int):
