@@ -128,6 +128,7 @@ def test_the_ending_says_what_a_file_is(name: str, kind: str | None) -> None:
         ("t.csv", "", r"t\.csv:1: found columns ''"),
         ("t.tsv", "a\tb\n1\n", r"t\.tsv:2: found 1 fields; expected 2"),
         ("t.tsv", "a b\n", r"t\.tsv:1: found columns 'a b'"),
+        ("t.jsonl", '{"a": 1, "b": %s}\n' % ("1" * 5000), r"t\.jsonl:1: not valid JSON \(Exceeds the limit"),
         ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1\n', r"t\.jsonl:2: not valid JSON \(Expecting ',' delimiter\)"),
         ("t.jsonl", '{"a": 1, "b": 2}\n[1]\n', r"t\.jsonl:2: found '\[1\]'; expected an object"),
         ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1}\n', r"t\.jsonl:2: found columns 'a'; expected one named 'b'"),

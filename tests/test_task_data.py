@@ -105,6 +105,9 @@ def test_a_regression_is_stated(tmp_path: Path) -> None:
         assert given.train.labels == [0.5, 3.0, -1.25]
         with pytest.raises(DataError, match=r"numbers with fractions in 'stars'.*state a regression, :score=stars"):
             load_data(None, train, eval_data=train, columns="text=text:label=stars")
+    wide = write(tmp_path, "wide.jsonl", [("a", 1.0), ("b", 10**400)], ("text", "stars"))
+    with pytest.raises(DataError, match=r"wide\.jsonl:2: found label 1000.*; expected a number"):
+        load_data(None, wide, eval_data=wide, columns="text=text:score=stars")
     bad = write(tmp_path, "bad.csv", [("a", 1.0), ("b", "high")], ("text", "stars"))
     with pytest.raises(DataError, match=r"bad\.csv:3: found label 'high'; expected a number"):
         load_data(None, bad, eval_data=bad, columns="text=text:score=stars")

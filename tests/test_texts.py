@@ -69,6 +69,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_again(tmp_path):
     ("line", "message"),
     [
         ("{", r"bad.jsonl:2 is not valid JSON"),
+        ("1" * 5000, r"bad.jsonl:2 is not valid JSON \(Exceeds the limit"),
         ('{"body": "words"}', r"bad.jsonl:2 holds body; expected a text named 'text'"),
         ('["words"]', r"bad.jsonl:2 holds list; expected a text named 'text'"),
         (r'{"text": "half \ud83d a pair"}', r"bad.jsonl:2 holds '\\ud83d', which is no character"),

@@ -198,10 +198,10 @@ def _texts(values: Sequence[Any], where: str) -> tuple[str, ...]:
 def _score(value: Any, where: str) -> float:
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
-        raise DataError(f"{where}: found label {value!r}; expected a number: mend or remove the example")
+        raise DataError(f"{where}: found label {repr(value)[:40]}; expected a number: mend or remove the example")
     return score
 
 

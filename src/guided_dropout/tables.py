@@ -183,9 +183,10 @@ def _read_jsonl(file: Path, wanted: Sequence[str], advice: str) -> Table:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
+        except ValueError as e:  # a number of too many digits is JSON, but not to Python
+            reason = getattr(e, "msg", e)
             raise DataError(
-                f"{file}:{number}: not valid JSON ({e.msg}); expected an object: mend or remove the line"
+                f"{file}:{number}: not valid JSON ({reason}); expected an object: mend or remove the line"
             ) from e
         if not isinstance(row, dict):
             raise DataError(f"{file}:{number}: found {line[:40]!r}; expected an object: mend or remove the line")

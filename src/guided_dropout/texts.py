@@ -114,8 +114,9 @@ def _json_texts(lines: Iterator[str], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else {"text": ""}
-        except json.JSONDecodeError as e:
-            raise DataError(f"{path}:{number} is not valid JSON ({e.msg}); expected an object with a text") from e
+        except ValueError as e:  # a number of too many digits is JSON, but not to Python
+            reason = getattr(e, "msg", e)
+            raise DataError(f"{path}:{number} is not valid JSON ({reason}); expected an object with a text") from e
         yield from _lines_of(row, "text", f"{path}:{number}")
 
 
