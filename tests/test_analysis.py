@@ -225,9 +225,9 @@ def test_order_counts_and_expectation(tmp_path):
         value=lambda k: ValueError("out of luck") if k.arm == "guided" and k.seed == 0 else 0.6 + 0.01 * k.seed,
         collapsed=lambda k: k.arm == "dropout" and k.seed == 1,
     )  # fmt: skip
-    a = analyse(experiment.runs(), experiment.grid)
+    a = analyse(experiment.runs(), experiment.grids)
     assert (a.tasks, a.fractions, a.arms) == (("rte", "cola"), (1.0, 0.1), ("dropout", "guided", "uniform"))
-    assert (len(a.runs), a.expected) == (30, 36)
+    assert (len(a.runs), {(k.task, k.seed) for k in a.missing}, len(a.missing)) == (30, {("cola", 2)}, 6)
     rte = a.cells["demo", "rte", 0.1].arms
     assert rte["guided"].counts == {"ok": 2, "collapsed": 0, "diverged": 0, "failed": 1}
     assert rte["dropout"].counts == {"ok": 2, "collapsed": 1, "diverged": 0, "failed": 0}
@@ -245,4 +245,4 @@ def test_order_counts_and_expectation(tmp_path):
 )  # fmt: skip
 def test_what_cannot_be_analysed_is_refused(held, options, words):
     with pytest.raises(DataError, match=words):
-        analyse(held, Grid(["demo"], ["cola"], ["guided"], [1.0], [0]), **options)
+        analyse(held, [Grid(["demo"], ["cola"], ["guided"], [1.0], [0])], **options)

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import psutil
 import pytest
@@ -17,6 +17,7 @@ from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import cli
 from guided_dropout.arms import ARMS
+from guided_dropout.artefacts import write_json
 from guided_dropout.bench import run as bench_run
 from guided_dropout.bench.folder import Experiment, Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
@@ -140,12 +141,26 @@ def test_models_and_schedules_may_join_but_not_change(tmp_path):
     assert started() == {"a": known, "b": known}
 
 
-def test_the_grid_grows(tmp_path):
+def test_what_was_asked_for_grows(tmp_path):
+    """By whole grids: nobody asked for the second's seeds of the first's tasks."""
     experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
-    assert experiment.grid is None
-    experiment.note_grid(Grid(["m"], ["cola"], ["dropout"], [0.1], [0, 1]))
-    experiment.note_grid(Grid(["m"], ["rte"], ["guided", "dropout"], [1.0, 0.1], [0, 1, 2]))
-    assert experiment.grid == Grid(["m"], ["cola", "rte"], ["dropout", "guided"], [1.0, 0.1], [0, 1, 2])
+    assert experiment.grids == []
+    first = Grid(["m"], ["cola"], ["dropout"], [0.1], [0, 1])
+    second = Grid(["m"], ["rte"], ["guided", "dropout"], [1.0, 0.1], [0, 1, 2])
+    experiment.note_grid(first)
+    experiment.note_grid(second)
+    experiment.note_grid(replace(second, seeds=[2]))
+    assert experiment.grids == [first, second]
+    wider = replace(first, tasks=["cola", "sst2"], arms=["dropout", "guided"])
+    experiment.note_grid(wider)
+    assert experiment.grids == [second, wider]
+
+
+def test_a_single_grid_as_it_used_to_be_noted_is_read(tmp_path):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+    grid = Grid(["m"], ["cola"], ["dropout"], [0.1], [0, 1])
+    write_json(experiment.path / "grid.json", {"kind": "bench-grid", "schema": 1, **asdict(grid)})
+    assert experiment.grids == [grid]
 
 
 def test_needs_are_checked_before_any_run(folder):
@@ -229,7 +244,7 @@ def test_many_at_once_make_each_run_once_and_leave_no_locks(tmp_path):
         list(pool.map(invocation, range(8)))
     experiment = Experiment(tmp_path / "out")
     assert sorted(made) == keys == [run.key for run in experiment.runs()]
-    assert experiment.grid.seeds == list(range(25))
+    assert {key for grid in experiment.grids for key in grid} == set(keys)
     assert list(experiment.path.rglob("*.lock")) == []
 
 
@@ -348,11 +363,11 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, in_process):
 def test_a_second_call_makes_nothing_and_says_so(folder, finished, in_process):
     save_tiny_bert(folder / "other")
     plan, experiment = finished
-    assert experiment.grid is None  # as of runs that were brought from elsewhere
+    assert experiment.grids == []  # as of runs that were brought from elsewhere
     code, text, err = in_process("finished")
     assert code == 0, err
     assert "8 runs, 8 of them there, 0 to make" in text
-    assert experiment.grid == plan.grid
+    assert experiment.grids == [plan.grid]
     code, text, _ = in_process("finished", "--dry-run", "--seeds", "4")
     assert code == 0
     assert "16 runs, 8 of them there, 8 to make" in text

@@ -163,7 +163,7 @@ def report(
     from guided_dropout.bench.experiment_verdicts import claims
 
     analysis, files = report_experiment(experiment, out, margin=margin)
-    of = "" if analysis.expected is None else f" of {analysis.expected:,}"
+    of = "" if analysis.wanted is None else f" of {analysis.wanted:,}"
     console.print(f"{len(analysis.runs):,}{of} runs", highlight=False)
     for claim in claims(analysis):
         console.print(claim, highlight=False)
@@ -189,7 +189,7 @@ def compare(
     from guided_dropout.bench.phrases import of_the_data, verdict_sentence
 
     there = Experiment(experiment)
-    analysis = analyse(there.runs(), there.grid, margin=margin)
+    analysis = analyse(there.runs(), there.grids, margin=margin)
     found = compare_two(analysis, arm, other)
     for c in found:
         place = f"{c.model}, {of_the_data(c.fraction)}, {c.task or OVERALL}"

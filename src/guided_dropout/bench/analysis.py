@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from guided_dropout.bench import controls
 from guided_dropout.bench.arms import ArmComparison, ArmResult, Pairs, compare_arms, compare_pairs, group_by_arm
 from guided_dropout.bench.folder import Run
-from guided_dropout.bench.grid import Grid
+from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.stats import UNDECIDED, holm
 from guided_dropout.errors import DataError
 from guided_dropout.results import Seeds
@@ -108,7 +108,7 @@ class Analysis:
         comparisons: by cell and pair.
         overall: the means over the tasks, by model, fraction and pair, where there are several tasks.
         guidance: by cell, then the means over the tasks.
-        expected: runs in the grid; None where it is not known.
+        missing: runs that were asked for and are not there; None where what was asked for is not known.
         margin: largest difference that does not matter; None claims no equivalence.
         confidence: of all intervals.
     """
@@ -122,9 +122,14 @@ class Analysis:
     comparisons: tuple[Comparison, ...]
     overall: tuple[Comparison, ...]
     guidance: tuple[Guidance, ...]
-    expected: int | None
+    missing: frozenset[RunKey] | None
     margin: float | None
     confidence: float
+
+    @property
+    def wanted(self) -> int | None:
+        """How many runs there are once none is missing; None where that is not known."""
+        return None if self.missing is None else len(self.runs) + len(self.missing)
 
     @property
     def main(self) -> str | None:
@@ -134,13 +139,13 @@ class Analysis:
 
 
 def analyse(
-    runs: Sequence[Run], grid: Grid | None = None, *, margin: float | None = None, confidence: float = 0.95
+    runs: Sequence[Run], grids: Sequence[Grid] = (), *, margin: float | None = None, confidence: float = 0.95
 ) -> Analysis:
     """Summaries, comparisons and verdicts of an experiment, be it finished or not.
 
     Args:
         runs: as `Experiment.runs` gives them.
-        grid: all that was asked for; orders the axes and says how many runs are missing.
+        grids: all that was asked for; orders the axes and says how many runs are missing.
         margin: largest difference that does not matter, in the metrics' unit; see `stats.verdict`.
         confidence: of the intervals, in (0, 1).
 
@@ -152,10 +157,11 @@ def analyse(
     if not runs:
         raise DataError("found no runs; expected at least one: run `guided-dropout bench run` first")
     keys = [run.key for run in runs]
-    models = _axis(grid.models if grid else (), [k.model for k in keys])
-    tasks = _axis(grid.tasks if grid else (), [k.task for k in keys])
-    fractions = tuple(sorted({*(grid.fractions if grid else ()), *(k.fraction for k in keys)}, reverse=True))
-    arms = tuple(controls.in_order([*(grid.arms if grid else ()), *(k.arm for k in keys)]))
+    models = _distinct([m for g in grids for m in g.models], [k.model for k in keys])
+    tasks = _distinct([t for g in grids for t in g.tasks], [k.task for k in keys])
+    fractions = tuple(sorted({*(f for g in grids for f in g.fractions), *(k.fraction for k in keys)}, reverse=True))
+    arms = tuple(controls.in_order([*(a for g in grids for a in g.arms), *(k.arm for k in keys)]))
+    missing = frozenset(k for g in grids for k in g).difference(keys) if grids else None
 
     held = defaultdict(list)
     for run in runs:
@@ -176,7 +182,7 @@ def analyse(
     )
     return Analysis(
         tuple(runs), models, tasks, fractions, arms, cells, comparisons, overall,
-        (*_guidance(comparisons), *_guidance(overall)), len(grid) if grid else None, margin, confidence,
+        (*_guidance(comparisons), *_guidance(overall)), missing, margin, confidence,
     )  # fmt: skip
 
 
@@ -213,7 +219,7 @@ def compare_two(analysis: Analysis, a: str, b: str) -> tuple[Comparison, ...]:
     return tuple(found)
 
 
-def _axis(asked: Sequence[str], found: Sequence[str]) -> tuple[str, ...]:
+def _distinct(asked: Sequence[str], found: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*asked, *found]))
 
 

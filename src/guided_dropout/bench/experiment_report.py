@@ -44,7 +44,7 @@ def report_experiment(
     experiment = Experiment(path)
     out = Path(path) / "report" if out is None else Path(out)
     check_output_folder(out, marker=HTML_NAME)
-    analysis = analyse(experiment.runs(), experiment.grid, margin=margin, confidence=confidence)
+    analysis = analyse(experiment.runs(), experiment.grids, margin=margin, confidence=confidence)
     name = experiment.path.resolve().name
     tables = restarts(analysis)
     blocks: list[Block] = [
@@ -72,22 +72,21 @@ def report_experiment(
 
 
 def _progress(analysis: Analysis) -> list[Block]:
-    made, expected = len(analysis.runs), analysis.expected
+    made, wanted = len(analysis.runs), analysis.wanted
     seeds = len({run.key.seed for run in analysis.runs})
     lost = Counter(run.status for run in analysis.runs)
     wrong = listing([f"{lost[s]:,} {s}" for s in STATUSES[1:] if lost[s]])
     blocks: list[Block] = []
-    if expected is not None and made < expected:
+    if wanted is not None and made < wanted:
         blocks.append(
             Paragraph(
-                f"Not finished: {made:,} of {expected:,} runs are there. What follows is of those alone and may "
-                "change.",
+                f"Not finished: {made:,} of {wanted:,} runs are there. What follows is of those alone and may change.",
                 strong=True,
             )
         )
     blocks.append(
         Paragraph(
-            f"{count(made, 'run')}{f' of {expected:,}' if expected is not None else ''}: "
+            f"{count(made, 'run')}{f' of {wanted:,}' if wanted is not None else ''}: "
             f"{count(len(analysis.models), 'model')} ({', '.join(analysis.models)}), "
             f"{count(len(analysis.tasks), 'task')} ({', '.join(analysis.tasks)}), {count(len(analysis.arms), 'arm')}, "
             f"training on {listing([f'{100 * f:g} %' for f in analysis.fractions])} of the data, "

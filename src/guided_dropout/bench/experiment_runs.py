@@ -20,14 +20,12 @@ def what_became(analysis: Analysis) -> list[Block]:
     by_arm: dict[str, Counter[str]] = defaultdict(Counter)
     for run in analysis.runs:
         by_arm[run.key.arm][run.status] += 1
-    cells = len(analysis.models) * len(analysis.tasks) * len(analysis.fractions)
-    seeds = None if analysis.expected is None else analysis.expected // (cells * len(analysis.arms))
-    header = ["arm", *STATUSES, *(["not made yet"] if seeds is not None else [])]
+    missing = None if analysis.missing is None else Counter(key.arm for key in analysis.missing)
+    header = ["arm", *STATUSES, *(["not made yet"] if missing is not None else [])]
     rows = []
     for arm in analysis.arms:
-        made = by_arm[arm]
-        missing = [] if seeds is None else [f"{max(0, seeds * cells - made.total()):,}"]
-        rows.append([arm, *(f"{made[s]:,}" for s in STATUSES), *missing])
+        to_come = [] if missing is None else [f"{missing[arm]:,}"]
+        rows.append([arm, *(f"{by_arm[arm][s]:,}" for s in STATUSES), *to_come])
     blocks: list[Block] = [
         Heading("What became of the runs"),
         Table(header, rows),

@@ -135,22 +135,23 @@ class Experiment:
         return {n: _known(m) | _known(there.get(n, {})) for n, m in facts.get(_MODELS, {}).items()}
 
     def note_grid(self, grid: Grid) -> None:
-        """Add to what is to be run: ``facts["grid"]``, the union of all that was asked for, axis by axis."""
-        file = self.path / GRID
+        """Add to what is to be run; nothing where all of it was asked for before."""
         with _alone(self.path):
-            before = read_json(file, kind=GRID_KIND, schema=SCHEMA) if file.exists() else {}
-            union = {k: list(dict.fromkeys([*before.get(k, []), *v])) for k, v in asdict(grid).items()}
-            union |= {k: sorted(union[k], reverse=k == "fractions") for k in ("fractions", "seeds")}
-            write_json(file, {"kind": GRID_KIND, "schema": SCHEMA, **union})
+            grids = self.grids
+            if set(grid) <= {key for g in grids for key in g}:
+                return
+            grids = [asdict(g) for g in (*(g for g in grids if not set(g) <= set(grid)), grid)]
+            write_json(self.path / GRID, {"kind": GRID_KIND, "schema": SCHEMA, "grids": grids})
 
     @property
-    def grid(self) -> Grid | None:
-        """All that was asked for, axis by axis; None where nothing was."""
+    def grids(self) -> list[Grid]:
+        """All that was asked for."""
         file = self.path / GRID
         if not file.exists():
-            return None
+            return []
         facts = read_json(file, kind=GRID_KIND, schema=SCHEMA)
-        return Grid(**{k: v for k, v in facts.items() if k not in ("kind", "schema")})
+        axes = {k: v for k, v in facts.items() if k not in ("kind", "schema")}  # as of when there was only one
+        return [Grid(**g) for g in facts.get("grids", [axes])]
 
     def is_done(self, key: RunKey) -> bool:
         """Whether the run is there, be it as a failure."""
