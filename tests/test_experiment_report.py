@@ -139,6 +139,8 @@ def test_an_unfinished_experiment_says_so(tmp_path):
     analysis, text, _ = report(tmp_path, fractions=[0.1], seeds=4, missing=lambda k: k.seed > 1 and k.task == "rte")
     assert (len(analysis.runs), len(analysis.missing)) == (24, 8)
     assert "**Not finished: 24 of 32 runs are there." in text
+    assert "24 runs of 32: 1 model (demo), 2 tasks (cola, rte)" in text
+    assert "2 to 4 paired seeds." in text
     assert re.search(r"^\| guided \| 6 \| 0 \| 0 \| 0 \| 2 \|$", text, re.MULTILINE)
 
 

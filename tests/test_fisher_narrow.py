@@ -97,7 +97,9 @@ def test_it_begins_there_in_half_precision(family, dtype):
     assert start_of(squares).endswith(STARTS[family])
 
 
-@pytest.mark.parametrize("name", ["sums of what was before", "one place on", "as many as were given"])
+@pytest.mark.parametrize(
+    "name", ["sums of what was before", "one place on", "how many there are", "as many as were given"]
+)
 def test_half_precision_does_not_hide_what_is_not_by_itself(name):
     end, _ = ENDS[name]
     assert start_of(squares_of(Mixing(end).bfloat16(), draw_samples([9, 9, 9, 9]))) is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from guided_dropout.artefacts import check_output_folder, staged_folder, write_text
@@ -73,7 +73,11 @@ def report_experiment(
 
 def _progress(analysis: Analysis) -> list[Block]:
     made, wanted = len(analysis.runs), analysis.wanted
-    seeds = len({run.key.seed for run in analysis.runs})
+    cells: dict[tuple[str, str, float], set[int]] = defaultdict(set)
+    for run in analysis.runs:
+        cells[run.key.model, run.key.task, run.key.fraction].add(run.key.seed)
+    fewest, most = min(map(len, cells.values())), max(map(len, cells.values()))
+    seeds = f"{fewest} to {count(most, 'paired seed')}" if fewest < most else count(most, "paired seed")
     lost = Counter(run.status for run in analysis.runs)
     wrong = listing([f"{lost[s]:,} {s}" for s in STATUSES[1:] if lost[s]])
     blocks: list[Block] = []
@@ -90,7 +94,7 @@ def _progress(analysis: Analysis) -> list[Block]:
             f"{count(len(analysis.models), 'model')} ({', '.join(analysis.models)}), "
             f"{count(len(analysis.tasks), 'task')} ({', '.join(analysis.tasks)}), {count(len(analysis.arms), 'arm')}, "
             f"training on {listing([f'{100 * f:g} %' for f in analysis.fractions])} of the data, "
-            f"{count(seeds, 'paired seed')}. {f'Of the runs, {wrong}.' if wrong else 'All of them ended well.'}"
+            f"{seeds}. {f'Of the runs, {wrong}.' if wrong else 'All of them ended well.'}"
         )
     )
     return blocks

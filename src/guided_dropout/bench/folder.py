@@ -140,8 +140,11 @@ class Experiment:
             grids = self.grids
             if set(grid) <= {key for g in grids for key in g}:
                 return
-            grids = [asdict(g) for g in (*(g for g in grids if not set(g) <= set(grid)), grid)]
-            write_json(self.path / GRID, {"kind": GRID_KIND, "schema": SCHEMA, "grids": grids})
+            kept = [g for g in grids if not set(g) <= set(grid)]
+            write_json(
+                self.path / GRID,
+                {"kind": GRID_KIND, "schema": SCHEMA, "grids": [asdict(g) for g in (*kept, grid)]},
+            )
 
     @property
     def grids(self) -> list[Grid]:

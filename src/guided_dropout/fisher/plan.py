@@ -44,7 +44,7 @@ def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, n
     sample = with_more_targets(sample)  # one or two would not tell whether their number suits the model
     batch = objective.collate(model, [sample, altered(model, sample)])
     found_starts, logits = _starts(model, head, batch)
-    odd = _with_odd_number(batch)
+    coprime = _with_coprime_number(batch)
 
     def uncovered(plan: Plan, batch: Batch = batch) -> set[str] | None:
         return _uncovered(model, parameters, plan, batch, batch.at_targets(logits), objective)
@@ -56,7 +56,7 @@ def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, n
             plan = replace(plans[-1], late=late)
             if (found := uncovered(plan)) is not None:
                 begun = (replace(plan, start=start) for start in found_starts[:_TRIES])
-                return next((p for p in begun if uncovered(p, odd) == found), plan)
+                return next((p for p in begun if uncovered(p, coprime) == found), plan)
     shared, unshared = (replace(plan, head=None) for plan in plans)
     return shared if uncovered(shared) is not None else unshared
 
@@ -71,7 +71,7 @@ def _starts(model: nn.Module, head: nn.Module | None, batch: Batch) -> tuple[lis
         return batch.at_targets(kept[0])
 
     found: list[Start] = []
-    if head is None or batch.mask.sum() < 3:  # one label a sample
+    if head is None or batch.mask.sum() < 3:  # one a sample
         with torch.no_grad():
             forward()
     else:
@@ -286,7 +286,7 @@ def _batch_dim(two: Sequence[int], three: Sequence[int]) -> int | None:
     return grown[0] if len(grown) == 1 and two[grown[0]] * 3 == three[grown[0]] * 2 else None
 
 
-def _with_odd_number(batch: Batch) -> Batch:
+def _with_coprime_number(batch: Batch) -> Batch:
     """The same batch without so many of its first targets that a model's own shapes, B and T, do not suit the rest."""
     places, mask = batch.mask.nonzero(), torch.ones_like(batch.mask)
     for place in places:
