@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from guided_dropout.adapters import adapter_parts
 from guided_dropout.errors import ModelError, ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import backbone_name, in_head, model_identity
+from guided_dropout.identity import backbone_name, in_head, model_identity, relative_name
 from guided_dropout.regularizers.base import Context
 from guided_dropout.regularizers.layers import stack_entries
 
@@ -17,22 +18,31 @@ def pretrained_parameters(model: nn.Module, context: Context) -> dict[str, nn.Pa
     Raises:
         ModelError: there is none.
     """
-    found = {n: p for n, p in model.named_parameters() if p.requires_grad and not is_new(model, n, context)}
+    new = new_parameters(model, context)
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in new}
     if not found:
-        raise ModelError(
-            f"{type(model).__name__} has no trainable parameter with pretrained weights; expected a pretrained "
-            "backbone: load a checkpoint, or unfreeze it"
-        )
+        expected = "expected a pretrained backbone: load a checkpoint, or unfreeze it"
+        if adapter_parts(model):
+            expected = "what adapters add is new; expected some: unfreeze pretrained layers, or train without adapters"
+        raise ModelError(f"{type(model).__name__} has no trainable parameter with pretrained weights; {expected}")
     return found
 
 
 def new_parameters(model: nn.Module, context: Context) -> dict[str, nn.Parameter]:
-    """Name → each trainable parameter that was drawn for the task: the head's, and what the checkpoint lacked."""
-    return {n: p for n, p in model.named_parameters() if p.requires_grad and is_new(model, n, context)}
+    """Name → each trainable parameter that was drawn for the task.
+
+    That is the head's, adapters' and what the checkpoint lacked, or what the context says.
+    """
+    adapters = adapter_parts(model) if context.new is None else ()
+    return {
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and (is_new(model, n, context) or n.startswith(adapters))
+    }
 
 
 def is_new(model: nn.Module, name: str, context: Context) -> bool:
-    """Whether the parameter is not pretrained."""
+    """Whether the parameter, which is no adapter's, is not pretrained."""
     return in_head(model, name) if context.new is None else name in context.new
 
 
@@ -49,8 +59,10 @@ def measured_names(model: nn.Module, profile: FisherProfile) -> dict[str, str]:
     if found != expected:
         raise _another(f"its model type is {found!r}, {type(model).__name__}'s is {expected!r}")
     prefix = profile.model.get("backbone_prefix", "")
-    held = {name.removeprefix(prefix): name for name in profile.shapes if name.startswith(prefix)}
+    held = {relative_name(name, prefix): name for name in profile.shapes if name.startswith(prefix)}
     names = {backbone_name(model, name): name for name, _ in model.named_parameters() if not in_head(model, name)}
+    added = adapter_parts(model)
+    names = {name: own for name, own in names.items() if name in held or not own.startswith(added)}
     lost = [name for name in held if name not in names]
     # Without a prefix a language model's head stands in the same namespace as its backbone.
     if lost and (prefix or len(lost) == len(held)):

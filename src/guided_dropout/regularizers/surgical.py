@@ -21,8 +21,8 @@ class Surgical(Regularizer):
         S_l\ \text{train}
 
     (Lodha et al., 2023, *On Surgical Fine-tuning for Language Encoders*, arXiv 2310.17041). A layer is a block of the
-    backbone's stack; embeddings, final norms and a pretrained pooler are frozen. The paper measures the Fisher
-    information on the task's data; here it is what the profile was measured on.
+    backbone's stack, with its adapters; embeddings, final norms and a pretrained pooler are frozen. The paper measures
+    the Fisher information on the task's data; here it is what the profile was measured on.
 
     Attributes:
         share: q, the share of the layers that trains, in (0, 1].

@@ -1,0 +1,86 @@
+"""Regularizers on models with adapters: what an adapter adds is new, and belongs to the layer that it adapts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import classifier_of, language_model, profile_of
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from guided_dropout import estimate_fisher
+from guided_dropout.errors import ModelError
+from guided_dropout.regularizers import EWC, L2SP, ChildTuning, Context, Mixout, Regularizer, Surgical
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+PROFILE = profile_of(language_model("bert"))
+
+
+def adapted(*, unfrozen: str = "-") -> nn.Module:
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    model = get_peft_model(classifier_of("bert"), config)
+    for name, parameter in model.named_parameters():
+        if unfrozen in name:
+            parameter.requires_grad_(True)
+    return model.train()
+
+
+def trainable(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("regularizer", [L2SP(), Mixout(), EWC(), ChildTuning()], ids=lambda r: type(r).__name__)
+def test_where_only_adapters_train_nothing_is_pretrained(regularizer: Regularizer) -> None:
+    with pytest.raises(ModelError, match="what adapters add is new; expected some: unfreeze pretrained layers"):
+        regularizer.apply(adapted(), Context(profile=PROFILE))
+
+
+def test_l2_sp_holds_what_is_pretrained_at_its_start_and_adapters_at_0() -> None:
+    model = adapted(unfrozen="output.LayerNorm").double()
+    handle = L2SP(alpha=0.7, beta=0.3).apply(model, Context())
+    start = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.data += 0.5
+    loss = handle.loss(torch.tensor(0.0, dtype=torch.float64), model, {}, None)
+    wanted = 0.0
+    for name, p in model.named_parameters():
+        if "LayerNorm" in name and p.requires_grad:
+            wanted += 0.35 * (p - start[name]).square().sum().item()
+        elif p.requires_grad:
+            wanted += 0.15 * p.square().sum().item()
+    assert "lora_A" in str(handle.facts["new"])
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_mixout_mixes_what_is_pretrained_and_no_adapter() -> None:
+    handle = Mixout(0.5).apply(adapted(unfrozen="layer.0.output.dense"), Context())
+    assert handle.facts == {"mixed": 1, "untouched": 1}
+
+
+def test_ewc_pulls_what_is_pretrained_and_measured() -> None:
+    model = adapted(unfrozen="layer.0.output.dense")
+    handle = EWC().apply(model, Context(profile=PROFILE))
+    assert handle.facts == {"unmeasured": []}
+
+
+def test_surgery_trains_the_adapters_of_the_chosen_layers() -> None:
+    model = adapted()
+    before = trainable(model)
+    with Surgical(0.5).apply(model, Context(profile=PROFILE)) as handle:
+        (layer,) = handle.facts["trained"]
+        assert trainable(model) == {n for n in before if f"{layer}." in n or "classifier" in n} < before
+    assert trainable(model) == before
+
+
+def test_an_adapter_that_was_trained_before_is_held_by_its_own_fisher_information() -> None:
+    model = adapted()
+    new = {name for name in trainable(model) if "classifier" in name}
+    samples = [{"input_ids": torch.tensor([2, 5, 7, 3]), "labels": torch.tensor(1)}]
+    profile = estimate_fisher(model.eval(), samples, parameters="all")
+    handle = EWC().apply(model, Context(profile=profile, new=new))
+    assert handle.facts == {"unmeasured": []}
+    assert L2SP().apply(model, Context(new=new)).facts == {
+        "pretrained": len(trainable(model) - new),
+        "new": sorted(new),
+    }
