@@ -1,14 +1,14 @@
 """Dropout rates for fine-tuning language models, guided by the Fisher information of the pretrained weights."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
-
-from guided_dropout.fisher import FisherProfile, estimate_fisher
-from guided_dropout.regularizers import DropoutHandle, add_residual_sites, apply_dropout
-from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.sites import DropoutSite, find_sites
 
 if TYPE_CHECKING:
     from guided_dropout.callbacks import GuidedDropoutCallback
+    from guided_dropout.fisher import FisherProfile, estimate_fisher
+    from guided_dropout.regularizers import DropoutHandle, add_residual_sites, apply_dropout
+    from guided_dropout.schedule import DropoutSchedule
+    from guided_dropout.sites import DropoutSite, find_sites
 
 __all__ = [
     "DropoutHandle",
@@ -22,10 +22,22 @@ __all__ = [
     "find_sites",
 ]
 
+# Where they are; imported when they are asked for, since that takes seconds.
+_HOMES = {
+    "callbacks": ["GuidedDropoutCallback"],
+    "fisher": ["FisherProfile", "estimate_fisher"],
+    "regularizers": ["DropoutHandle", "add_residual_sites", "apply_dropout"],
+    "schedule": ["DropoutSchedule"],
+    "sites": ["DropoutSite", "find_sites"],
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "GuidedDropoutCallback":  # with it comes the Trainer, which takes seconds to import
-        from guided_dropout.callbacks import GuidedDropoutCallback
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
 
-        return GuidedDropoutCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
 
 from guided_dropout.identity import unwrapped
 
@@ -50,6 +49,8 @@ def plain_experts(model: nn.Module) -> Iterator[None]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
+    from transformers import PreTrainedConfig
+
     found = [vars(module).get("config") for module in model.modules()]
     found += [getattr(c, name, None) for c in found if c is not None for name in getattr(c, "sub_configs", {})]
     return list({id(config): config for config in found if isinstance(config, PreTrainedConfig)}.values())

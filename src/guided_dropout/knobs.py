@@ -6,12 +6,14 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Module → the configuration that it shares with others, while a copy of its own with other rates takes its place.
 _shared_configs: WeakKeyDictionary[nn.Module, PreTrainedConfig] = WeakKeyDictionary()
@@ -137,6 +139,8 @@ def _absent(name: str, module: nn.Module) -> Iterator[Knob]:
 
 
 def _in_config(name: str, module: nn.Module) -> Iterator[Knob]:
+    from transformers import PreTrainedConfig
+
     config = vars(module).get("config")
     if isinstance(config, PreTrainedConfig):
         for key, value in vars(config).items():
