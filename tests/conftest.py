@@ -1,10 +1,12 @@
-"""What all tests share: one thread each, and a garbage collector that does not look through all that was imported."""
+"""What all tests share: one thread each, no hub, and a garbage collector that does not look through all that was imported."""
 
 import gc
 import os
 
 # Before torch is imported, and for the processes that tests start: threads only slow tiny models down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test needs it, and without a network each look-up of a name would be tried for a minute and a half.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_finish():
