@@ -1,4 +1,4 @@
-"""What all tests share: one thread each, no hub, and a garbage collector that does not look through all that was imported."""
+"""What all tests share: one thread each, no hub, and no garbage collection of all that was imported."""
 
 import gc
 import os
