@@ -78,9 +78,10 @@ def test_an_adapter_that_was_trained_before_is_held_by_its_own_fisher_informatio
     new = {name for name in trainable(model) if "classifier" in name}
     samples = [{"input_ids": torch.tensor([2, 5, 7, 3]), "labels": torch.tensor(1)}]
     profile = estimate_fisher(model.eval(), samples, parameters="all")
-    handle = EWC().apply(model, Context(profile=profile, new=new))
-    assert handle.facts == {"unmeasured": []}
-    assert L2SP().apply(model, Context(new=new)).facts == {
-        "pretrained": len(trainable(model) - new),
-        "new": sorted(new),
-    }
+    handle = EWC(40.0).apply(model, Context(profile=profile, new=new))
+    held = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in new}
+    for parameter in held.values():
+        parameter.data += 0.5
+    loss = handle.loss(torch.tensor(0.0), model, {}, None)
+    assert loss.item() == pytest.approx(sum(40.0 / 2 * 0.25 * profile.diagonal[n].sum().item() for n in held)) != 0
+    assert L2SP().apply(model, Context(new=new)).facts == {"pretrained": len(held), "new": sorted(new)}

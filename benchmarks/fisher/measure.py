@@ -197,7 +197,7 @@ def _trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _limit_memory(share: float = 0.95) -> None:
+def _limit_memory(share: float = 0.85) -> None:
     """A method that wants more memory than there is gets an error that can be recorded, rather than being killed."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource

@@ -213,7 +213,7 @@ class Published(Method):
 
 
 class PublishedInHundreds(Published):
-    """The same, with as many samples' gradients kept as the scripts keep, to the nearest whole batch: 96 of 100."""
+    """The same, with as many samples' gradients kept as the scripts keep, 100, in whole batches: 96."""
 
     repeats = 12
 
