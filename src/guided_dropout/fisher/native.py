@@ -30,11 +30,11 @@ _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenm
 _TUNING = (("-march=native",), ("-mcpu=native",), ())
 
 
-def takes(total: Tensor | None, left: Tensor, right: Tensor) -> bool:
-    """Whether the kernel can be used for these matrices: float32, on a CPU, and it could be built."""
-    kinds = {(t.device.type, t.dtype) for t in (total, left, right) if t is not None}
-    suited = kinds == {("cpu", torch.float32)} and (total is None or total.is_contiguous())
-    return suited and _kernel() is not None
+def takes(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether the kernel could be built and suits these: on a CPU, matrices of `dtype`, a float32 total."""
+    kinds = {(t.device.type, t.dtype) for t in (left, right)}
+    suited = total is None or (total.device.type == "cpu" and total.dtype == torch.float32 and total.is_contiguous())
+    return suited and kinds == {("cpu", dtype)} and _kernel() is not None
 
 
 def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
@@ -46,6 +46,16 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
         failed = kernel.square_accumulate(*outputs, *inputs)
     if failed:
         raise MemoryError("no memory for the kernel's buffers")
+
+
+def add_squares(total: Tensor | None, sums: Tensor | None, products: Tensor) -> None:
+    """Add the squares of products [B, ...] bfloat16, contiguous, to `total` [...] and their sums to `sums` [B]."""
+    kernel = _kernel()
+    assert kernel is not None
+    outputs = [None if t is None else t.data_ptr() for t in (total, sums)]
+    kernel.add_squares_of_bfloat16(
+        *outputs, products.data_ptr(), len(products), products[0].numel(), torch.get_num_threads()
+    )
 
 
 def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
@@ -100,6 +110,8 @@ def _kernel() -> ctypes.CDLL | None:
         library.square_accumulate.restype = ctypes.c_int
         library.gram_sums.argtypes = [p, *inputs]
         library.gram_sums.restype = None
+        library.add_squares_of_bfloat16.argtypes = [p, p, p, i, i, ctypes.c_int]
+        library.add_squares_of_bfloat16.restype = None
         return library
     return None
 

@@ -2,7 +2,8 @@
  *
  *   total[i][j] += sum_b ( sum_{t in sample b} left[t][i] * right[t][j] )^2
  *
- * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each.
+ * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each. Products that a processor's
+ * own units for bfloat16 have formed are squared and added up alone.
  *
  * Plain C with vector types of GCC and Clang, no intrinsics; built by native.py for the machine at hand.
  */
@@ -171,6 +172,41 @@ static inline __attribute__((always_inline)) void dots(int64_t width, const floa
       out[i][j] = sum_of_lanes(acc[i][j]);
       for (int64_t q = k; q < width; q++) out[i][j] += a[i][q] * b[j][q];
     }
+}
+
+#define CHUNK 2048 /* of float32 stay in the first cache, whatever the number of samples */
+
+/* total[i] += sum_b products[b][i]^2, sums[b] += sum_i products[b][i]^2; products [samples][n] in bfloat16, total or sums
+ * may be NULL. */
+void add_squares_of_bfloat16(float *total, double *sums, const uint16_t *products, int64_t samples, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t start = 0; start < n; start += CHUNK) {
+    const int64_t width = least(CHUNK, n - start);
+    for (int64_t b = 0; b < samples; b++) {
+      const uint16_t *restrict from = products + b * n + start;
+      float squares[CHUNK];
+      for (int64_t i = 0; i < width; i++) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        float x;
+        memcpy(&x, &bits, sizeof x);
+        squares[i] = x * x;
+      }
+      if (total) {
+        float *restrict out = total + start;
+        for (int64_t i = 0; i < width; i++) out[i] += squares[i];
+      }
+      if (sums) {
+        vec lanes = {0};
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) lanes += *(const vec *)(squares + i);
+        double whole = 0;
+        for (int l = 0; l < LANES; l++) whole += lanes[l];
+        for (; i < width; i++) whole += squares[i];
+#pragma omp atomic
+        sums[b] += whole;
+      }
+    }
+  }
 }
 
 #define GBLOCK (4 * GR)
