@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,11 +45,24 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     profile().save_pretrained(folder)
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     with pytest.raises(KeyboardInterrupt):
-        _write_half(artefacts.staged_folder(folder), lambda tmp: tmp / "profile.json", KeyboardInterrupt())
+        _write_half(artefacts.staged_folder(folder, own=()), lambda tmp: tmp / "profile.json", KeyboardInterrupt())
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     profile(other=torch.ones(2)).save_pretrained(folder)
     assert list(FisherProfile.from_pretrained(folder).diagonal) == ["other"]
     assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_others_put_into_a_folder_outlives_its_replacement(tmp_path):
+    folder = tmp_path / "p"
+    profile().save_pretrained(folder)
+    (folder / "schedule.json").write_text("mine")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "a.png").write_text("mine too")
+    (folder / "latest").symlink_to("nowhere")
+    replace(profile(), diagonal={}).save_pretrained(folder)
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", "latest", "plots", "profile.json", "schedule.json"]
+    assert (folder / "schedule.json").read_text() + (folder / "plots" / "a.png").read_text() == "minemine too"
+    assert (folder / "latest").is_symlink()
 
 
 def test_links_stay_and_lead_to_what_was_written(tmp_path):

@@ -253,6 +253,12 @@ def test_profiles_are_merged_and_stored_smaller(chain, command):
     assert f"{both.num_samples} samples" in out
     assert [part["seed"] for part in both.provenance["merged"]] == [1, 2]
     assert command("schedule", "both", "--out", "both.json")[0] == 0
+    for also in ("profile", "both"):  # whose first samples these are
+        line = f"fisher model --text text.txt --samples 7 --max-length 12 --seed 1 --out fewer-of-{also}"
+        assert command(*line.split())[0] == 0
+        code, _, err = command("merge", also, f"fewer-of-{also}", "--out", "twice")
+        assert code == 2
+        assert "profiles 1 and 2 were both measured on samples of 12 tokens of" in err
 
 
 def test_inspect_names_the_noise(chain, command):
@@ -277,6 +283,15 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (f"{FISHER} --samples 0", "number of samples 0; expected at least 1"),
         (f"{FISHER} --samples some", "number of samples some; expected at least 1, or all"),
         (f"{FISHER} --fisher true", "unknown --fisher 'true'; expected one of: empirical, sampled"),
+        (f"{FISHER} --columns text=a:label=b", "--data None, --columns text=a:label=b; expected --text, or --task"),
+        (f"{FISHER} --stable-tau 0.9", "--stable-tau 0.9 without --until-stable, whose option it is"),
+        (f"{FISHER} --rank-tolerance 0.1 --until-stable", "--rank-tolerance 0.1 without --until-ranked"),
+        (f"{FISHER} --rank-confidence 0.9", "--rank-confidence 0.9 without --until-ranked or --until-stable"),
+        (f"{FISHER} --scores-only --save-dtype bfloat16", "--save-dtype bfloat16 with --scores-only"),
+        (
+            "schedule profile --shape exponential:-3 --out new",
+            "decay -3 of shape exponential; expected",
+        ),
         (f"{FISHER} --max-characters 0", "at most 0 characters; expected at least 1"),
         (f"{FISHER} --task cola", "--task cola, --data None; expected --text, or --task with its --data"),
         (FISHER.replace("--text text.txt", "--task cola --data glue"), "BertForMaskedLM has no classes"),

@@ -143,6 +143,13 @@ def test_control_by_magnitude_adds_the_residual_sites_that_the_schedule_has(comm
     code, _, err = command("schedule", "control", planned.save(tmp_path / "planned.json"), *line)
     assert code == 0, err
     assert DropoutSchedule.load(tmp_path / "control.json").rates == derived.rates
+    inspected = ("inspect", tmp_path / "llama", "--schedule", tmp_path / "planned.json")
+    code, out, err = command(*inspected, "--residual-sites", "--json")
+    assert code == 0, err
+    assert {row["path"]: row["scheduled_rate"] for row in json.loads(out)} == planned.rates
+    code, _, err = command(*inspected)
+    assert code == 2
+    assert "only once residual sites are added to it; add them first: --residual-sites" in err
 
 
 def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, command, tmp_path):

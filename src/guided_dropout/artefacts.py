@@ -7,6 +7,7 @@ file or the new one and nothing between.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -49,11 +50,15 @@ def staged_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def staged_folder(path: str | Path) -> Iterator[Path]:
+def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; put it in `path`'s place when the block ends well.
 
-    An existing folder at `path` is replaced as a whole, so only folders that this project wrote should be given;
-    `check_output_folder` sees to that.
+    What an existing folder at `path` holds is replaced where it is this kind of artefact's own; the rest stays.
+    `check_output_folder` sees to it that it is a folder of this kind.
+
+    Args:
+        path: the folder to be.
+        own: names, as patterns, of what a folder of this kind is made of.
     """
     path = _followed(path)
     try:
@@ -66,6 +71,7 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
         yield staging
         staging.chmod(0o777 & ~_umask())
         if path.exists():
+            _carry_over(path, staging, own)
             os.replace(path, old)
         os.replace(staging, path)
     except OSError as e:
@@ -73,6 +79,26 @@ def staged_folder(path: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _carry_over(path: Path, staging: Path, own: Sequence[str]) -> None:
+    """Put what somebody else left in `path` into `staging` too, without reading it where the disk allows that."""
+
+    def link(source: str, target: str) -> str:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+        return target
+
+    for entry in path.iterdir():
+        target = staging / entry.name
+        if os.path.lexists(target) or any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in own):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, target, symlinks=True, copy_function=link)
+        else:
+            link(str(entry), str(target))
 
 
 def _followed(path: str | Path) -> Path:

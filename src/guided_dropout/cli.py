@@ -15,7 +15,7 @@ from guided_dropout.cli_fidelity import fidelity
 from guided_dropout.cli_finetune import finetune
 from guided_dropout.cli_fisher import fisher, merge
 from guided_dropout.cli_landscape import landscape_app
-from guided_dropout.cli_options import PROFILE_HELP, Grouping, Model
+from guided_dropout.cli_options import PROFILE_HELP, Grouping, Model, ResidualSites
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
 from guided_dropout.console import arms_help, console, errors, site_table
@@ -58,24 +58,27 @@ def inspect(
     profile: Annotated[str | None, typer.Option(help=f"Adds each site's score: {PROFILE_HELP}.")] = None,
     schedule: Annotated[Path | None, typer.Option(help="Schedule file: adds each site's rate in it.")] = None,
     grouping: Grouping = "owner",
+    residual_sites: ResidualSites = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the parameters' names.")] = False,
 ) -> None:
     """List a model's dropout sites, found by running it: path, kind, the rate that arrives, what feeds it, score."""
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.models import load_model
     from guided_dropout.regularizers import dropout_table
+    from guided_dropout.regularizers.residual import added_sites
     from guided_dropout.schedule import DropoutSchedule
     from guided_dropout.sites import trace
 
     loaded = load_model(model)
     measured = FisherProfile.from_pretrained(profile) if profile else None
     planned = DropoutSchedule.load(schedule) if schedule else None
-    rows = dropout_table(loaded, planned, measured, grouping)
+    with added_sites(loaded, residual_sites):
+        rows = dropout_table(loaded, planned, measured, grouping)
+        dead = trace(loaded).dead
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=1) + "\n")
         return
     console.print(site_table(rows))
-    dead = trace(loaded).dead
     if dead:
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
     if measured and measured.noise:

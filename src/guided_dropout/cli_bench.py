@@ -51,9 +51,9 @@ def run(
     split: Annotated[
         str | None,
         typer.Option(
-            metavar="glue|paper",
+            metavar="glue|paper|holdout:SHARE",
             help="glue: GLUE's own dev split. paper: that and the training data pooled and dealt anew. "
-            "\\[default: glue]",
+            "holdout:0.2: a part of the training data, to choose by. \\[default: glue]",
         ),
     ] = None,
     profile: Annotated[

@@ -18,6 +18,9 @@ from guided_dropout.interrupts import interrupts_wait, resumable
 if TYPE_CHECKING:
     from guided_dropout.fisher import FisherProfile
 
+# Of the rules to stop by
+_TAU, _CONFIDENCE, _TOLERANCE = 0.95, 0.95, 0.05
+
 
 def fisher(
     model: options.Model,
@@ -64,11 +67,11 @@ def fisher(
     ] = False,
     stable_tau: Annotated[
         float, typer.Option(help="Of --until-stable: Kendall's tau with the order that other samples would give.")
-    ] = 0.95,
-    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked and --until-stable.")] = 0.95,
+    ] = _TAU,
+    rank_confidence: Annotated[float, typer.Option(help="Of --until-ranked and --until-stable.")] = _CONFIDENCE,
     rank_tolerance: Annotated[
         float, typer.Option(help="Of --until-ranked: scores that differ by less may change places.")
-    ] = 0.05,
+    ] = _TOLERANCE,
     dtype: options.Dtype = "float32",
     seed: options.Seed = 0,
 ) -> None:
@@ -98,6 +101,20 @@ def fisher(
         )  # fmt: skip
         if until_ranked and until_stable:
             raise DataError("both --until-ranked and --until-stable; expected one rule to stop by: leave one out")
+        unused = [
+            (f"--stable-tau {stable_tau}", "--until-stable", stable_tau != _TAU and not until_stable),
+            (f"--rank-tolerance {rank_tolerance}", "--until-ranked", rank_tolerance != _TOLERANCE and not until_ranked),
+            (
+                f"--rank-confidence {rank_confidence}",
+                "--until-ranked or --until-stable",
+                rank_confidence != _CONFIDENCE and not (until_ranked or until_stable),
+            ),
+        ]
+        for option, rule, alone in unused:
+            if alone:
+                raise DataError(f"{option} without {rule}, whose option it is; expected both or neither")
+        if scores_only and save_dtype != "float32":
+            raise DataError(f"--save-dtype {save_dtype} with --scores-only, which keeps no values: leave one out")
         if (until_ranked or until_stable) and given.number is None:
             rule = "--until-ranked" if until_ranked else "--until-stable"
             raise DataError(f"{rule} with --samples all; expected samples drawn at random: give their number")

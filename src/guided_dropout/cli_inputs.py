@@ -40,10 +40,13 @@ class Given:
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.task is None) or (self.task is None and (self.data or self.columns)):
+            columns = f", --columns {self.columns}" if self.columns else ""
             raise DataError(
-                f"--text {self.text}, --task {self.task}, --data {self.data}; expected --text, or --task with its "
-                "--data"
+                f"--text {self.text}, --task {self.task}, --data {self.data}{columns}; expected --text, or "
+                "--task with its --data and --columns"
             )
+        if self.max_characters is not None and self.max_characters < 1:
+            raise DataError(f"at most {self.max_characters} characters; expected at least 1")
         _ = self.precision, self.number
 
     @property

@@ -74,7 +74,7 @@ def make(
                 loaded,
                 upper=upper,
                 lower=lower,
-                shape=shape.replace("-", "_"),
+                shape=_named(shape),
                 grouping=grouping,
                 aggregate=aggregate.replace("-", "_"),
                 mean_rate=mean_rate,
@@ -141,6 +141,12 @@ def control(
     console.print(schedule_table(derived))
     console.print(schedule_origin(derived), highlight=False)
     console.print(path)
+
+
+def _named(shape: str) -> str:
+    """A shape's name with hyphens is the one with underscores; what follows a colon is a number."""
+    name, colon, number = shape.partition(":")
+    return name.replace("-", "_") + colon + number
 
 
 def _by_magnitude(planned: DropoutSchedule, file: Path, model: str | None) -> DropoutSchedule:

@@ -19,11 +19,13 @@ def landscape_origin(landscape: Landscape) -> str:
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds from {seeds[0]} to {seeds[-1]}"
     shape = f"{grid.points} points on [-{grid.radius:g}, {grid.radius:g}]" + (" squared" if grid.dims == 2 else "")
     text = landscape.provenance.get("text") or landscape.provenance.get("task")
+    skipped = landscape.provenance.get("skipped") or 0
+    without = f", {skipped:,} without a target skipped" if skipped else ""
     return "\n".join(
         [
             f"{landscape.title}: loss {landscape.origin_loss:.4f} nats at the weights as they are",
             f"{shape}; directions {made['kind']} ({how}), {drawn}",
-            f"{landscape.num_samples:,} samples ({landscape.objective})" + (f" of {text}" if text else ""),
+            f"{landscape.num_samples:,} samples ({landscape.objective})" + (f" of {text}" if text else "") + without,
         ]
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guided_dropout.errors import DataError
+from guided_dropout.errors import DataError, ModelError
 
 IGNORE = -100
 INDEX = "index"
@@ -93,6 +93,11 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many tokens the model knows."""
+    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers; expected a PreTrainedModel, whose Fisher is measured "
+            "by its own loss: wrap it in one (`find_sites(model, inputs=…)` and rates do without)"
+        )
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.weight.shape[0]
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from guided_dropout.artefacts import write_text
 
 HTML_NAME = "report.html"
+MARKDOWN_NAME = "report.md"
+FIGURES_NAME = "figures"
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,9 @@ def write_document(folder: str | Path, title: str, blocks: Sequence[Block]) -> t
         ArtefactError: the folder cannot be written.
     """
     folder = Path(folder)
-    html_file, markdown_file = folder / HTML_NAME, folder / "report.md"
+    html_file, markdown_file = folder / HTML_NAME, folder / MARKDOWN_NAME
     for picture in pictures(blocks):
-        write_text(folder / "figures" / f"{picture.name}.svg", picture.svg)
+        write_text(folder / FIGURES_NAME / f"{picture.name}.svg", picture.svg)
     write_text(html_file, to_html(title, blocks))
     write_text(markdown_file, to_markdown(blocks))
     return html_file, markdown_file
@@ -110,7 +112,7 @@ def pictures(blocks: Sequence[Block]) -> list[Picture]:
     return found
 
 
-def to_markdown(blocks: Sequence[Block], figures: str = "figures") -> str:
+def to_markdown(blocks: Sequence[Block], figures: str = FIGURES_NAME) -> str:
     """GitHub-flavoured Markdown; pictures are referred to as ``{figures}/{name}.svg``."""
     return "\n\n".join(_markdown(block, figures) for block in blocks) + "\n"
 

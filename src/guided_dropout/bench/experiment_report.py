@@ -10,7 +10,17 @@ from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import Analysis, analyse
 from guided_dropout.bench.arms import STATUSES
 from guided_dropout.bench.csv_files import write_csv
-from guided_dropout.bench.document import HTML_NAME, Block, Bullets, Code, Heading, Paragraph, write_document
+from guided_dropout.bench.document import (
+    FIGURES_NAME,
+    HTML_NAME,
+    MARKDOWN_NAME,
+    Block,
+    Bullets,
+    Code,
+    Heading,
+    Paragraph,
+    write_document,
+)
 from guided_dropout.bench.experiment_figures import curves, forests, run_by_run
 from guided_dropout.bench.experiment_runs import what_became, what_was_run
 from guided_dropout.bench.experiment_verdicts import comparisons, place_name, verdicts
@@ -64,7 +74,7 @@ def report_experiment(
         *_again(analysis, experiment),
         *_limits(analysis),
     ]  # fmt: skip
-    with staged_folder(out) as folder:
+    with staged_folder(out, own=(HTML_NAME, MARKDOWN_NAME, FIGURES_NAME, LATEX_NAME)) as folder:
         written = [*write_document(folder, f"Experiment {name}", blocks), *write_csv(folder, analysis)]
         write_text(folder / LATEX_NAME, to_latex(tables, name))
         written.append(folder / LATEX_NAME)

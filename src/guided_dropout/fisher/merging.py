@@ -120,6 +120,21 @@ def _check_other_samples(a: FisherProfile, b: FisherProfile, first: int, second:
             f"profiles {first} and {second} were measured on the same {a.num_samples:,} samples: their tensor means "
             "agree; expected samples that do not overlap: measure on other text or with another --seed"
         )
+    nested = [facts for facts in _drawn_from(a) if facts in _drawn_from(b)]
+    if nested:
+        text, seed, length = nested[0]
+        raise ArtefactError(
+            f"profiles {first} and {second} were both measured on samples of {length} tokens of {text} with seed "
+            f"{seed}: the fewer are among the more, and would count twice; expected samples that do not "
+            "overlap: measure on other text"
+        )
+
+
+def _drawn_from(profile: FisherProfile) -> list[tuple[Any, Any, Any]]:
+    """(text or task, seed, tokens) of each of its parts that says so: from the same, fewer samples begin more."""
+    parts = profile.provenance.get("merged", [profile.provenance])
+    facts = [(part.get("text") or part.get("data"), part.get("seed"), part.get("max_length")) for part in parts]
+    return [found for found in facts if None not in found]
 
 
 def _provenance(profiles: Sequence[FisherProfile]) -> dict[str, Any]:

@@ -146,7 +146,7 @@ class FisherProfile:
         Without values per parameter there is no ``fisher.safetensors``.
 
         Args:
-            folder: where to; replaced as a whole if it holds a profile.
+            folder: where to; a profile that it holds is replaced, other files stay.
             dtype: a key of `DTYPES` for the values per parameter; as they are if None. The tensor means are not
                 affected.
 
@@ -156,7 +156,7 @@ class FisherProfile:
         """
         folder = check_output_folder(folder, marker=JSON_NAME)
         stored = self if dtype is None else self._as(check_dtype(dtype))
-        with staged_folder(folder) as tmp:
+        with staged_folder(folder, own=(TENSORS_NAME, JSON_NAME, CARD_NAME)) as tmp:
             values = None
             if stored.diagonal:
                 file = tmp / TENSORS_NAME

@@ -45,6 +45,9 @@ class Selection:
 
     def mask(self, name: str) -> Tensor:
         """The chosen elements of one tensor: boolean, of its shape, on its device; made anew on each call."""
+        if name not in self.tensors:
+            known = ", ".join(list(self.tensors)[:3])
+            raise ArtefactError(f"no tensor {name!r}; expected the name of a parameter of the profile, as {known}, …")
         values = self.tensors[name].detach()
         if not self.counts.get(name):
             return torch.zeros(values.shape, dtype=torch.bool, device=values.device)

@@ -152,7 +152,7 @@ class Landscape:
             ArtefactError: the folder cannot be written, or holds other things than a landscape.
         """
         folder = check_output_folder(folder, marker=JSON_NAME)
-        with staged_folder(folder) as tmp:
+        with staged_folder(folder, own=(TENSORS_NAME, JSON_NAME, DIRECTIONS_NAME.format("*", "*"))) as tmp:
             file = tmp / TENSORS_NAME
             tensors = {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in _TENSORS}
             write_tensors(file, tensors, metadata={"format": "pt", "kind": KIND})

@@ -16,6 +16,7 @@ from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.knobs import Knob, find_knobs
 from guided_dropout.regularizers.base import Handle
 from guided_dropout.regularizers.per_call import set_by_call
+from guided_dropout.residual import ATTRIBUTE
 from guided_dropout.schedule import DropoutSchedule, site_scores
 from guided_dropout.schedule.shapes import check_choice
 from guided_dropout.sites import GROUPINGS, DropoutSite, find_sites, knob_path, trace, verify_rates
@@ -208,6 +209,11 @@ def _matched_rates(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[
         elif not (site.in_head or site.in_adapter):
             raise _another_model(f"it has no rate for {site.path}, a dropout site of {type(model).__name__}")
     for path in left.values():
+        if path.rpartition(".")[2] == ATTRIBUTE:
+            raise ScheduleError(
+                f"the schedule has a rate for {path}, which {type(model).__name__} has only once residual sites are "
+                "added to it; add them first: --residual-sites on the command line, or add_residual_sites(model)"
+            )
         raise _another_model(f"{path} is no dropout site of {type(model).__name__}")
     return rates
 
