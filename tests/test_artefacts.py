@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,28 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
     profile(other=torch.ones(2)).save_pretrained(folder)
     assert list(FisherProfile.from_pretrained(folder).diagonal) == ["other"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_is_there_again_where_its_replacement_was_interrupted(tmp_path, monkeypatch):
+    folder = profile().save_pretrained(tmp_path / "p")
+    moves, replace_file = [], os.replace
+
+    def interrupted(source, target):
+        moves.append(target)
+        if Path(target) == folder and len(moves) > 1:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        replace_file(source, target)
+
+    def anew():
+        with artefacts.staged_folder(folder, own=("*",)) as tmp:
+            (tmp / "x").write_text("new")
+            monkeypatch.setattr(os, "replace", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        anew()
+    assert FisherProfile.from_pretrained(folder).num_samples == 7
     assert list(tmp_path.iterdir()) == [folder]
 
 

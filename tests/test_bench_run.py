@@ -1,5 +1,6 @@
 """An experiment: what is missing is run, whatever happened before or happens beside it."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -194,6 +195,36 @@ def test_names_of_runs_tell_them_apart():
         with pytest.raises(GuidedDropoutError, match="would share the file"):
             replace(grid, **changes)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=_-") for name in names)
+
+
+@pytest.mark.parametrize("source", [".", "..", ".hidden"])
+def test_a_models_name_hides_no_runs(tmp_path, monkeypatch, finished, source):
+    (tmp_path / "inner" / ".hidden").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "inner")
+    experiment = Experiment.start(tmp_path / "out", finished[0].check())
+    key = RunKey(BenchModel(source).label, "cola", 1.0, "none", 0)
+    experiment.write(Run(key, failure=Failure("A", "b", "")))
+    assert experiment.failed() == {key}
+
+
+def test_a_run_that_was_written_before_its_process_died_is_kept(tmp_path, finished, monkeypatch):
+    plan, made = finished
+    run = made.runs()[0]
+    experiment = Experiment.start(tmp_path / "out", plan.check())
+
+    def work(channel, plan, folder, threads):
+        here = Experiment(folder)
+        with here.claim(channel.recv()):
+            here.write(run)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(bench_run, "_work", work)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    done = []
+    run_experiment(plan, experiment, [run.key], threads=1, told=done.append)
+    assert [d.status for d in done] == [run.status]
+    assert outcomes(experiment) == {run.key: outcomes(made)[run.key]}
 
 
 def test_a_failure_and_a_result_survive_the_disk(tmp_path, finished):

@@ -35,6 +35,16 @@ def gradient(model, evaluation, names):
     return torch.cat([g.flatten() for g in found])
 
 
+def test_in_half_precision_products_of_many_batches_add_up():
+    """A running sum in bfloat16 stops growing after 256 of the same."""
+    model = language_model("bert").bfloat16().eval()
+    generator = torch.Generator().manual_seed(0)
+    vector = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in movable_parameters(model).items()}
+    once, often = (hessian_vector_product(Evaluation(model, SAMPLES[:1] * n, batch_size=1), vector) for n in (1, 600))
+    for name, found in often.items():
+        torch.testing.assert_close(found, once[name], rtol=2**-7, atol=1e-6)
+
+
 @pytest.mark.parametrize(("family", "tolerance"), [("bert", 1e-5), ("gpt2", 1e-5), ("t5", 1e-3), ("llama", 1e-3)])
 def test_hessian_vector_products_are_differences_of_gradients(family, tolerance):
     """T5 and Llama normalise in float32, whatever the weights."""

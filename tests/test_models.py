@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families import language_model
 from tiny import VOCABULARY, save, save_tiny_bert, tiny_bert_config
 from transformers import (
     BartConfig,
@@ -250,3 +251,18 @@ def test_a_real_masked_lm_loads_as_lm_and_as_classifier() -> None:
     assert sum(p.numel() for p in load_lm(folder).parameters()) > 22e6
     assert load_classifier(folder, 2, head_seed=0).num_labels == 2
     assert load_tokenizer(folder).vocab_size == 30522
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+def test_a_sample_of_all_positions_runs_and_a_longer_one_is_refused(family):
+    """RoBERTa's table of positions begins after its padding."""
+    model = language_model(family).eval()
+    longest = models.positions_of(model)
+    models.check_length(model, longest)
+    tokens = torch.full((1, longest + 1), 7)
+    with torch.no_grad():
+        model(tokens[:, :-1])
+        with pytest.raises((IndexError, RuntimeError)):
+            model(tokens)
+    with pytest.raises(ModelError, match=f"has positions for {longest} tokens: use --max-length {longest} or less"):
+        models.check_length(model, longest + 1)

@@ -249,6 +249,17 @@ def test_mixout_at_1_computes_with_the_pretrained_weights_and_at_0_with_the_own(
             assert torch.equal(found, pretrained if p == 1 else moved)
 
 
+def test_a_weight_that_two_layers_share_is_mixed_in_both() -> None:
+    model = classifier_of("bert").train()
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    second.query.weight = first.query.weight
+    with apply_dropout(model, DropoutSchedule.uniform(model, 0.0, include_head=True)):
+        pretrained = logits(model)
+        Mixout(1.0).apply(model, Context())
+        first.query.weight.data += 0.3 * torch.randn_like(first.query.weight)
+        assert torch.equal(logits(model), pretrained)
+
+
 def test_the_gradient_goes_to_the_kept_weights_and_none_gets_lost() -> None:
     w, start = torch.randn(1000, requires_grad=True), torch.randn(1000)
     torch.manual_seed(0)

@@ -89,6 +89,22 @@ def test_ewc_pulls_by_the_fisher_information_and_leaves_the_new_alone() -> None:
     assert handle.facts == {"unmeasured": sorted(POOLER)}
 
 
+def test_ewc_pulls_in_float16_as_in_float32() -> None:
+    """A Fisher value, and the square of a distance, may be less than float16 has."""
+    profile = random_profile(language_model("bert"))
+    profile = replace(profile, diagonal={n: 1e-6 * t for n, t in profile.diagonal.items()})
+    penalties = []
+    for dtype in (torch.float32, torch.float16):
+        model = classifier_of("bert").half().to(dtype).train()
+        handle = EWC(1.0).apply(model, Context(profile=profile))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_((parameter + 2.0**-10).half())
+        penalties.append(handle.loss(torch.zeros(()), model, {}, None))
+    assert penalties[0] > 0
+    torch.testing.assert_close(penalties[1].float(), penalties[0], rtol=0.02, atol=0)
+
+
 def test_ewc_refuses_a_profile_of_means_only() -> None:
     profile = replace(profile_of(language_model("bert")), diagonal={})
     with pytest.raises(ArtefactError, match=r"tensor means only.*the pulls of EWC need them"):

@@ -77,6 +77,8 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
     except OSError as e:
         raise _cannot_write(path, e) from e
     finally:
+        if old.exists() and not path.exists():  # interrupted between the two
+            os.replace(old, path)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

@@ -18,7 +18,7 @@ from guided_dropout.encoding import order_name
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
-from guided_dropout.models import drawn_parameters
+from guided_dropout.models import drawn_parameters, positions_of
 from guided_dropout.provenance import provenance
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
@@ -186,8 +186,7 @@ def finetune(
 
 
 def _fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    return min(max_length, tokenizer.model_max_length, positions)
+    return min(max_length, tokenizer.model_max_length, positions_of(model) or max_length)
 
 
 def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:

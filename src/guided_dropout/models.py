@@ -17,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -208,14 +209,30 @@ def drawn_parameters(model: PreTrainedModel) -> frozenset[str] | None:
     return _drawn.get(model)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The tokens of the longest sample that the model has positions for; None where it has no such limit.
+
+    Of a table of positions that sets some aside (RoBERTa's, which begins after its padding), what is left.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    named: Any = model.named_modules()
+    for name, module in named:
+        if name.rpartition(".")[2] == "position_embeddings" and isinstance(module, nn.Embedding):
+            aside = 0 if module.padding_idx is None else module.padding_idx + 1
+            return min(limit, module.num_embeddings - aside)
+    return limit
+
+
 def check_length(model: PreTrainedModel, max_length: int) -> None:
     """Refuse samples longer than the model has positions for.
 
     Raises:
         ModelError: they are.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < max_length:
+    limit = positions_of(model)
+    if limit is not None and limit < max_length:
         raise ModelError(
             f"max length {max_length}; {type(model).__name__} has positions for {limit} tokens: "
             f"use --max-length {limit} or less"

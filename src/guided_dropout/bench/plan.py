@@ -41,8 +41,11 @@ class BenchModel:
 
     @property
     def label(self) -> str:
-        """What it is called in results: the last part of `source`."""
-        return Path(self.source).name or self.source
+        """What it is called in results: the last part of `source`, without dots in front, which hide a file."""
+        path = Path(self.source)
+        if path.name in ("", ".."):
+            path = path.resolve()
+        return path.name.lstrip(".") or self.source
 
     def known(self) -> tuple[FisherProfile | None, DropoutSchedule | None]:
         """The profile and the schedule, read from disk; a missing schedule is made from the profile."""

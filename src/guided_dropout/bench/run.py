@@ -120,14 +120,21 @@ class _Worker:
         return done
 
     def died(self, experiment: Experiment) -> Done:
-        """Write that the process died in its run."""
+        """Write that the process died in its run, unless the run was written before, or is another's by now."""
         assert self.key is not None
+        seconds = time.perf_counter() - self.begun
         self.process.join(10)
         code = self.process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         message = f"the process of the run died ({how}); often for want of memory: try fewer jobs or smaller batches"
-        experiment.write(Run(self.key, failure=Failure("ProcessDied", message, "")))
-        return Done(self.key, "failed", None, time.perf_counter() - self.begun)
+        with experiment.claim(self.key) as mine:
+            if experiment.is_done(self.key):
+                run = experiment.read(experiment.file(self.key))
+                return Done(self.key, run.status, run.result and run.result.value, seconds)
+            if not mine:
+                return Done(self.key, _ELSEWHERE, None, seconds)
+            experiment.write(Run(self.key, failure=Failure("ProcessDied", message, "")))
+        return Done(self.key, "failed", None, seconds)
 
     def stop(self) -> None:
         self.channel.close()

@@ -37,7 +37,8 @@ def hessian_vector_product(evaluation: Evaluation, vector: Mapping[str, Tensor])
         Like `vector`: on its parameter's device, in the parameter's dtype.
     """
     with _differentiable(evaluation.model, vector) as parameters:
-        return _product(evaluation, parameters, vector)
+        product = _product(evaluation, parameters, vector)
+        return {name: product[name].to(p.dtype) for name, p in parameters.items()}
 
 
 def hessian_directions(
@@ -131,10 +132,14 @@ def _product(
 ) -> dict[str, Tensor]:
     leaves = list(parameters.values())
     steps = [vector[name].to(p.device, p.dtype) for name, p in parameters.items()]
-    sums = [torch.zeros_like(p) for p in leaves]
+    wide = [
+        torch.promote_types(p.dtype, torch.float32) for p in leaves
+    ]  # a sum of many batches stops in half precision
+    sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(leaves, wide, strict=True)]
     for batch in evaluation.batches:
         gradients = torch.autograd.grad(evaluation.total(batch), leaves, create_graph=True, materialize_grads=True)
-        along = torch.stack([(g * s).sum().to(leaves[0].device) for g, s in zip(gradients, steps, strict=True)]).sum()
+        products = [(g * s).sum(dtype=dtype) for g, s, dtype in zip(gradients, steps, wide, strict=True)]
+        along = torch.stack([product.to(leaves[0].device) for product in products]).sum()
         for total, part in zip(sums, torch.autograd.grad(along, leaves, materialize_grads=True), strict=True):
             total += part
     return {name: total / evaluation.num_samples for name, total in zip(parameters, sums, strict=True)}

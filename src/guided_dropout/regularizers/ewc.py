@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 from guided_dropout.errors import ModelError
@@ -39,7 +40,11 @@ class EWC(Regularizer):
         pretrained = pretrained_parameters(model, context)
         fisher = fisher_of(model, context.needed_profile("EWC"), "the pulls of EWC")
         pulls = [
-            Pull(p, p.detach().clone(), self.strength * fisher[name].to(p))
+            Pull(
+                p,
+                p.detach().clone(),
+                self.strength * fisher[name].to(p.device, torch.promote_types(p.dtype, torch.float32)),
+            )
             for name, p in pretrained.items()
             if name in fisher
         ]

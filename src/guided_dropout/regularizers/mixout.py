@@ -47,9 +47,11 @@ class Mixout(Regularizer):
         }
         handle = Handle({"mixed": len(mixed), "untouched": len(pretrained) - len(mixed)})
         by_module: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in mixed.items():
+        targets = {id(parameter): parameter.detach().clone() for parameter in mixed.values()}
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # in each module that shares a weight
             path, _, own_name = name.rpartition(".")
-            by_module.setdefault(path, {})[own_name] = parameter.detach().clone()
+            if id(parameter) in targets:
+                by_module.setdefault(path, {})[own_name] = targets[id(parameter)]
         _check_reached(model, context, by_module)
         for path, targets in by_module.items():
             module = model.get_submodule(path)

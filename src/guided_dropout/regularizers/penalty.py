@@ -30,7 +30,8 @@ class Pull:
         r""":math:`\sum_j w_j(\theta_j-\theta^*_j)^2`, a scalar."""
         self._follow()
         distance = self.parameter if self.target is None else self.parameter - self.target
-        return (self.weight * distance.square()).sum()
+        wide = torch.promote_types(distance.dtype, torch.float32)  # squares and Fisher values may be 0 in float16
+        return (self.weight * distance.to(wide).square()).sum()
 
     def _follow(self) -> None:
         """The model may have moved to another device since."""
