@@ -149,7 +149,7 @@ def test_control_by_magnitude_adds_the_residual_sites_that_the_schedule_has(comm
     assert {row["path"]: row["scheduled_rate"] for row in json.loads(out)} == planned.rates
     code, _, err = command(*inspected)
     assert code == 2
-    assert "only once residual sites are added to it; add them first: --residual-sites" in err
+    assert "before residual sites are added to it; expected a model that has them: --residual-sites" in err
 
 
 def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, command, tmp_path):

@@ -93,7 +93,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 def vocabulary_size(model: nn.Module) -> int:
     """How many tokens the model knows."""
-    if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
+    if not hasattr(model, "get_input_embeddings"):
         raise ModelError(
             f"{type(model).__name__} is no model of transformers; expected a PreTrainedModel, whose Fisher is measured "
             "by its own loss: wrap it in one (`find_sites(model, inputs=…)` and rates do without)"

@@ -211,8 +211,8 @@ def _matched_rates(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[
     for path in left.values():
         if path.rpartition(".")[2] == ATTRIBUTE:
             raise ScheduleError(
-                f"the schedule has a rate for {path}, which {type(model).__name__} has only once residual sites are "
-                "added to it; add them first: --residual-sites on the command line, or add_residual_sites(model)"
+                f"{path} is no dropout site of {type(model).__name__} before residual sites are added to it; expected "
+                "a model that has them: --residual-sites on the command line, or add_residual_sites(model)"
             )
         raise _another_model(f"{path} is no dropout site of {type(model).__name__}")
     return rates
