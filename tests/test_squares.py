@@ -183,6 +183,20 @@ def test_without_the_kernel_results_are_the_same(without):
     assert done.stdout.split() == ["torch", "True"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [10, 40])  # few are multiplied in float32
+def test_in_half_precision_means_are_better_than_their_parts(dtype, rows):
+    torch.manual_seed(0)
+    left, right = torch.randn(4 * rows, 20).to(dtype), torch.randn(4 * rows, 30).to(dtype)
+    layout = Layout.even(4 * rows, 4)
+    total, sums = torch.zeros(20, 30), torch.zeros(4, dtype=torch.float64)
+    kernels.square_accumulate(total, sums, left, right, layout)
+    want = sum((left[s].double().T @ right[s].double()) ** 2 for _, s in layout.spans())
+    assert (total - want).norm() < 0.01 * want.norm()
+    assert abs(total.mean() / want.mean() - 1) < 2e-3
+    assert sums.sum() == pytest.approx(want.sum().item(), rel=2e-3)
+
+
 # A product rounded to bfloat16 is off by 2^-8 of it at most, its square by twice that.
 HALF_RTOL = {torch.bfloat16: 2.0**-7 + 1e-4, torch.float16: 1e-4}
 

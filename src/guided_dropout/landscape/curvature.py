@@ -132,9 +132,8 @@ def _product(
 ) -> dict[str, Tensor]:
     leaves = list(parameters.values())
     steps = [vector[name].to(p.device, p.dtype) for name, p in parameters.items()]
-    wide = [
-        torch.promote_types(p.dtype, torch.float32) for p in leaves
-    ]  # a sum of many batches stops in half precision
+    # In half precision a sum of many batches stops growing.
+    wide = [torch.promote_types(p.dtype, torch.float32) for p in leaves]
     sums = [torch.zeros_like(p, dtype=dtype) for p, dtype in zip(leaves, wide, strict=True)]
     for batch in evaluation.batches:
         gradients = torch.autograd.grad(evaluation.total(batch), leaves, create_graph=True, materialize_grads=True)
