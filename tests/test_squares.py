@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_listed_rows_by_the_thousand_add_up(kept_share):
 def test_where_there_is_a_compiler_the_kernel_is_what_is_used():
     """So that the tests below are of the kernel there, and of the torch path where there is none."""
     used = kernels.backend(torch.device("cpu"), torch.float32)
-    assert used == ("native" if HAS_COMPILER else "torch")
+    assert used in (("native", "amx") if HAS_COMPILER else ("torch",))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -161,6 +162,48 @@ def test_gram_sums_equal_the_products_whatever_the_rows(data):
         want[b] = (layout.take(left, span).double().T @ layout.take(right, span).double()).square().sum()
     precise = dtype == torch.float64
     torch.testing.assert_close(sums, want, rtol=1e-10 if precise else 1e-4, atol=1e-10 if precise else 1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("kernel", ["", "portable", "off"])
+def test_products_are_as_exact_as_their_factors_in_each_kernel(kernel, data):
+    draw = data.draw
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    num_samples, rows = draw(st.integers(1, 4)), draw(st.sampled_from([20, 32, 45, 64, 130]))
+    m, n = draw(st.sampled_from([31, 64, 100, 600])), draw(st.sampled_from([30, 64, 131, 900]))
+    wide = (torch.randn(num_samples * rows, m + n + 3, generator=g) * 10.0 ** draw(st.integers(-6, 6))).to(dtype)
+    left = wide[:, :m].T.contiguous().T if draw(st.booleans()) else wide[:, :m]
+    right, layout = wide[:, m : m + n], random_layout(draw, g, num_samples, num_samples * rows)
+    before = torch.rand(m, n, generator=g) * wide.double().square().mean().square().float()
+    total, sums = before.clone(), torch.zeros(num_samples, dtype=torch.float64)
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+        in_pieces = kernels.backend(left.device, dtype) == "amx" and dtype == torch.float32
+        kernels.square_accumulate(total, sums, left, right, layout)
+    want, allowed = before.double(), 1e-6 * before.double()
+    for b, span in layout.spans():
+        a, c = layout.take(left, span).double(), layout.take(right, span).double()
+        product, sizes = a.T @ c, a.abs().T @ c.abs()
+        error = (len(a) * 2.0**-24 + (3 * 2.0**-16 if in_pieces else 0)) * sizes  # of the sum of a product's terms
+        square, of_square = product.square(), 2 * product.abs() * error + error.square()
+        want, allowed = want + square, allowed + of_square + 2.0**-22 * (want + square)
+        assert abs(sums[b] - square.sum()) <= of_square.sum() + 2.0**-17 * square.sum()
+    assert ((total.double() - want).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("kernel", ["", "portable", "off"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_not_lost(bad, kernel):
+    left, right = torch.ones(64, 64), torch.ones(64, 100)
+    left[40, 7] = bad
+    total, sums = torch.zeros(64, 100), torch.zeros(2, dtype=torch.float64)
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+        kernels.square_accumulate(total, sums, left, right, Layout((0, 32, 64)))
+    assert not total[7].isfinite().any()
+    assert (total[:7] == 2 * 32**2).all()
+    assert (total[8:] == 2 * 32**2).all()
+    assert sums.isfinite().tolist() == [True, False]
 
 
 PRODUCT = """

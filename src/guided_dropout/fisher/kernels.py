@@ -2,10 +2,10 @@ r"""Squares of per-sample products, where nearly all of the time goes: one entry
 
 .. math:: \text{total}_{ij} \mathrel{+}= \sum_b \Big(\sum_{t \in b} \text{left}_{ti}\,\text{right}_{tj}\Big)^2
 
-On a CPU a small C kernel, built on first use (`native`), keeps each sample's product in registers; on a GPU a Triton
-kernel does (`triton_kernel`). Products in bfloat16 are left to torch on a CPU, which may have units for them, many at a
-time, and C squares and adds them up. Without a compiler, and for types that these do not take, tiles that stay in the
-cache do. Where only a sample's sum over i and j is wanted, the Gram identity
+On a CPU a small C kernel, built on first use (`native`), keeps each sample's product in registers, in AMX's units where
+there are some; on a GPU a Triton kernel does (`triton_kernel`). Half precision goes through them too, in float32 where
+they do not take it. Without a compiler, and for types that these do not take, tiles that stay in the cache do. Where
+only a sample's sum over i and j is wanted, the Gram identity
 
 .. math:: \lVert L^\top R\rVert^2 = \sum_{t,t'} (L L^\top)_{tt'} (R R^\top)_{tt'}
 
@@ -14,8 +14,6 @@ the C kernel forms half of each, in registers.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -30,10 +28,6 @@ except ImportError:  # no Triton, or one that is too old
 
 # A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
 _TILE_ELEMENTS = 512 * 1024
-# Of products in bfloat16, formed together (8 MB): fewer cost more calls; in each at least so many rows of a matrix.
-_HALF_ELEMENTS = 4 * 1024 * 1024
-_HALF_ROWS = 64
-_FEW_ROWS = 32  # of a sample: fewer are multiplied faster in float32
 _GRAM_ELEMENTS = 4 * 1024 * 1024
 
 
@@ -47,21 +41,12 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
         right: [R, n], of the same type.
         layout: which rows are whose.
     """
-    if left.device.type == "cpu" and left.dtype == torch.float16:  # slow there
-        left, right = left.float(), right.float()
-    in_half = native.takes(total, left, right, torch.bfloat16)
-    if total is None:
-        dense, gram = _costs(left.shape[1], right.shape[1], layout)
-        # The kernel meets a pair of rows once; products in bfloat16 are cheaper than those, in float32.
-        if gram * (2 if in_half else 0.5 if native.takes(None, left, right) else 1) < dense:
-            if sums is not None:
-                gram_sums(sums, left, right, layout)
-            return
-    if in_half and layout.offsets[-1] < _FEW_ROWS * layout.num_samples:
+    half = left.device.type == "cpu" and left.dtype in (torch.bfloat16, torch.float16)
+    if half and not (native.takes(total, left, right) and native.in_amx(left, right, layout)):
         left, right, layout = _widened(left, right, layout)
-        in_half = False
-    if in_half:
-        _in_half(total, sums, left, right, layout)
+    if total is None and _by_gram(left, right, layout):
+        if sums is not None:
+            gram_sums(sums, left, right, layout)
     elif native.takes(total, left, right):
         native.square_accumulate(total, sums, left, right, layout)
     elif triton is not None and triton.supports(total, left, right):
@@ -77,9 +62,8 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
 
 def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
     """Add each sample's sum of squares to `sums` [B] by the Gram identity, whatever that costs; else as above."""
-    if native.takes(None, left, right, torch.bfloat16):
-        left, right, layout = _widened(left, right, layout)
     if native.takes(None, left, right):
+        left, right, layout = _widened(left, right, layout)
         native.gram_sums(sums, left, right, layout)
         return
     wide = torch.promote_types(left.dtype, torch.float32)  # at least: these products cancel
@@ -99,55 +83,28 @@ def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None
 
 def _widened(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
     """In float32, the rows that the layout lists alone."""
+    if left.dtype == right.dtype == torch.float32:
+        return left, right, layout
     if layout.rows is not None:
         left, right, layout = left[layout.rows], right[layout.rows], Layout(layout.offsets)
     return left.float(), right.float(), layout
 
 
 def backend(device: torch.device, dtype: torch.dtype) -> str:
-    """What `square_accumulate` uses for such matrices, for the records: ``"native"``, ``"triton"`` or ``"torch"``."""
+    """What `square_accumulate` uses for such matrices, to record: "amx", "native", "triton" or "torch"."""
     probe = torch.empty(16, 16, device=device, dtype=dtype)
     if dtype != torch.float64 and native.takes(None, probe.float(), probe.float()):
-        return "native"
+        return "amx" if native.has_amx() else "native"
     return "triton" if triton is not None and triton.supports(None, probe, probe) else "torch"
 
 
-def _costs(m: int, n: int, layout: Layout) -> tuple[int, int]:
-    """Multiplications of the products and of the Gram matrices."""
-    lengths = [span.stop - span.start for _, span in layout.spans()]
-    return sum(lengths) * m * n, sum(t * t for t in lengths) * (m + n)
-
-
-def _in_half(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
-    """A block of rows of several samples' products at a time, each in bfloat16; squared and added up in float32."""
+def _by_gram(left: Tensor, right: Tensor, layout: Layout) -> bool:
+    """Whether the Gram matrices cost less than the products; the C kernel forms half of each."""
     m, n = left.shape[1], right.shape[1]
-    if layout.rows is not None:
-        left, right = left[layout.rows], right[layout.rows]
-    spans = layout.spans()
-    whole = 2 * m * n <= _HALF_ELEMENTS  # blocks of whole matrices are multiplied without a copy
-    together = _evenly(len(spans), max(1, _HALF_ELEMENTS // (n * (m if whole else _HALF_ROWS))))
-    for some in (spans[i : i + together] for i in range(0, len(spans), together)):
-        count, rows = len(some), slice(some[0][1].start, some[-1][1].stop)
-        height = m if whole else _evenly(m, max(1, _HALF_ELEMENTS // (count * n)))
-        buffer = left.new_empty(count * height * n)
-        found = None if sums is None else sums.new_zeros(count)
-        for start in range(0, m, height):
-            part = left[:, start : start + height]
-            products = buffer[: count * part.shape[1] * n].view(count, -1, n)
-            if layout.step:
-                pair = [x[rows].unflatten(0, (count, layout.step)) for x in (part, right)]
-                torch.bmm(pair[0].mT, pair[1], out=products)
-            else:
-                for product, (_, own) in zip(products, some, strict=True):
-                    torch.mm(part[own].T, right[own], out=product)
-            native.add_squares(None if total is None else total[start : start + height], found, products)
-        if sums is not None and found is not None:
-            sums[[b for b, _ in some]] += found
-
-
-def _evenly(number: int, most: int) -> int:
-    """The size of equal parts of a number, as few as there can be of at most so many."""
-    return math.ceil(number / math.ceil(number / most)) if number else 1
+    gram = sum((span.stop - span.start) ** 2 for _, span in layout.spans()) * (m + n)
+    if native.takes(None, left, right):
+        return gram / 2 < native.products_time(left, right, layout)
+    return gram < layout.offsets[-1] * m * n
 
 
 def _by_tiles(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:

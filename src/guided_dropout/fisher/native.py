@@ -1,6 +1,7 @@
 """The C kernel ``squares.c``: built on first use for this very machine, kept in the user's cache, called by ctypes.
 
-Without a compiler, or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so.
+Without a compiler, or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On processors with AMX
+products go through its units where that is faster (``squares_amx.h``), unless ``GUIDED_DROPOUT_KERNEL=portable``.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ from guided_dropout.artefacts import staged_file
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.fisher.layout import Layout
 
-_SOURCE = Path(__file__).with_name("squares.c")
+_SOURCE, *_INCLUDED = (Path(__file__).with_name(name) for name in ("squares.c", "squares_amx.h"))
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _TUNING = (("-march=native",), ("-mcpu=native",), ())
+# Time of a multiplication in AMX's units, in those of the vector units, measured; and what they round sizes up to.
+_AMX_TIME = {torch.float32: 0.6, torch.bfloat16: 0.3}
+_AMX_STEP = 32
 
 
-def takes(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the kernel could be built and suits these: on a CPU, matrices of `dtype`, a float32 total."""
+def takes(total: Tensor | None, left: Tensor, right: Tensor) -> bool:
+    """Whether the kernel could be built and suits these: on a CPU, float32 or, with AMX, bfloat16; a float32 total."""
     kinds = {(t.device.type, t.dtype) for t in (left, right)}
     suited = total is None or (total.device.type == "cpu" and total.dtype == torch.float32 and total.is_contiguous())
-    return suited and kinds == {("cpu", dtype)} and _kernel() is not None
+    return (
+        suited and (kinds == {("cpu", torch.float32)} or (kinds == {("cpu", torch.bfloat16)} and has_amx())) and built()
+    )
 
 
 def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
@@ -42,20 +48,33 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
     kernel = _kernel()
     assert kernel is not None
     outputs = [None if t is None else t.data_ptr() for t in (total, sums)]
+    half = left.dtype == torch.bfloat16
     with _inputs(left, right, layout) as inputs:
-        failed = kernel.square_accumulate(*outputs, *inputs)
+        if half or in_amx(left, right, layout):
+            failed = kernel.square_accumulate_amx(*outputs, *inputs, half)
+        else:
+            failed = kernel.square_accumulate(*outputs, *inputs)
     if failed:
         raise MemoryError("no memory for the kernel's buffers")
 
 
-def add_squares(total: Tensor | None, sums: Tensor | None, products: Tensor) -> None:
-    """Add the squares of products [B, ...] bfloat16, contiguous, to `total` [...] and their sums to `sums` [B]."""
-    kernel = _kernel()
-    assert kernel is not None
-    outputs = [None if t is None else t.data_ptr() for t in (total, sums)]
-    kernel.add_squares_of_bfloat16(
-        *outputs, products.data_ptr(), len(products), products[0].numel(), torch.get_num_threads()
-    )
+def products_time(left: Tensor, right: Tensor, layout: Layout) -> float:
+    """Of `square_accumulate`, in multiplications by the vector units, to which half precision may be widened."""
+    m, n = left.shape[1], right.shape[1]
+    by_vectors = layout.offsets[-1] * m * n
+    if not has_amx():
+        return by_vectors
+    rows = sum(_rounded_up(span.stop - span.start) for _, span in layout.spans())
+    return min(by_vectors, _AMX_TIME[left.dtype] * rows * _rounded_up(m) * _rounded_up(n))
+
+
+def in_amx(left: Tensor, right: Tensor, layout: Layout) -> bool:
+    """Whether there is AMX and it is the faster one."""
+    return products_time(left, right, layout) < layout.offsets[-1] * left.shape[1] * right.shape[1]
+
+
+def _rounded_up(size: int) -> int:
+    return -(-size // _AMX_STEP) * _AMX_STEP
 
 
 def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
@@ -91,11 +110,29 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
+def built() -> bool:
+    """Whether there is a kernel, and it is wanted."""
+    return _wanted() != "off" and _kernel() is not None
+
+
+def has_amx() -> bool:
+    """Whether there is one, and the processor, the system and the user let it use AMX."""
+    kernel = _kernel() if _wanted() not in ("off", "portable") else None
+    return kernel is not None and _allows_amx(kernel)
+
+
+def _wanted() -> str:
+    return os.environ.get("GUIDED_DROPOUT_KERNEL", "").lower()
+
+
+@functools.cache
+def _allows_amx(kernel: ctypes.CDLL) -> bool:
+    return bool(kernel.has_amx())
+
+
 @functools.cache
 def _kernel() -> ctypes.CDLL | None:
     """The kernel, built if need be; None where it cannot be."""
-    if os.environ.get("GUIDED_DROPOUT_KERNEL", "").lower() == "off":
-        return None
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     if sys.platform == "win32" or shutil.which(compiler[0]) is None:
         return None
@@ -110,8 +147,9 @@ def _kernel() -> ctypes.CDLL | None:
         library.square_accumulate.restype = ctypes.c_int
         library.gram_sums.argtypes = [p, *inputs]
         library.gram_sums.restype = None
-        library.add_squares_of_bfloat16.argtypes = [p, p, p, i, i, ctypes.c_int]
-        library.add_squares_of_bfloat16.restype = None
+        if library.has_amx():
+            library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
+            library.square_accumulate_amx.restype = ctypes.c_int
         return library
     return None
 
@@ -119,7 +157,8 @@ def _kernel() -> ctypes.CDLL | None:
 def _built(compiler: list[str], tuning: tuple[str, ...]) -> Path:
     """The library's path, after building it unless this source was built for this machine before."""
     command = [*compiler, *_FLAGS, *tuning]
-    key = hashlib.sha256(_SOURCE.read_bytes() + repr((command, _machine())).encode()).hexdigest()[:16]
+    code = b"".join(path.read_bytes() for path in (_SOURCE, *_INCLUDED))
+    key = hashlib.sha256(code + repr((command, _machine())).encode()).hexdigest()[:16]
     library = cache_folder() / f"squares-{key}.so"
     if not library.exists():
         with staged_file(library) as tmp:

@@ -2,11 +2,12 @@
  *
  *   total[i][j] += sum_b ( sum_{t in sample b} left[t][i] * right[t][j] )^2
  *
- * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each. Products that a processor's
- * own units for bfloat16 have formed are squared and added up alone.
+ * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each.
  *
- * Plain C with vector types of GCC and Clang, no intrinsics; built by native.py for the machine at hand.
+ * Plain C with vector types of GCC and Clang, no intrinsics but in squares_amx.h, for processors that have such units;
+ * built by native.py for the machine at hand.
  */
+#define _GNU_SOURCE
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -174,41 +175,6 @@ static inline __attribute__((always_inline)) void dots(int64_t width, const floa
     }
 }
 
-#define CHUNK 2048 /* of float32 stay in the first cache, whatever the number of samples */
-
-/* total[i] += sum_b products[b][i]^2, sums[b] += sum_i products[b][i]^2; products [samples][n] in bfloat16, total or sums
- * may be NULL. */
-void add_squares_of_bfloat16(float *total, double *sums, const uint16_t *products, int64_t samples, int64_t n, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t start = 0; start < n; start += CHUNK) {
-    const int64_t width = least(CHUNK, n - start);
-    for (int64_t b = 0; b < samples; b++) {
-      const uint16_t *restrict from = products + b * n + start;
-      float squares[CHUNK];
-      for (int64_t i = 0; i < width; i++) {
-        const uint32_t bits = (uint32_t)from[i] << 16;
-        float x;
-        memcpy(&x, &bits, sizeof x);
-        squares[i] = x * x;
-      }
-      if (total) {
-        float *restrict out = total + start;
-        for (int64_t i = 0; i < width; i++) out[i] += squares[i];
-      }
-      if (sums) {
-        vec lanes = {0};
-        int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) lanes += *(const vec *)(squares + i);
-        double whole = 0;
-        for (int l = 0; l < LANES; l++) whole += lanes[l];
-        for (; i < width; i++) whole += squares[i];
-#pragma omp atomic
-        sums[b] += whole;
-      }
-    }
-  }
-}
-
 #define GBLOCK (4 * GR)
 
 /* sums[b] += sum over rows t, u of sample b of (left[t] . left[u]) (right[t] . right[u]). Each pair of rows is met once. */
@@ -256,3 +222,10 @@ void gram_sums(double *sums, const float *left, int64_t left_stride, const float
     sums[b] += whole;
   }
 }
+
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include "squares_amx.h"
+int has_amx(void) { return amx_allowed(); }
+#else
+int has_amx(void) { return 0; }
+#endif
