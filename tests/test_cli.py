@@ -316,7 +316,16 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (FINETUNE.replace("cola", "kola"), "did you mean 'cola'"),
         (FINETUNE.replace("cola", "rte"), "RTE"),
         (FINETUNE.replace("guided", "guidde"), "did you mean 'guided'"),
-        (FINETUNE.replace("guided", "ewc"), "the arm 'ewc' has no profile; expected"),
+        (FINETUNE.replace("guided --schedule schedule.json", "ewc"), "the arm 'ewc' has no profile; expected"),
+        (
+            FINETUNE.replace("guided", "none"),
+            "--schedule schedule.json with the arm 'none', which uses no schedule; expected one that does (guided, ",
+        ),
+        (
+            FINETUNE.replace("guided", "mixout:p=0.5"),
+            "the arm 'mixout', which uses no schedule; expected",
+        ),
+        (f"{FINETUNE} --profile profile", "--profile profile with the arm 'guided', which uses no profile; expected"),
         (FINETUNE.replace("guided", "mixout:p=2"), "p is 2.0; expected a number from 0 to 1"),
         (f"{FINETUNE} --arm-param p=1", "the arm 'guided' has no parameters; found 'p'"),
         (FINETUNE.replace(" --schedule schedule.json", ""), "schedule"),
@@ -401,6 +410,45 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(chain, command, monkeypat
     assert profiles[0].tensor_means == pytest.approx(profiles[1].tensor_means, rel=1e-6, abs=1e-12)
     assert not (chain / state).exists()
     shutil.rmtree(chain / "interrupted")
+
+
+def test_a_finished_profile_is_not_measured_again(chain, command, monkeypatch):
+    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out profile --resume"
+    before = {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.is_file()}
+    monkeypatch.setattr(fisher, "estimate_fisher", lambda *args, **options: pytest.fail("measured again"))
+    code, out, err = command(*line.split())
+    assert code == 0, err
+    assert "the profile of this run is there already: nothing was measured" in " ".join(out.split())
+    assert out.splitlines()[-1] == "profile"
+    for change, message in {
+        "--seed 2": "seed was 1, is 2",
+        "--max-length 10 --reduction sum": 'reduction was "mean", is "sum"; max_length was 12, is 10',
+        "--samples 10": 'samples was "20", is "10"',
+        "--batch-size 8": "batch_size was 4, is 8",
+        "--tokens-per-batch 64": "batch_size was 4, is null; tokens_per_batch was null, is 64",
+        "--scores-only": 'save_dtype was "float32", is null',
+        "--save-dtype bfloat16": 'save_dtype was "float32", is "bfloat16"',
+        "--dtype float64": 'dtype was "float32", is "float64"',
+        "--fisher sampled": 'labels was "data", is "model"',
+        "--until-stable": 'until.rule was not given, is "stable"',
+    }.items():
+        code, _, err = command(*line.split(), *change.split())
+        assert code == 2, change
+        assert err.startswith("error: profile holds the profile of another run: ")
+        assert message in err
+    assert {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_profile_of_a_rule_is_known_by_what_the_rule_was_asked_for(chain, command):
+    line = f"{FISHER.replace('new', 'ranked')} --samples 30 --scores-only --until-ranked --resume"
+    assert command(*line.split())[0] == 0
+    code, out, _ = command(*line.split())
+    assert code == 0
+    assert "nothing was measured" in " ".join(out.split())
+    code, _, err = command(*line.split(), "--rank-tolerance", "0.2")
+    assert code == 2
+    assert "until.tolerance was 0.05, is 0.2" in err
+    shutil.rmtree(chain / "ranked")
 
 
 def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, command, monkeypatch):

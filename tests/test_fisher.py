@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 from guided_dropout import FisherProfile, estimate_fisher
@@ -378,6 +380,40 @@ def test_a_rule_is_not_told_of_a_sample_that_overflows(bad):
     assert profile.coverage["nonfinite"] == bad
     np.testing.assert_allclose(found.state()["mean"], expected.state()["mean"], rtol=1e-6)
     np.testing.assert_allclose(found.state()["excess"], expected.state()["excess"], rtol=1e-4, atol=1e-20)
+
+
+def sliding_window(layers):
+    """In float64 a row of padding beyond the window attends to nothing and is NaN, and then so is all of the sample."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=20, max_position_embeddings=40, sliding_window=4, attn_implementation="eager",
+    )  # fmt: skip
+    model = MistralForCausalLM(config).double()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[BAD] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("layers", [1, 2])  # with one layer the losses are finite, and the gradients are not
+@pytest.mark.parametrize("lengths", [[6, 30, 5, 9], [30, 6, 30, 5, 12]])
+def test_what_padding_makes_nan_is_no_samples_fault(layers, lengths, tmp_path):
+    model, samples = sliding_window(layers), samples_with_bad(lengths, bad=[])
+    expected = own_loss_oracle(model, samples)
+    profile = estimate_fisher(model, samples)
+    assert profile.num_samples == len(samples)
+    assert_close(profile.diagonal, expected, rtol=1e-6)
+    profile = estimate_fisher(model, samples, batch_size=2, checkpoint=tmp_path, checkpoint_every=0)  # looks at each
+    assert_close(profile.diagonal, expected, rtol=1e-6)
+
+    samples.insert(1, samples_with_bad([11], bad=[0])[0])
+    rule = RankingTest({name: [name] for name in expected})
+    profile = estimate_fisher(model, samples, nonfinite="skip", until_ranked=rule)
+    assert (profile.num_samples, rule.samples) == (len(lengths), len(lengths))
+    assert profile.coverage["nonfinite"] == [1]
+    assert_close(profile.diagonal, expected, rtol=1e-6)
+    with pytest.raises(ModelError, match="the loss of sample 1 "):
+        estimate_fisher(model, samples)
 
 
 def test_no_finite_sample_at_all_is_an_error():

@@ -121,6 +121,10 @@ def test_layers_need_means_alone(bert):
         draw_spectrum({"a": means})
     with pytest.raises(ArtefactError, match="measure 'median'"):
         draw_layers({"a": bert}, measure="median")
+    with pytest.raises(
+        ArtefactError, match=r"normalise with the measure 'share', .* expected it with the measure 'mean'"
+    ):
+        draw_layers({"a": bert}, normalise=True)
 
 
 def made_up(**changes):

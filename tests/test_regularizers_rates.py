@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from dataclasses import replace
 from itertools import permutations
@@ -123,10 +124,22 @@ def test_a_rate_that_no_schedule_covers_any_more_is_the_users_again() -> None:
         assert model.dropout.p == 0.45
 
 
+def test_a_handle_that_is_lost_is_told_and_its_rates_stay() -> None:
+    model = language_model("llama")
+    with apply_dropout(model, DropoutSchedule.uniform(model, 0.3)):
+        with pytest.warns(ResourceWarning, match="on LlamaForCausalLM was lost before it was removed; expected"):
+            apply_dropout(model, DropoutSchedule.uniform(model, 0.4))
+        assert set(rates_of(model).values()) == {0.4}
+    assert set(rates_of(model).values()) == {0.4}
+    with warnings.catch_warnings(action="error"):
+        apply_dropout(model, DropoutSchedule.uniform(model, 0.2)).remove()
+
+
 def test_a_model_and_its_schedules_are_not_kept_alive() -> None:
     model = language_model("llama")
     gone = weakref.ref(model)
-    apply_dropout(model, guided(model))
+    with pytest.warns(ResourceWarning):
+        apply_dropout(model, guided(model))
     del model
     gc.collect()
     assert gone() is None

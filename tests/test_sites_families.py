@@ -169,6 +169,23 @@ def test_a_rate_in_a_shared_configuration_is_set_for_one_layer_alone() -> None:
     assert all(config.hidden_dropout == 0.1 for config in configs)
 
 
+def test_what_is_changed_in_a_shared_configuration_meanwhile_stays_and_reaches_the_layers() -> None:
+    model = build("falcon")
+    layers, config = model.transformer.h, model.config
+    with apply_dropout(model, DropoutSchedule.uniform(model, 0.3)):
+        config.layer_norm_epsilon = 0.5  # no rate
+        assert layers[0].config is not config
+    assert all(layer.config is config for layer in layers)
+    assert (config.layer_norm_epsilon, config.hidden_dropout) == (0.5, 0.1)
+
+    with apply_dropout(model, DropoutSchedule.uniform(model, 0.3)):
+        config.hidden_dropout = 0.2  # the very rate
+        find_sites(model)
+        assert layers[0].config.hidden_dropout == 0.3
+    assert all(layer.config is config for layer in layers)
+    assert config.hidden_dropout == 0.2
+
+
 def test_a_rate_that_is_zero_in_the_configuration_is_found_all_the_same() -> None:
     assert len(find_sites(language_model("falcon", hidden_dropout=0.0))) == 2
 

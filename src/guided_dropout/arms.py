@@ -51,6 +51,11 @@ class Arm:
         added = fields(self.regularizer) if self.regularizer else ()
         return {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY} | {f.name: f.default for f in added}
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """What it draws on in the context, its regularizer included: ``"schedule"``, ``"profile"``."""
+        return (*self.needs, *(self.regularizer.needs if self.regularizer else ()))
+
 
 def _none(model: nn.Module, context: Context) -> DropoutSchedule:
     return DropoutSchedule.uniform(model, 0.0)
@@ -131,9 +136,7 @@ class ChosenArm:
         Raises:
             ScheduleError: it does not.
         """
-        arm = ARMS[self.name]
-        needs = (*arm.needs, *(arm.regularizer.needs if arm.regularizer else ()))
-        context.check(f"the arm {self.name!r}", needs)
+        context.check(f"the arm {self.name!r}", ARMS[self.name].uses)
 
     def rates(self, model: nn.Module, context: Context) -> DropoutSchedule:
         """The dropout rates that it trains with.

@@ -61,8 +61,12 @@ def finetune(
     arm_param: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A parameter of the arm; may be given several times.")
     ] = None,
-    schedule: Annotated[Path | None, typer.Option(help="Schedule file, for guided arms and controls.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile folder, for arms that go by Fisher.")] = None,
+    schedule: Annotated[
+        Path | None, typer.Option(help="Schedule file, for guided arms and controls; refused by others.")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Profile folder, for arms that go by Fisher; refused by others.")
+    ] = None,
     seed: Seed = 0,
     train_fraction: Annotated[float, typer.Option(help="Share of the training data to use.")] = 1.0,
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
@@ -76,11 +80,21 @@ def finetune(
     residual_sites: ResidualSites = False,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
+    from guided_dropout.arms import ARMS, choose_arm
+    from guided_dropout.errors import DataError
     from guided_dropout.finetune import finetune as run
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.results import JSON_NAME
     from guided_dropout.schedule import DropoutSchedule
 
+    name = choose_arm(arm, arm_param or ()).name
+    for what, file in {"schedule": schedule, "profile": profile}.items():
+        if file and what not in ARMS[name].uses:
+            able = ", ".join(other for other in ARMS if what in ARMS[other].uses)
+            raise DataError(
+                f"--{what} {file} with the arm {name!r}, which uses no {what}; expected one that does ({able}), or no "
+                f"--{what}"
+            )
     planned = DropoutSchedule.load(schedule) if schedule else None
     measured = FisherProfile.from_pretrained(profile) if profile else None
     with progress_bar(f"{task or data} {arm}", None) as update:

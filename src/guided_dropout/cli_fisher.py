@@ -43,7 +43,13 @@ def fisher(
     skip_nonfinite: Annotated[
         bool, typer.Option("--skip-nonfinite", help="Leave out and count samples whose loss is NaN or infinite.")
     ] = False,
-    resume: options.Resume = None,
+    resume: Annotated[
+        bool | None,
+        typer.Option(
+            help="Go on with an unfinished run from OUT.checkpoint, or start afresh. Where OUT holds the profile of "
+            "the same run already, --resume measures nothing; that of another is refused."
+        ),
+    ] = None,
     checkpoint_every: options.CheckpointEvery = 300.0,
     device: options.Device = None,
     device_map: Annotated[
@@ -80,6 +86,7 @@ def fisher(
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fisher import estimate_fisher, profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
+    from guided_dropout.fisher.finished import finished_profile
     from guided_dropout.fisher.processes import current_processes, leave_processes
     from guided_dropout.fisher.ranking import RankingTest
     from guided_dropout.fisher.stability import StabilityTest
@@ -129,6 +136,33 @@ def fisher(
             )
         if device_map is None:
             loaded = to_device(loaded, device or world.device)
+
+    def is_finished() -> bool:
+        if not world.is_main or holds_state(state) or not (out / profile.JSON_NAME).exists():
+            return False
+        found = finished_profile(
+            out,
+            loaded,
+            parameters=parameters,
+            objective=objective,
+            scores_only=scores_only,
+            save_dtype=save_dtype,
+            until_ranked=ranking,
+            method="batched",
+            reduction=reduction,
+            labels=source_of_labels,
+            batch_size=batch_size if tokens_per_batch is None else None,
+            tokens_per_batch=tokens_per_batch,
+            processes=world.count,
+            **inputs.facts,
+        )
+        console.print("the profile of this run is there already: nothing was measured")
+        _print(found, out)
+        return True
+
+    if resume and world.exchange(is_finished)[0]:  # the main process decides: others may not see its folder
+        leave_processes()
+        return
     share = "samples" if world.count == 1 else f"samples of process 1 of {world.count}"
     counted = _Counted(inputs.samples)
     with (

@@ -25,11 +25,16 @@ Out = Annotated[Path, typer.Option(help="Where to: .png, .svg or .pdf.")]
 Labels = Annotated[
     str | None, typer.Option(help="Names for the profiles, with commas between them; by default the models'.")
 ]
-Normalise = Annotated[bool, typer.Option("--normalise", help="In units of the average parameter's value.")]
+_UNITS = "In units of the average parameter's value"
 
 
 @plot_app.command()
-def spectrum(profiles: Profiles, out: Out, normalise: Normalise = False, labels: Labels = None) -> None:
+def spectrum(
+    profiles: Profiles,
+    out: Out,
+    normalise: Annotated[bool, typer.Option("--normalise", help=f"{_UNITS}.")] = False,
+    labels: Labels = None,
+) -> None:
     """All Fisher values from the largest down, on linear and on logarithmic axes."""
     from guided_dropout.plots import check_figure_name, save_figure
     from guided_dropout.plots_fisher import draw_spectrum
@@ -58,7 +63,7 @@ def layers(
     by_size: Annotated[
         bool, typer.Option("--by-size", help="Layers with the largest share first, not by depth.")
     ] = False,
-    normalise: Normalise = False,
+    normalise: Annotated[bool, typer.Option("--normalise", help=f"{_UNITS}; of --measure mean.")] = False,
     labels: Labels = None,
 ) -> None:
     """The Fisher information by layer and kind: embedding, attention, intermediate, output, norm, head."""

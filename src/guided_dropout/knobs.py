@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -15,10 +15,24 @@ from torch.nn.modules.dropout import _DropoutNd
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# Module → the configuration that it shares with others, while a copy of its own with other rates takes its place.
-_shared_configs: WeakKeyDictionary[nn.Module, PreTrainedConfig] = WeakKeyDictionary()
 # ``out_drop`` and ``lora_dropout``, but not ``drop_path``, which leaves out whole rows.
 _DROPOUT_NAME = re.compile(r"drop(out)?$")
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The configuration that a module shares with others, while a copy with other rates takes its place.
+
+    Attributes:
+        config: the shared one.
+        rates: by name, those that are others in the copy, as they were when it was made.
+    """
+
+    config: PreTrainedConfig
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+_shared: WeakKeyDictionary[nn.Module, _Shared] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +65,8 @@ class Knob:
 class ConfigKnob(Knob):
     """A rate that a module reads from its configuration when it runs, as Falcon's layers do.
 
-    Modules share one configuration; the module gets a copy of its own while its rate is another.
+    Modules share one configuration; the module gets a copy of its own while its rate is another. What is changed in
+    the shared one meanwhile stays there, and reaches the module when its rate is its own again.
     """
 
     @property
@@ -62,12 +77,13 @@ class ConfigKnob(Knob):
     def turn(self, rate: float) -> None:
         """Let `rate` stand in the module's configuration, and in no other module's."""
         module: Any = self.module
-        shared = _shared_configs.setdefault(module, module.config)
-        if module.config is shared:
-            module.config = copy.copy(shared)
+        shared = _shared.setdefault(module, _Shared(module.config))
+        if module.config is shared.config:
+            module.config = copy.copy(shared.config)
+        shared.rates.setdefault(self.attribute, getattr(module.config, self.attribute))
         setattr(module.config, self.attribute, rate)
-        if vars(module.config) == vars(shared):
-            module.config = _shared_configs.pop(module)
+        if all(getattr(module.config, name) == own for name, own in shared.rates.items()):
+            module.config = _shared.pop(module).config
 
 
 class AbsentKnob(Knob):

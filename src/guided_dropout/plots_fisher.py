@@ -152,14 +152,19 @@ def draw_layers(
         profiles: label → profile; tensor means are enough.
         measure: ``"share"``: what a layer holds of the total, its kinds on top of each other, a panel for each profile;
             ``"mean"``: a parameter's value on average, a panel for each kind, the profiles side by side.
-        normalise: means in units of the average parameter's value.
+        normalise: means in units of the average parameter's value; shares have no unit.
         by_size: layers from the largest share down, not in the order of depth.
 
     Raises:
-        ArtefactError: an unknown measure, or means by size.
+        ArtefactError: an unknown measure, means by size, or normalised shares.
     """
     grouped = {label: groups(profile) for label, profile in profiles.items()}
     if measure == "share":
+        if normalise:
+            raise ArtefactError(
+                "normalise with the measure 'share', which has no unit; expected it with the measure 'mean': choose "
+                "that, or leave normalise out"
+            )
         return _shares(grouped, by_size)
     if measure != "mean" or by_size:
         raise ArtefactError(f"measure {measure!r}, by size {by_size}; expected share, or mean in the order of depth")

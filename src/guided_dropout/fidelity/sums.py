@@ -181,4 +181,4 @@ class SubsampleSums:
             for name in totals:
                 part = totals.total(name).cpu()
                 ring[name] = ring[name].add_(part) if name in ring else part.clone()
-        totals.clear()
+        self.inner.clear()

@@ -3,6 +3,9 @@
 A loss is looked at before its gradient is taken. Squares that overflow although the loss is finite show in the sums,
 for good, so those are looked at now and then; the batches since the last look are kept, and run again one by one to
 find the sample. Where each sample's means are wanted, they show such a batch at once.
+
+What is not finite is a sample's own only if it is so alone: sliding windows in float64 leave rows of padding with
+nothing to attend to, whose NaN reaches the whole sample. A batch in which no sample is to blame is added one by one.
 """
 
 from __future__ import annotations
@@ -99,7 +102,10 @@ class Accumulator:
         self.method, self._skip = method, nonfinite == "skip"
         self.scores_only, self.observer = scores_only, observer
         self._observed = observer.state() if observer else {}
-        self._marks = self._skip or undoable
+        # Where nothing need be left out, sums in float32 are spared their second set.
+        free = scores_only or any(p.dtype == torch.float64 for p in parameters.values())
+        self._marks = self._skip or undoable or free
+        self._unmarked = False  # whether there are sums that `_undo` would lose
         self.num = 0
         self.nonfinite: list[int] = []
         self._fallback: dict[str, str] = {}
@@ -134,8 +140,7 @@ class Accumulator:
             squares = self._begin(batch)
         while batch:
             added = squares.add(_samples(batch))
-            finite = self._finite(batch, added.losses)
-            if len(finite) == len(batch):
+            if added.losses.isfinite().all():
                 self._unchecked.append(list(batch))
                 self.num += len(batch)
                 if self.observer and added.tensor_sums:
@@ -143,6 +148,11 @@ class Accumulator:
                     self.observer.add({n: s / self.parameters[n].numel() for n, s in own.items()})
                     if not all((s <= _MOST).all() for s in own.values()):
                         self._make_finite()
+                return
+            finite = self._finite(batch, self._losses_alone(batch, added.losses))
+            if len(finite) == len(batch):
+                for item in batch:
+                    self.add([item])
                 return
             batch = finite
 
@@ -158,8 +168,7 @@ class Accumulator:
         self._unchecked, self._proved = [], True
         if self.observer:
             self._observed = self.observer.state()
-        if self._marks:
-            self._mark(self._squares.totals)
+        self._mark(self._squares.totals)
 
     def rehearse(self, batch: Sequence[Item]) -> bool:
         """Make the plan as the first batch makes it, and add nothing; before any batch or `load`.
@@ -178,9 +187,13 @@ class Accumulator:
             self.observer.load_state(before)
         if self._squares is None:
             return False
-        self._squares.totals.clear()
-        self._before = {}
+        self.clear()
         return True
+
+    def clear(self) -> None:
+        """Begin the sums anew from zero; call `check` first."""
+        self.totals().clear()
+        self._before, self._unmarked = {}, False
 
     def take_back(self, batch: Sequence[Item]) -> None:
         """Undo the batch that was added last; those since the last `check` are run again without it."""
@@ -197,15 +210,16 @@ class Accumulator:
         totals, unchecked = self._squares.totals, self._unchecked
         if _all_finite(totals.total(name) for name in totals):
             return
-        bad = self._overflowing()
-        if not bad:
+        bad, again = self._overflowing()
+        if not bad and (self._unmarked or len(again) == len(unchecked)):
             first, last = min(i.index for b in unchecked for i in b), max(i.index for b in unchecked for i in b)
             raise ModelError(
                 f"the squared gradients of samples {first} to {last} are finite each, but not their sum; expected "
                 "sums that fit the precision: load the model in float64"
             )
-        self._leave_out(bad, "the squared gradients of", "overflow")
-        self._run_again([[item for item in batch if item.index not in bad] for batch in unchecked])
+        if bad:
+            self._leave_out(bad, "the squared gradients of", "overflow")
+        self._run_again(again)
         self._make_finite()
 
     def _run_again(self, batches: Sequence[Sequence[Item]]) -> None:
@@ -272,11 +286,18 @@ class Accumulator:
         if self._loaded is not None:
             totals.load_state(self._loaded)
             self._loaded = None
-            if self._marks:
-                self._mark(totals)
+            self._mark(totals)
 
     def _losses(self, batch: Sequence[Item]) -> Tensor:
         return losses_of(self.model, self.objective, _samples(batch))
+
+    def _losses_alone(self, batch: Sequence[Item], losses: Tensor) -> Tensor:
+        """`losses` of a batch; where they are not finite, those of the sample alone, without padding."""
+        if len(batch) == 1:
+            return losses
+        suspects = ~losses.isfinite()
+        alone = self._losses([item for item, suspect in zip(batch, suspects.tolist(), strict=True) if suspect])
+        return losses.masked_scatter(suspects, alone.to(losses.dtype))
 
     def _finite(self, batch: Sequence[Item], losses: Tensor) -> list[Item]:
         """Those of `batch` whose loss is finite."""
@@ -296,15 +317,23 @@ class Accumulator:
             )
         self.nonfinite.extend(bad)
 
-    def _overflowing(self) -> list[int]:
-        """The samples since the last look whose squares are not finite; the sums serve as scratch, and are undone."""
-        squares, bad = self._squares, []
+    def _overflowing(self) -> tuple[list[int], list[list[Item]]]:
+        """The samples since the last look whose squares are not finite; and the others, in batches to run again.
+
+        The sums serve as scratch, and are undone.
+        """
+        squares, bad, again = self._squares, [], []
         assert squares is not None
         for batch in self._unchecked:
-            if not self._adds_finite(squares, batch):
-                bad += [item.index for item in batch if not self._adds_finite(squares, [item])]
+            if self._adds_finite(squares, batch):
+                again.append(batch)
+                continue
+            alone = [self._adds_finite(squares, [item]) for item in batch]
+            bad += [item.index for item, ok in zip(batch, alone, strict=True) if not ok]
+            good = [item for item, ok in zip(batch, alone, strict=True) if ok]
+            again += [[item] for item in batch] if all(alone) else [good]
         self._undo(squares.totals)
-        return bad
+        return bad, again
 
     def _adds_finite(self, squares: BatchedSquares | ReferenceSquares, batch: Sequence[Item]) -> bool:
         self._undo(squares.totals)
@@ -313,6 +342,9 @@ class Accumulator:
 
     def _mark(self, totals: Totals) -> None:
         """What is in the sums now stays: float32 partial sums are flushed, so that zeroing them undoes what follows."""
+        self._unmarked = not self._marks
+        if self._unmarked:
+            return
         totals.flush()
         self._before = {name: totals[name].clone() for name in totals if totals[name].dtype == torch.float64}
 

@@ -64,13 +64,15 @@ class BatchedSquares:
         self.fallback: dict[str, str] = dict(plan.fallback)
 
     def add(self, samples: Sequence[Sample]) -> Added:
-        """Add a batch of samples."""
+        """Add a batch of samples, unless any loss is not finite."""
         batch = self.objective.collate(self.model, samples)
         try:
             uses, losses = self._run(batch)
         except IndirectError:  # not seen when the plan was made; nothing has been added yet
             self.plan = replace(self.plan, late=None, start=None)
             uses, losses = self._run(batch)
+        if not losses.isfinite().all():
+            return Added(losses)
         skipped = {**uses.uncovered, **self.plan.fallback}
         self.fallback.update(skipped)
         if skipped:

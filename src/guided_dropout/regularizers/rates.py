@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
@@ -39,7 +40,7 @@ class DropoutHandle(Handle):
 
     Several schedules may lie on one model, on a part of it, or on what wraps it: the one applied last rules. Handles
     may be removed in any order; each takes off its own schedule only, and the model has its own rates again, exactly,
-    when the last one is gone.
+    when the last one is gone. A handle that is lost without either leaves its rates in the model, for good, and warns.
 
     Attributes:
         model: the model.
@@ -59,27 +60,41 @@ class DropoutHandle(Handle):
         self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in self._standing}
         self._layer = object()
 
-    def _take_off(self) -> None:
-        for knob in self._knobs.values():
-            key, known = (type(knob), knob.attribute), _applied[knob.module]
-            rates = known[key]
-            rates.layers = [(layer, rate) for layer, rate in rates.layers if layer is not self._layer]
-            knob.turn(rates.layers[-1][1] if rates.layers else rates.own)
-            if not rates.layers:
-                del known[key]
-
     def _put_on(self) -> None:
         for path, knob in self._knobs.items():
             known = _applied.setdefault(knob.module, {})
             rates = known.setdefault((type(knob), knob.attribute), _Rates(knob.rate))
             rates.layers.append((self._layer, self._standing[path]))
-        self.on_remove(self._take_off)
+        self.on_remove(_take_off, list(self._knobs.values()), self._layer)
+        lost = finalize(self, _warn_of_lost, type(self.model).__name__)
+        lost.atexit = False
+        self.on_remove(lost.detach)
         for path, knob in self._knobs.items():
             knob.turn(self._standing[path])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
             hooks = set_by_call(self.model, several, self._holders, _on_top(self._layer))
             self.on_remove(hooks.close)
+
+
+def _take_off(knobs: Iterable[Knob], own: object) -> None:
+    """Not a method, so that a handle holds no reference to itself, and is found lost when it is."""
+    for knob in knobs:
+        key, known = (type(knob), knob.attribute), _applied[knob.module]
+        rates = known[key]
+        rates.layers = [(layer, rate) for layer, rate in rates.layers if layer is not own]
+        knob.turn(rates.layers[-1][1] if rates.layers else rates.own)
+        if not rates.layers:
+            del known[key]
+
+
+def _warn_of_lost(model: str) -> None:
+    warnings.warn(
+        f"the handle of a schedule on {model} was lost before it was removed; expected .remove(), or apply_dropout in "
+        "a `with` statement: the rates stay in the model",
+        ResourceWarning,
+        stacklevel=3,
+    )
 
 
 def _on_top(layer: object) -> Callable[[Knob], bool]:
@@ -101,6 +116,10 @@ def apply_dropout(
     does not name keep their rates, and so do those that an adapter brought. Modes, buffers and random
     states are left as they are. A schedule with a rate for each call (``per_call=True``) sets the rates while the model
     runs, which holds neither under gradient checkpointing nor under ``torch.compile``: both are refused.
+
+    Keep the handle: nothing else takes the rates off again, whatever other schedules come and go. Call its `remove`, or
+    use it in a ``with`` statement; one that is lost before is told by a ResourceWarning, which Python shows under
+    ``-W default`` and in pytest.
 
     Args:
         model: the model to regularise, in any mode.
