@@ -126,4 +126,4 @@ def _by_tiles(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Te
             if total is not None:
                 total[start : start + height].addcmul_(tile, tile)
             if sums is not None:
-                sums[b] += torch.linalg.vector_norm(tile).double().square()
+                sums[b] += torch.linalg.vector_norm(tile, dtype=torch.float64).square()
