@@ -58,6 +58,8 @@ ENTRIES = (
     Entry("batched-bf16", "**guided-dropout**, warm, bfloat16", _with(_BATCHED, dtype=_BF16), ALL),
     Entry("batched-scores-bf16", "**guided-dropout**, warm, scores, bfloat16",
           _with(_BATCHED, options=_SCORES, dtype=_BF16), ALL),
+    Entry("batched-portable", "**guided-dropout**, warm, without AMX", _BATCHED, MORE, alone=True,
+          environment={"GUIDED_DROPOUT_KERNEL": "portable"}),
     Entry("batched-torch", "**guided-dropout**, warm, no C compiler", _BATCHED, MORE, alone=True,
           environment={"GUIDED_DROPOUT_KERNEL": "off"}),
     Entry("estimate", "**guided-dropout**, `estimate_fisher`", _ESTIMATE, MAIN, alone=True, note=_WHOLE),
