@@ -223,7 +223,8 @@ void gram_sums(double *sums, const float *left, int64_t left_stride, const float
   }
 }
 
-#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if !defined(WITHOUT_AMX) && defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
+    defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include "squares_amx.h"
 int has_amx(void) { return amx_allowed(); }
 #else

@@ -11,11 +11,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SIDE 16   /* of a tile */
-#define DEEP 32   /* rows of a chunk */
-#define ACROSS 24 /* right panels of a block: of 128 rows they stay in the second cache with the block's squares */
+#define SIDE 16    /* of a tile */
+#define DEEP 32    /* rows of a chunk */
+#define ACROSS 24  /* right panels of a block: of 128 rows they stay in the second cache with the block's squares */
 #define TALLEST 32 /* left panels of a block */
-#define DOWN 4    /* left panels at a time: of 128 rows they stay in the first */
+#define DOWN 4     /* left panels at a time: of 128 rows they stay in the first */
 
 /* Asks the system for the use of tiles by this process. */
 static int amx_allowed(void) {
@@ -69,12 +69,13 @@ struct side { /* one of the two matrices, of a sample */
 };
 
 /* Line i of the tile of a piece: rows 2i and 2i + 1 of 16 columns; zero beyond the matrix. */
-static inline __attribute__((always_inline)) __m512i line(const struct side *s, int64_t row, int64_t column, int i, const int pieces,
-                                                          const int piece) {
+static inline __attribute__((always_inline)) __m512i line(const struct side *s, int64_t row, int64_t column, int i,
+                                                          const int pieces, const int piece) {
   const int64_t left = s->width - column, t = row + 2 * i;
   const __mmask16 within = left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
   const __mmask16 even = t < s->depth ? within : 0, odd = t + 1 < s->depth ? within : 0;
-  const int64_t first = (even ? s->rows[t] : 0) * s->stride + column, second = (odd ? s->rows[t + 1] : 0) * s->stride + column;
+  const int64_t first = (even ? s->rows[t] : 0) * s->stride + column;
+  const int64_t second = (odd ? s->rows[t + 1] : 0) * s->stride + column;
   __m512i low, high;
   if (pieces == 1) {
     const uint16_t *x = s->x;
@@ -180,11 +181,13 @@ static inline __attribute__((always_inline)) double block_of(float *total, int64
   return whole;
 }
 
-/* A block of panels, sample after sample. */
+struct block { int64_t i0, i1, j0, j1; }; /* left panels i0 to i1 by right ones j0 to j1 */
+
+/* One of them, sample after sample. */
 static inline __attribute__((always_inline)) void add_block(float *total, double *sums, struct side l, struct side r,
                                                             const int64_t *rows, const int64_t *offsets, int64_t samples,
-                                                            int64_t i0, int64_t i1, int64_t j0, int64_t j1, const int pieces,
-                                                            __m512i *packed_left, __m512i *packed_right) {
+                                                            struct block at, const int pieces, __m512i *packed_left,
+                                                            __m512i *packed_right) {
   const int64_t m = l.width, n = r.width;
   for (int64_t b = 0; b < samples; b++) {
     l.rows = r.rows = rows + offsets[b];
@@ -192,12 +195,12 @@ static inline __attribute__((always_inline)) void add_block(float *total, double
     const int64_t chunks = (l.depth + DEEP - 1) / DEEP;
     if (!chunks) continue;
     double whole = 0;
-    pack_panels(&r, j0, j1, pieces, 0, packed_right);
-    for (int64_t i = i0; i < i1; i += DOWN) {
-      const int64_t end = least(i + DOWN, i1);
+    pack_panels(&r, at.j0, at.j1, pieces, 0, packed_right);
+    for (int64_t i = at.i0; i < at.i1; i += DOWN) {
+      const int64_t end = least(i + DOWN, at.i1);
       pack_panels(&l, i, end, pieces, 1, packed_left);
-      whole += block_of(total ? total + i * SIDE * n + j0 * SIDE : NULL, n, least(end * SIDE, m) - i * SIDE,
-                        least(j1 * SIDE, n) - j0 * SIDE, packed_left, packed_right, chunks, pieces);
+      whole += block_of(total ? total + i * SIDE * n + at.j0 * SIDE : NULL, n, least(end * SIDE, m) - i * SIDE,
+                        least(at.j1 * SIDE, n) - at.j0 * SIDE, packed_left, packed_right, chunks, pieces);
     }
     if (sums)
 #pragma omp atomic
@@ -232,8 +235,9 @@ int square_accumulate_amx(float *total, double *sums, const void *left, int64_t 
     for (int64_t block = 0; block < blocks_down * columns; block++) {
       if (failed) continue;
       const int64_t i = block % blocks_down * height, j = block / blocks_down * ACROSS;
-      if (half) add_block(total, sums, l, r, rows, offsets, samples, i, least(i + height, tall), j, least(j + ACROSS, wide), 1, packed_left, packed_right);
-      else add_block(total, sums, l, r, rows, offsets, samples, i, least(i + height, tall), j, least(j + ACROSS, wide), 2, packed_left, packed_right);
+      const struct block at = {i, least(i + height, tall), j, least(j + ACROSS, wide)};
+      if (half) add_block(total, sums, l, r, rows, offsets, samples, at, 1, packed_left, packed_right);
+      else add_block(total, sums, l, r, rows, offsets, samples, at, 2, packed_left, packed_right);
     }
     free(packed_left);
     free(packed_right);
