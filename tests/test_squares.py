@@ -1,5 +1,6 @@
 """Squares of per-sample gradients, whatever they are computed by, against the plain formula in float64."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -48,6 +49,16 @@ def check(uses, shape, num_samples, *, dtype, rtol):
     sums.fill_(1)
     add_squares(None, uses, sums)
     torch.testing.assert_close(sums - 1, norms, rtol=10 * rtol, atol=10 * rtol * (1 + norms.max().item()))
+
+
+@contextlib.contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_layout(draw, g, num_samples, num_rows):
@@ -120,23 +131,19 @@ def test_where_there_is_a_compiler_the_kernel_is_what_is_used():
     assert used in (("native", "amx") if HAS_COMPILER else ("torch",))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("number", [1, 2, 5])
 @pytest.mark.parametrize(
     ("rows", "m", "n"), [((300, 0, 1), 40, 70), ((7,), 12, 32), ((5, 6), 200, 700), ((3, 600), 13, 31)]
 )
-def test_products_at_sizes_of_several_blocks(rows, m, n, threads):
+def test_products_at_sizes_of_several_blocks(rows, m, n, number):
     torch.manual_seed(0)
     left, right = torch.randn(sum(rows), m), torch.randn(sum(rows), n)
     layout = Layout((0, *torch.tensor(rows).cumsum(0).tolist()))
     total, sums = torch.zeros(m, n), torch.zeros(len(rows), dtype=torch.float64)
     by_gram = torch.zeros_like(sums)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads(number):
         kernels.square_accumulate(total, sums, left, right, layout)
         kernels.gram_sums(by_gram, left, right, layout)
-    finally:
-        torch.set_num_threads(before)
     want = [(left[s].double().T @ right[s].double()) ** 2 for _, s in layout.spans()]
     torch.testing.assert_close(total.double(), sum(want), rtol=1e-5, atol=1e-4)
     filled = [b for b, _ in layout.spans()]
@@ -178,7 +185,7 @@ def test_products_are_as_exact_as_their_factors_in_each_kernel(kernel, data):
     right, layout = wide[:, m : m + n], random_layout(draw, g, num_samples, num_samples * rows)
     before = torch.rand(m, n, generator=g) * wide.double().square().mean().square().float()
     total, sums = before.clone(), torch.zeros(num_samples, dtype=torch.float64)
-    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}), threads(draw(st.sampled_from([1, 2, 13]))):
         in_pieces = kernels.backend(left.device, dtype) == "amx" and dtype == torch.float32
         kernels.square_accumulate(total, sums, left, right, layout)
     want, allowed = before.double(), 1e-6 * before.double()

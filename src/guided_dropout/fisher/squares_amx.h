@@ -214,7 +214,9 @@ int square_accumulate_amx(float *total, double *sums, const void *left, int64_t 
                           int64_t n, int threads, int half) {
   const struct side l = {left, NULL, left_stride, m, 0}, r = {right, NULL, right_stride, n, 0};
   const int64_t tall = padded(m, 2 * SIDE) / SIDE, wide = padded(n, 2 * SIDE) / SIDE;
-  const int64_t columns = (wide + ACROSS - 1) / ACROSS;
+  int64_t across = ACROSS; /* less only where there would be fewer blocks than threads; even */
+  while (across > ACROSS / 4 && tall / DOWN * ((wide + across - 1) / across) < threads) across /= 2;
+  const int64_t columns = (wide + across - 1) / across;
   int64_t deepest = 0;
   for (int64_t b = 0; b < samples; b++) deepest = offsets[b + 1] - offsets[b] > deepest ? offsets[b + 1] - offsets[b] : deepest;
   if (deepest == 0) return 0;
@@ -229,13 +231,13 @@ int square_accumulate_amx(float *total, double *sums, const void *left, int64_t 
     for (int t = 0; t < 8; t++) config.bytes[t] = 64, config.lines[t] = 16;
     _tile_storeconfig(&before);
     _tile_loadconfig(&config);
-    __m512i *packed_left = aligned_alloc(64, chunk * DOWN), *packed_right = aligned_alloc(64, chunk * least(wide, ACROSS));
+    __m512i *packed_left = aligned_alloc(64, chunk * DOWN), *packed_right = aligned_alloc(64, chunk * least(wide, across));
     if (!packed_left || !packed_right) failed = 1;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < blocks_down * columns; block++) {
       if (failed) continue;
-      const int64_t i = block % blocks_down * height, j = block / blocks_down * ACROSS;
-      const struct block at = {i, least(i + height, tall), j, least(j + ACROSS, wide)};
+      const int64_t i = block % blocks_down * height, j = block / blocks_down * across;
+      const struct block at = {i, least(i + height, tall), j, least(j + across, wide)};
       if (half) add_block(total, sums, l, r, rows, offsets, samples, at, 1, packed_left, packed_right);
       else add_block(total, sums, l, r, rows, offsets, samples, at, 2, packed_left, packed_right);
     }
