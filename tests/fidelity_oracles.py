@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from scipy.spatial.distance import cosine, jensenshannon
+from scipy.spatial.distance import cosine
 from scipy.stats import entropy, pearsonr, spearmanr
 from sklearn.metrics import jaccard_score
 
@@ -22,12 +22,14 @@ def oracle(full, sub, top, exclude=()):
     constant = len(set(p)) < 2 or len(set(q)) < 2
     errors = [(b - a) / a for a, b in zip(p, q, strict=True) if a > 0]
     defined = p.sum() > 0 and q.sum() > 0
+    middle = p / p.sum() + q / q.sum() if defined else None
     return {
         "overlap": jaccard_score(*masks),
         "spearman": None if constant else spearmanr(p, q).statistic,
         "pearson": None if constant else pearsonr(p, q).statistic,
         "cosine": 1 - cosine(p, q) if defined else None,
-        "js": jensenshannon(p, q) ** 2 if defined else None,
+        # SciPy's jensenshannon is the root of this, and NaN where rounding makes it negative.
+        "js": (entropy(p, middle) + entropy(q, middle)) / 2 if defined else None,
         "kl": (entropy(p, q) if (q[p > 0] > 0).all() else None) if defined else None,
         "kl_reverse": (entropy(q, p) if (p[q > 0] > 0).all() else None) if defined else None,
         "mean_error": math.fsum(abs(e) for e in errors) / len(errors) if errors else None,
