@@ -62,14 +62,18 @@ static inline __attribute__((always_inline)) void pack(const float *x, int64_t s
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static int64_t most_rows(const int64_t *offsets, int64_t samples) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < samples; b++) most = offsets[b + 1] - offsets[b] > most ? offsets[b + 1] - offsets[b] : most;
+  return most;
+}
 
 /* total [m][n] (row stride n) or NULL; sums [samples] float64 or NULL; offsets [samples + 1] into rows. Returns 0, or 1
  * where memory ran out. */
 int square_accumulate(float *total, double *sums, const float *left, int64_t left_stride, const float *right,
                       int64_t right_stride, const int64_t *rows, const int64_t *offsets, int64_t samples, int64_t m, int64_t n,
                       int threads) {
-  int64_t deepest = 0;
-  for (int64_t b = 0; b < samples; b++) deepest = offsets[b + 1] - offsets[b] > deepest ? offsets[b + 1] - offsets[b] : deepest;
+  const int64_t deepest = most_rows(offsets, samples);
   if (deepest == 0) return 0;
   const int64_t nc = least(padded(n, NR), 12 * NR);
   int64_t mc = 16 * MR;
@@ -180,8 +184,7 @@ static inline __attribute__((always_inline)) void dots(int64_t width, const floa
 /* sums[b] += sum over rows t, u of sample b of (left[t] . left[u]) (right[t] . right[u]). Each pair of rows is met once. */
 void gram_sums(double *sums, const float *left, int64_t left_stride, const float *right, int64_t right_stride,
                const int64_t *rows, const int64_t *offsets, int64_t samples, int64_t m, int64_t n, int threads) {
-  int64_t deepest = 0;
-  for (int64_t b = 0; b < samples; b++) deepest = offsets[b + 1] - offsets[b] > deepest ? offsets[b + 1] - offsets[b] : deepest;
+  const int64_t deepest = most_rows(offsets, samples);
   const int64_t blocks = (deepest + GBLOCK - 1) / GBLOCK;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < samples * blocks; task++) {

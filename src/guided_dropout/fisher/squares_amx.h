@@ -215,14 +215,12 @@ int square_accumulate_amx(float *total, double *sums, const void *left, int64_t 
   const struct side l = {left, NULL, left_stride, m, 0}, r = {right, NULL, right_stride, n, 0};
   const int64_t tall = padded(m, 2 * SIDE) / SIDE, wide = padded(n, 2 * SIDE) / SIDE;
   int64_t across = ACROSS; /* less only where there would be fewer blocks than threads; even */
-  while (across > ACROSS / 4 && tall / DOWN * ((wide + across - 1) / across) < threads) across /= 2;
+  while (across > ACROSS / 4 && (tall + DOWN - 1) / DOWN * ((wide + across - 1) / across) < threads) across /= 2;
   const int64_t columns = (wide + across - 1) / across;
-  int64_t deepest = 0;
-  for (int64_t b = 0; b < samples; b++) deepest = offsets[b + 1] - offsets[b] > deepest ? offsets[b + 1] - offsets[b] : deepest;
+  const int64_t deepest = most_rows(offsets, samples);
   if (deepest == 0) return 0;
   /* Each block packs its panels itself, so that they are few; but one for each thread. */
-  int64_t height = padded((tall * columns + threads - 1) / threads, DOWN);
-  height = least(height < DOWN ? DOWN : height, TALLEST);
+  const int64_t height = least(padded((tall * columns + threads - 1) / threads, DOWN), TALLEST);
   const int64_t blocks_down = (tall + height - 1) / height, chunk = padded(deepest, DEEP) / DEEP * (half ? 1 : 2) * 16 * 64;
   int failed = 0;
 #pragma omp parallel num_threads(threads)
