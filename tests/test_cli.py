@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from importlib import metadata
 
 import pytest
 import torch
@@ -176,6 +177,10 @@ def test_help_lists_the_arms_a_line_each(command):
     _, out, _ = command("finetune", "--help")
     listed = [line.split()[0] for line in out.partition("Arms")[2].splitlines()[1:] if line.strip()]
     assert listed == list(ARMS)
+
+
+def test_the_version_is_that_of_the_package(command):
+    assert command("--version") == (0, f"guided-dropout {metadata.version('guided-dropout')}\n", "")
 
 
 def test_the_same_arguments_give_the_same_profile(chain, command):

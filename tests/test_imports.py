@@ -16,7 +16,7 @@ HELP = (
     ("start", "without"),
     [
         ("import guided_dropout\n", ["torch", "scipy", "transformers"]),
-        (HELP, ["transformers", "sklearn", "matplotlib"]),
+        (HELP, ["torch", "scipy", "transformers", "sklearn", "matplotlib"]),
     ],
     ids=["package", "help"],
 )

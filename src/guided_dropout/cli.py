@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -12,13 +13,13 @@ import typer
 
 from guided_dropout.cli_bench import bench_app
 from guided_dropout.cli_fidelity import fidelity
-from guided_dropout.cli_finetune import finetune
+from guided_dropout.cli_finetune import ArmsInHelp, finetune
 from guided_dropout.cli_fisher import fisher, merge
 from guided_dropout.cli_landscape import landscape_app
 from guided_dropout.cli_options import PROFILE_HELP, Grouping, Model, ResidualSites
 from guided_dropout.cli_plot import plot_app
 from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.console import arms_help, console, errors, site_table
+from guided_dropout.console import console, errors, site_table
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt
 
@@ -34,6 +35,21 @@ app.add_typer(schedule_app, name="schedule")
 app.add_typer(bench_app, name="bench")
 app.add_typer(landscape_app, name="landscape")
 app.add_typer(plot_app, name="plot")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.print(f"guided-dropout {metadata.version('guided-dropout')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -88,7 +104,7 @@ def inspect(
 
 
 app.command()(fidelity)
-app.command(epilog=arms_help())(finetune)
+app.command(cls=ArmsInHelp)(finetune)
 
 
 def main() -> None:

@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from guided_dropout.cli_options import ColumnNames, Model, ResidualSites, Seed
 from guided_dropout.console import console, progress_bar
+
+
+class ArmsInHelp(TyperCommand):
+    """A command whose help ends in the arms, a line each, with their parameters and defaults."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Look them up now: importing them takes seconds, which only this help is worth."""
+        from guided_dropout.arms import ARMS
+
+        lines = ["Arms, with their parameters (plain dropout besides, where they do not set it):"]
+        for name, arm in ARMS.items():
+            parameters = ", ".join(f"{key}={value:g}" for key, value in arm.parameters.items())
+            lines.append(f"{name:<16} {arm.summary}{f' ({parameters})' if parameters else ''}")
+        self.epilog = "\n".join(lines)
+        super().format_help(ctx, formatter)
 
 
 def finetune(

@@ -13,11 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from guided_dropout.arms import ARMS
-from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.schedule.places import by_role
-
 if TYPE_CHECKING:
+    from guided_dropout.schedule import DropoutSchedule
     from guided_dropout.schedule.compare import ScheduleDiff
 
 # Piped output is not folded: nothing knows how wide it will be read. Brackets are text: names of files hold them.
@@ -92,15 +89,6 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-
-
-def arms_help() -> str:
-    """The arms with their parameters and defaults, one a line, as Typer prints an epilogue."""
-    lines = []
-    for name, arm in ARMS.items():
-        parameters = ", ".join(f"{key}={value:g}" for key, value in arm.parameters.items())
-        lines.append(f"{name:<16} {arm.summary}{f' ({parameters})' if parameters else ''}")
-    return "\n".join(["Arms, with their parameters (plain dropout besides, where they do not set it):", *lines])
 
 
 def site_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -186,6 +174,8 @@ def schedule_table(schedule: DropoutSchedule) -> Table:
 
 def depth_chart(schedule: DropoutSchedule) -> Table:
     """The rates over depth: a line for the same place in each layer, a block as high as the rate for each layer."""
+    from guided_dropout.schedule.places import by_role
+
     prefix = schedule.model.get("backbone_prefix", "")
     top = max(schedule.rates.values())
     table = Table(box=None, header_style="bold", pad_edge=False)
