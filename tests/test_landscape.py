@@ -349,3 +349,13 @@ def test_no_samples_and_no_targets_are_told():
     blank = [{"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}]
     with pytest.raises(DataError, match="none of the 1 samples has a target"):
         loss_landscape(language_model("bert"), blank, **LINE)
+
+
+def test_samples_without_a_target_count_for_nothing_and_are_counted():
+    model, blank = language_model("bert").double(), {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]}
+    found = loss_landscape(model, [SAMPLES[0], blank, *SAMPLES[1:], blank], batch_size=2, **LINE)
+    expected = loss_landscape(model, SAMPLES, batch_size=2, **LINE)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-12)
+    assert (found.provenance["skipped"], expected.provenance["skipped"]) == (2, 0)
+    with pytest.raises(DataError, match="none of the 2 samples has a target"):
+        loss_landscape(model, [blank, blank], **LINE)

@@ -94,3 +94,9 @@ def test_what_is_no_fisher_value_is_refused():
     for fraction in (-0.1, 1.1, float("nan")):
         with pytest.raises(DataError, match="expected a share of the parameters"):
             select({"v": torch.ones(2)}, fraction)
+
+
+def test_a_tensor_that_is_not_there_is_refused():
+    selection = select({"w": torch.arange(4.0)}, 0.5)
+    with pytest.raises(ArtefactError, match="no tensor 'v'; expected the name of a parameter of the profile, as w"):
+        selection.mask("v")
