@@ -1,6 +1,7 @@
 """Squares of per-sample gradients, whatever they are computed by, against the plain formula in float64."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -169,6 +170,36 @@ def test_gram_sums_equal_the_products_whatever_the_rows(data):
         want[b] = (layout.take(left, span).double().T @ layout.take(right, span).double()).square().sum()
     precise = dtype == torch.float64
     torch.testing.assert_close(sums, want, rtol=1e-10 if precise else 1e-4, atol=1e-10 if precise else 1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["", "off"])
+@pytest.mark.parametrize("apart", [1e-2, 1e-3, 1e-4, 0.0])
+@pytest.mark.parametrize("even", [True, False])
+def test_gram_sums_that_cancel_are_found_by_products(apart, kernel, even):
+    """Rows of the left add up to zero, as those of attention's keys do, and those on the right are nearly the same."""
+    g = torch.Generator().manual_seed(0)
+    lengths = [64] * 8 if even else [64, 3, 0, 40, 64]
+    left = [part - part.mean(0) for part in (torch.randn(n, 256, generator=g) for n in lengths)]
+    one = torch.randn(256, generator=g)
+    right = [one + apart * torch.randn(n, 256, generator=g) for n in lengths]
+    offsets = (0, *itertools.accumulate(lengths))
+    layout = Layout.even(offsets[-1], len(lengths)) if even else Layout(offsets)
+    sums = torch.zeros(len(lengths), dtype=torch.float64)
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+        kernels.gram_sums(sums, torch.cat(left), torch.cat(right), layout)
+    want = torch.stack([(a.double().T @ b.double()).square().sum() for a, b in zip(left, right, strict=True)])
+    assert (sums >= 0).all()
+    torch.testing.assert_close(sums, want, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("kernel", ["", "portable", "off"])
+@pytest.mark.parametrize(("m", "n"), [(0, 40), (40, 0), (0, 0)])
+def test_matrices_without_elements_have_no_squares(m, n, kernel):
+    sums = torch.zeros(2, dtype=torch.float64)
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+        for total in (torch.zeros(m, n), None):
+            kernels.square_accumulate(total, sums, torch.ones(64, m), torch.ones(64, n), Layout.even(64, 2))
+    assert sums.tolist() == [0, 0]
 
 
 @settings(max_examples=60, deadline=None)

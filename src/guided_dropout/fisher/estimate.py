@@ -285,7 +285,7 @@ def profile_of(
     for name, p in sums.parameters.items():
         mean = world.sum(totals.total(name).double()) / num
         zeros += untouched(name, mean)
-        means[name] = mean.sum().item() / p.numel()
+        means[name] = mean.sum().item() / max(1, p.numel())
         if not totals.scores_only:
             diagonal[name] = mean.to(torch.float32).cpu()
     devices = {p.device for p in sums.parameters.values()}

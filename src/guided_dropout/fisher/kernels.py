@@ -10,7 +10,8 @@ only a sample's sum over i and j is wanted, the Gram identity
 .. math:: \lVert L^\top R\rVert^2 = \sum_{t,t'} (L L^\top)_{tt'} (R R^\top)_{tt'}
 
 needs no product of the parameter's size; it is taken where it is the cheaper one. Both Gram matrices are symmetric, and
-the C kernel forms half of each, in registers.
+the C kernel forms half of each, in registers. Its terms may cancel, as those of squares cannot: a sample of which
+little is left is done by products after all, in float64.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ except ImportError:  # no Triton, or one that is too old
 # A tile of a matrix's gradient and one of its sum of squares fit a shared cache together (float32: 2 x 2 MB).
 _TILE_ELEMENTS = 512 * 1024
 _GRAM_ELEMENTS = 4 * 1024 * 1024
+# Where a sample's terms cancel to less than this share of their sizes, too few of float32's digits are left.
+_CANCELLED = 1e-3
 
 
 def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
@@ -36,18 +39,54 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
 
     Args:
         total: [m, n] float32 or float64, or None.
-        sums: [B] float64, or None.
+        sums: [B] float64, contiguous, or None.
         left: [R, m], any floating-point type.
         right: [R, n], of the same type.
         layout: which rows are whose.
     """
+    if 0 in (left.shape[1], right.shape[1]):
+        return
     half = left.device.type == "cpu" and left.dtype in (torch.bfloat16, torch.float16)
     if half and not (native.takes(total, left, right) and native.in_amx(left, right, layout)):
         left, right, layout = _widened(left, right, layout)
-    if total is None and _by_gram(left, right, layout):
-        if sums is not None:
-            gram_sums(sums, left, right, layout)
-    elif native.takes(total, left, right):
+    if total is not None or not _by_gram(left, right, layout):
+        _by_products(total, sums, left, right, layout)
+    elif sums is not None:
+        gram_sums(sums, left, right, layout)
+
+
+def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
+    """Add each sample's sum of squares to `sums` [B] by the Gram identity, wherever it can be; else as above."""
+    left, right, layout = _widened(left, right, layout)
+    found, sizes = (native.gram_sums if native.takes(None, left, right) else _grams)(left, right, layout)
+    cancelled = set((found < _CANCELLED * sizes).nonzero()[:, 0].tolist())
+    for b, span in layout.spans():
+        if b in cancelled:
+            own = layout.take(left, span).double(), layout.take(right, span).double()
+            _by_products(None, found[b : b + 1].zero_(), *own, Layout.even(len(own[0]), 1))
+    sums += found
+
+
+def _grams(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """As `native.gram_sums`; many samples in one product, where they have equally many rows."""
+    found, sizes = left.new_zeros(2, layout.num_samples, dtype=torch.float64)
+    some = max(1, _GRAM_ELEMENTS // layout.step**2) if layout.step else 1
+    for b in range(0, layout.num_samples, some):
+        samples = slice(b, min(b + some, layout.num_samples))
+        rows = slice(layout.offsets[samples.start], layout.offsets[samples.stop])
+        if rows.start == rows.stop:
+            continue
+        shape = (samples.stop - b, -1)
+        parts = [layout.take(x, rows).unflatten(0, shape) for x in (left, right)]
+        grams = [torch.bmm(x, x.mT) for x in parts]
+        terms = grams[0].mul_(grams[1])
+        found[samples] += terms.sum((1, 2), dtype=found.dtype)
+        sizes[samples] += terms.abs_().sum((1, 2), dtype=sizes.dtype)
+    return found, sizes
+
+
+def _by_products(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
+    if native.takes(total, left, right):
         native.square_accumulate(total, sums, left, right, layout)
     elif triton is not None and triton.supports(total, left, right):
         if layout.rows is not None:
@@ -60,30 +99,9 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
         _by_tiles(total, sums, left, right, layout)
 
 
-def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
-    """Add each sample's sum of squares to `sums` [B] by the Gram identity, whatever that costs; else as above."""
-    if native.takes(None, left, right):
-        left, right, layout = _widened(left, right, layout)
-        native.gram_sums(sums, left, right, layout)
-        return
-    wide = torch.promote_types(left.dtype, torch.float32)  # at least: these products cancel
-    if layout.step:  # many samples in one product
-        some = max(1, _GRAM_ELEMENTS // layout.step**2)
-        for b in range(0, layout.num_samples, some):
-            rows = slice(b * layout.step, (b + some) * layout.step)
-            parts = [x[rows].to(wide).view(-1, layout.step, x.shape[1]) for x in (left, right)]
-            grams = [torch.bmm(x, x.mT) for x in parts]
-            sums[b : b + some] += grams[0].mul_(grams[1]).sum((1, 2), dtype=sums.dtype)
-        return
-    for b, span in layout.spans():
-        parts = [layout.take(x, span).to(wide) for x in (left, right)]
-        grams = [x @ x.T for x in parts]
-        sums[b] += torch.dot(grams[0].flatten(), grams[1].flatten())
-
-
 def _widened(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Layout]:
-    """In float32, the rows that the layout lists alone."""
-    if left.dtype == right.dtype == torch.float32:
+    """In float32 at least; where that makes copies, of the rows alone that the layout lists."""
+    if left.dtype == right.dtype and left.dtype in (torch.float32, torch.float64):
         return left, right, layout
     if layout.rows is not None:
         left, right, layout = left[layout.rows], right[layout.rows], Layout(layout.offsets)
@@ -109,20 +127,17 @@ def _by_gram(left: Tensor, right: Tensor, layout: Layout) -> bool:
 
 def _by_tiles(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
     """Tile by tile, so that a tile's product and its sum of squares stay in the cache for the whole batch."""
+    left, right, layout = _widened(left, right, layout)
     m, n = left.shape[1], right.shape[1]
-    wide = torch.promote_types(left.dtype, torch.float32)
     if layout.rows is not None:
         left, right = left[layout.rows], right[layout.rows]
     step = max(1, _TILE_ELEMENTS // n)
     product = left.new_empty(min(step, m), n)
-    widened = product if product.dtype == wide else product.to(wide)
     for start in range(0, m, step):
         height = min(step, m - start)
-        narrow, tile = product[:height], widened[:height]
+        tile = product[:height]
         for b, rows in layout.spans():
-            torch.mm(left[rows, start : start + height].T, right[rows], out=narrow)
-            if narrow is not tile:
-                tile.copy_(narrow)
+            torch.mm(left[rows, start : start + height].T, right[rows], out=tile)
             if total is not None:
                 total[start : start + height].addcmul_(tile, tile)
             if sums is not None:

@@ -1,7 +1,8 @@
-"""The C kernel ``squares.c``: built on first use for this very machine, kept in the user's cache, called by ctypes.
+"""The C kernel ``squares.c``, called by ctypes.
 
-Without a compiler, or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On processors with AMX
-products go through its units where that is faster (``squares_amx.h``), unless ``GUIDED_DROPOUT_KERNEL=portable``.
+Where it cannot be built (`build`), or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On
+processors with AMX products go through its units where that is faster (``squares_amx.h``), unless
+``GUIDED_DROPOUT_KERNEL=portable``.
 """
 
 from __future__ import annotations
@@ -9,26 +10,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import hashlib
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from guided_dropout.artefacts import staged_file
-from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.fisher import build
 from guided_dropout.fisher.layout import Layout
 
-_SOURCE, *_INCLUDED = (Path(__file__).with_name(name) for name in ("squares.c", "squares_amx.h"))
-_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-_TUNING = (("-march=native",), ("-march=native", "-DWITHOUT_AMX"), ("-mcpu=native",), ())  # the first that builds
 # Time of a multiplication in AMX's units, in those of the vector units, measured; and what they round sizes up to.
 _AMX_TIME = {torch.float32: 0.6, torch.bfloat16: 0.3}
 _AMX_STEP = 32
@@ -47,6 +37,7 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
     """`kernels.square_accumulate` for what `takes` takes."""
     kernel = _kernel()
     assert kernel is not None
+    assert sums is None or (sums.is_contiguous() and sums.dtype == torch.float64)
     outputs = [None if t is None else t.data_ptr() for t in (total, sums)]
     half = left.dtype == torch.bfloat16
     with _inputs(left, right, layout) as inputs:
@@ -77,12 +68,14 @@ def _rounded_up(size: int) -> int:
     return -(-size // _AMX_STEP) * _AMX_STEP
 
 
-def gram_sums(sums: Tensor, left: Tensor, right: Tensor, layout: Layout) -> None:
-    """Add each sample's sum of squares to `sums` by the Gram identity of `kernels`, for what `takes` takes."""
+def gram_sums(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """By the Gram identity of `kernels`, for what `takes` takes: each sample's sum of squares, and of terms' sizes."""
     kernel = _kernel()
     assert kernel is not None
+    found, sizes = torch.zeros(2, layout.num_samples, dtype=torch.float64)
     with _inputs(left, right, layout) as inputs:
-        kernel.gram_sums(sums.data_ptr(), *inputs)
+        kernel.gram_sums(found.data_ptr(), sizes.data_ptr(), *inputs)
+    return found, sizes
 
 
 @contextlib.contextmanager
@@ -133,54 +126,22 @@ def _allows_amx(kernel: ctypes.CDLL) -> bool:
 @functools.cache
 def _kernel() -> ctypes.CDLL | None:
     """The kernel, built if need be; None where it cannot be."""
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    if sys.platform == "win32" or shutil.which(compiler[0]) is None:
-        return None
-    for tuning in _TUNING:
-        try:
-            library = ctypes.CDLL(str(_built(compiler, tuning)))
-        except (OSError, subprocess.SubprocessError, GuidedDropoutError):
-            continue
-        p, i = ctypes.c_void_p, ctypes.c_int64
-        inputs = [p, i, p, i, p, p, i, i, i, ctypes.c_int]
-        library.square_accumulate.argtypes = [p, p, *inputs]
-        library.square_accumulate.restype = ctypes.c_int
-        library.gram_sums.argtypes = [p, *inputs]
-        library.gram_sums.restype = None
-        if library.has_amx():
-            library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
-            library.square_accumulate_amx.restype = ctypes.c_int
-        return library
-    return None
+    return build.load(_declare)
 
 
-def _built(compiler: list[str], tuning: tuple[str, ...]) -> Path:
-    """The library's path, after building it unless this source was built for this machine before."""
-    command = [*compiler, *_FLAGS, *tuning]
-    code = b"".join(path.read_bytes() for path in (_SOURCE, *_INCLUDED))
-    key = hashlib.sha256(code + repr((command, _machine())).encode()).hexdigest()[:16]
-    library = cache_folder() / f"squares-{key}.so"
-    if not library.exists():
-        with staged_file(library) as tmp:
-            subprocess.run([*command, "-o", str(tmp), str(_SOURCE)], check=True, capture_output=True, timeout=120)
-    return library
+def _declare(library: ctypes.CDLL) -> None:
+    p, i = ctypes.c_void_p, ctypes.c_int64
+    inputs = [p, i, p, i, p, p, i, i, i, ctypes.c_int]
+    library.square_accumulate.argtypes = [p, p, *inputs]
+    library.square_accumulate.restype = ctypes.c_int
+    library.gram_sums.argtypes = [p, p, *inputs]
+    library.gram_sums.restype = None
+    if library.has_amx():
+        library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
+        library.square_accumulate_amx.restype = ctypes.c_int
 
 
 def release_memory() -> None:
     """Give what the allocator keeps for later back to the system, where it can (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def cache_folder() -> Path:
-    """Where built kernels are kept: ``$XDG_CACHE_HOME/guided-dropout``, by default below ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "guided-dropout"
-
-
-def _machine() -> str:
-    """What the code is tuned to: a home folder may be shared by machines with other processors."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.platform() + platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "") + platform.machine()

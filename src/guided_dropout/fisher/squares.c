@@ -5,7 +5,7 @@
  * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each.
  *
  * Plain C with vector types of GCC and Clang, no intrinsics but in squares_amx.h, for processors that have such units;
- * built by native.py for the machine at hand.
+ * built by build.py for the machine at hand.
  */
 #define _GNU_SOURCE
 #include <stdint.h>
@@ -74,7 +74,7 @@ int square_accumulate(float *total, double *sums, const float *left, int64_t lef
                       int64_t right_stride, const int64_t *rows, const int64_t *offsets, int64_t samples, int64_t m, int64_t n,
                       int threads) {
   const int64_t deepest = most_rows(offsets, samples);
-  if (deepest == 0) return 0;
+  if (deepest == 0 || n == 0) return 0;
   const int64_t nc = least(padded(n, NR), 12 * NR);
   int64_t mc = 16 * MR;
   while (mc > 2 * MR && ((m + mc - 1) / mc) * ((n + nc - 1) / nc) < 4 * threads) mc -= 2 * MR;
@@ -181,8 +181,9 @@ static inline __attribute__((always_inline)) void dots(int64_t width, const floa
 
 #define GBLOCK (4 * GR)
 
-/* sums[b] += sum over rows t, u of sample b of (left[t] . left[u]) (right[t] . right[u]). Each pair of rows is met once. */
-void gram_sums(double *sums, const float *left, int64_t left_stride, const float *right, int64_t right_stride,
+/* sums[b] += sum over rows t, u of sample b of (left[t] . left[u]) (right[t] . right[u]); sizes[b] += the same of the terms'
+ * sizes. Each pair of rows is met once. */
+void gram_sums(double *sums, double *sizes, const float *left, int64_t left_stride, const float *right, int64_t right_stride,
                const int64_t *rows, const int64_t *offsets, int64_t samples, int64_t m, int64_t n, int threads) {
   const int64_t deepest = most_rows(offsets, samples);
   const int64_t blocks = (deepest + GBLOCK - 1) / GBLOCK;
@@ -191,7 +192,7 @@ void gram_sums(double *sums, const float *left, int64_t left_stride, const float
     const int64_t b = task / blocks, begin = task % blocks * GBLOCK, depth = offsets[b + 1] - offsets[b];
     const int64_t *own = rows + offsets[b];
     const int64_t end = least(begin + GBLOCK, depth);
-    double whole = 0;
+    double whole = 0, size = 0;
     for (int64_t j0 = begin; j0 < depth; j0 += GR)
       for (int64_t i0 = begin; i0 < end && i0 <= j0; i0 += GR) {
         const float *a[GR], *c[GR];
@@ -206,28 +207,39 @@ void gram_sums(double *sums, const float *left, int64_t left_stride, const float
           c[r] = right + own[least(j0 + r, depth - 1)] * right_stride;
         }
         dots(n, a, c, of_right);
-        double part = 0;
+        double part = 0, of_part = 0;
         if (j0 > i0 && j0 + GR <= depth) {
           for (int i = 0; i < GR; i++) {
-            double line = 0;
-            for (int j = 0; j < GR; j++) line += (double)of_left[i][j] * of_right[i][j];
+            double line = 0, of_line = 0;
+            for (int j = 0; j < GR; j++) {
+              const double term = (double)of_left[i][j] * of_right[i][j];
+              line += term;
+              of_line += __builtin_fabs(term);
+            }
             part += 2 * line;
+            of_part += 2 * of_line;
           }
         } else
           for (int i = 0; i < GR && i0 + i < depth; i++)
             for (int j = 0; j < GR && j0 + j < depth; j++) {
               const int weight = j0 + j > i0 + i ? 2 : j0 + j == i0 + i;
-              part += weight * (double)of_left[i][j] * of_right[i][j];
+              const double term = weight * (double)of_left[i][j] * of_right[i][j];
+              part += term;
+              of_part += __builtin_fabs(term);
             }
         whole += part;
+        size += of_part;
       }
 #pragma omp atomic
     sums[b] += whole;
+#pragma omp atomic
+    sizes[b] += size;
   }
 }
 
-#if !defined(WITHOUT_AMX) && defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && \
-    defined(__AVX512BF16__) && defined(__AVX512BW__)
+/* Clang once named the first two without the second line. */
+#if !defined(WITHOUT_AMX) && defined(__linux__) && (defined(__AMX_TILE__) || defined(__AMXTILE__)) && \
+    (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__) && defined(__AVX512BW__)
 #include "squares_amx.h"
 int has_amx(void) { return amx_allowed(); }
 #else

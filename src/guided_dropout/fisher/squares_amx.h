@@ -1,8 +1,8 @@
 /* The same squares on processors with AMX: units that multiply tiles of bfloat16 and add the products up in float32.
  *
- * A float32 is the sum of two bfloat16, to 2^-16 of it; of the four products of pieces the one of the two small ones is
- * left out, so that a product is off by 3 x 2^-16 of the sum of its terms' sizes at most. Matrices that are bfloat16
- * have one piece, and lose nothing.
+ * A float32 between 2^-110 and 3.39e38 is the sum of two bfloat16, to 2^-16 of it; of the four products of pieces the
+ * one of the two small ones is left out, so that a product is off by 3 x 2^-16 of the sum of its terms' sizes at most.
+ * Matrices that are bfloat16 have one piece, and lose nothing.
  *
  * Packed, a panel of 16 columns over 32 rows of a sample (a chunk) is one tile of 16 x 16 pairs for each piece. The pair
  * of rows 2k, 2k + 1 in column c lies in line k of a right tile and at place k of line c of a left one.
@@ -223,7 +223,7 @@ int square_accumulate_amx(float *total, double *sums, const void *left, int64_t 
   while (across > ACROSS / 4 && (tall + DOWN - 1) / DOWN * ((wide + across - 1) / across) < threads) across /= 2;
   const int64_t columns = (wide + across - 1) / across;
   const int64_t deepest = most_rows(offsets, samples);
-  if (deepest == 0) return 0;
+  if (deepest == 0 || m == 0 || n == 0) return 0;
   /* Each block packs its panels itself, so that they are few; but one for each thread. */
   const int64_t height = least(padded((tall * columns + threads - 1) / threads, DOWN), TALLEST);
   const int64_t blocks_down = (tall + height - 1) / height, chunk = padded(deepest, DEEP) / DEEP * (half ? 1 : 2) * 16 * 64;
