@@ -13,6 +13,7 @@ from guided_dropout.bench.experiment_verdicts import claims
 from guided_dropout.bench.folder import Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.phrases import cell_text, guidance_sentence
+from guided_dropout.bench.restarts import restarts, to_latex
 from guided_dropout.bench.stats import holm
 from guided_dropout.errors import DataError
 
@@ -90,6 +91,57 @@ def test_uneven_rates_alone_are_not_guidance():
     assert "better than uniform. That is no verdict on guidance" in guidance_sentence(g)
     (g,) = analyse(runs({"shuffled": 0.6, "guided": 0.65})).guidance
     assert g.lacking == ("even",)
+
+
+def test_a_control_that_goes_by_part_of_the_fisher_information_must_be_beaten_and_is_not_enough():
+    own = {"role_mean": {"rates": {"mean": 0.05}}}
+    (g,) = analyse(runs({"uniform": 0.6, "role-mean": 0.6, "guided": 0.65}, **own)).guidance
+    assert (g.verdict, g.lacking) == ("undecided at this n", ("uneven",))
+    (g,) = analyse(runs({"uniform": 0.6, "role-mean": 0.65, "shuffled": 0.6, "guided": 0.65}, **own)).guidance
+    assert (g.verdict, g.lacking) == ("undecided at this n", ())
+    assert "undecided against role-mean" in guidance_sentence(g)
+
+
+def failed(run):
+    return Run(run.key, failure=Failure("RuntimeError", "out of memory", ""))
+
+
+@pytest.mark.parametrize("gone", ["failed on rte", "run on cola alone", "failed on all"])
+def test_a_control_without_results_on_each_task_is_not_passed_over(gone):
+    arms = {"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "reversed": 0.7, "guided": 0.65}
+    held = []
+    for run in runs(arms, tasks=("cola", "mrpc", "rte")):
+        here = run.key.arm == "reversed"
+        if here and (gone == "failed on all" or (gone, run.key.task) == ("failed on rte", "rte")):
+            held.append(failed(run))
+        elif not (here and gone == "run on cola alone" and run.key.task != "cola"):
+            held.append(run)
+    a = analyse(held)
+    overall = next(g for g in a.guidance if g.task is None)
+    assert overall.verdict == "undecided at this n"
+    assert "reversed" in guidance_sentence(overall).partition("That is no verdict on guidance:")[2]
+    on_rte = next(g for g in a.guidance if g.task == "rte")
+    assert on_rte.verdict == ("helps" if gone == "run on cola alone" else "undecided at this n")
+
+
+def test_a_control_that_ran_on_all_tasks_but_one_seed_is_no_hindrance():
+    held = runs({"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "guided": 0.65}, tasks=("cola", "rte"))
+    a = analyse([failed(r) if (r.key.arm, r.key.task, r.key.seed) == ("uniform", "rte", 0) else r for r in held])
+    assert next(g for g in a.guidance if g.task is None).verdict == "helps"
+
+
+def test_over_the_tasks_a_diverged_run_is_worse_than_any_too():
+    held = runs({"dropout": 0.6, "guided": 0.65}, tasks=("cola", "rte"), seeds=10)
+    a = analyse([
+        Run(r.key, result=made(r.key, None, diverged=True))
+        if (r.key.arm, r.key.task) == ("guided", "cola") and r.key.seed < 5 else r for r in held
+    ])  # fmt: skip
+    better = {task: comparison(a, "dropout", task).pair.better for task in ("cola", "rte", None)}
+    assert better == {"cola": 0.5, "rte": 1.0, None: 0.5}
+    (table,) = restarts(a)
+    note = "Of 10 runs of guided on cola, 5 have no metric (diverged or failed)."
+    assert table.notes[0] == note
+    assert note in to_latex([table], "x")
 
 
 def test_the_same_mean_is_seen_in_the_results():
@@ -173,8 +225,7 @@ def test_an_arm_that_loses_a_whole_task_does_not_gain_by_it_in_the_mean_over_tas
 
     overall = comparison(lose("guided"), "dropout", None)
     assert (overall.tasks, overall.pair.statistics.n, overall.pair.lost) == (2, 8, (8, 0))
-    worst = min(r.result.value for r in held if r.key.task == "rte" and r.key.arm == "dropout")
-    means = {arm: [np.mean([r.result.value if (arm, r.key.task) != ("guided", "rte") else worst for r in held
+    means = {arm: [np.mean([r.result.value if (arm, r.key.task) != ("guided", "rte") else 0 for r in held
                             if (r.key.arm, r.key.seed) == (arm, s)]) for s in range(8)]
              for arm in ("guided", "dropout")}  # fmt: skip
     assert overall.pair.with_lost.mean == pytest.approx(np.mean(means["guided"]) - np.mean(means["dropout"]))
@@ -182,6 +233,7 @@ def test_an_arm_that_loses_a_whole_task_does_not_gain_by_it_in_the_mean_over_tas
     said = " ".join(claims(lose("guided")))
     assert "8 runs of guided and 0 of dropout were lost" in said
     assert "Mean over 2 tasks. At the same mean rate" in said
+    assert "no verdict on guidance: uniform has results on some of the tasks only" in said
     assert comparison(lose("dropout"), "dropout", None).verdict == "helps"
     assert comparison(lose("none"), "dropout", None).pair.lost == (0, 0)
 

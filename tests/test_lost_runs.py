@@ -34,7 +34,23 @@ def test_an_arm_does_not_gain_by_losing_its_bad_runs():
         assert verdict(c.statistics) == "helps"
         assert c.verdict() == "undecided at this n"
         assert (c.lost, c.left_out, c.statistics.n, c.with_lost.n) == ((3, 0), 3, 5, 8)
-        assert min(c.with_lost.differences) == pytest.approx(min(BASE) - 0.72)
+        assert min(c.with_lost.differences) == pytest.approx(-0.72)
+
+
+def test_runs_that_diverge_count_no_better_than_such_that_learn_nothing():
+    """The worst that was seen is no bound: what diverges is what would have been worse."""
+    base = [0.5 + 0.005 * (s % 4) for s in range(20)]
+    better = {s: x + 0.02 + 0.002 * (s % 3) for s, x in enumerate(base)}
+    for bad in (0.0, None):
+        assert compare(better | dict.fromkeys(range(3), bad), by_seed(base)).verdict() == "undecided at this n"
+    worse = {s: x - 0.02 - 0.002 * (s % 3) for s, x in enumerate(base)}
+    for bad in (0.0, None):
+        assert compare(worse, by_seed(base) | dict.fromkeys(range(3), bad)).verdict() == "undecided at this n"
+
+
+def test_the_other_arms_lost_runs_do_not_blur_what_is_found_without_them():
+    better = {s: x + 0.02 + 0.001 * s for s, x in enumerate(BASE)}
+    assert compare(better, by_seed(BASE) | {0: None}).verdict() == "helps"
 
 
 def test_nor_does_it_lose_by_the_other_arms_failures():

@@ -216,10 +216,13 @@ def test_equal_differences_decide_nothing(a, p):
 
 def test_small_samples_are_noted():
     def notes(n):
-        return " ".join(paired_comparison(np.arange(n) * 0.1, np.zeros(n)).notes)
+        return " ".join(paired_comparison(np.arange(1, n + 1) * 0.1, np.zeros(n)).notes)
 
     assert "cannot give p < 0.05" in notes(5)
     assert "cannot give p < 0.05" not in notes(6)
+    with_a_tie = paired_comparison(np.arange(6) * 0.1, np.zeros(6))
+    assert with_a_tie.wilcoxon_p == 0.0625
+    assert "With 6 pairs, 5 of which differ, the signed-rank test cannot give p < 0.05." in with_a_tie.notes
     assert "roughly normal" in notes(9)
     assert notes(10) == ""
 

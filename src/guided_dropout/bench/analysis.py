@@ -80,11 +80,13 @@ class Guidance:
         task: name of the task; None for the mean over the tasks.
         fraction: of the training data.
         guided: label of the guided arm.
-        verdict: that of all these comparisons, if they agree and if one of the controls is even and one is not; else
-            undecided. A claim that must hold against each of the controls needs no correction for their number.
+        verdict: that of all these comparisons, if they agree, if one of the controls is even and one goes by no Fisher
+            information at all, and if each control that was run has a result here; else undecided. A claim that must
+            hold against each of the controls needs no correction for their number.
         by_verdict: verdict → controls.
         lacking: kinds of control without which nothing can be claimed: ``"even"``, ``"uneven"``.
         unpaired: controls of the guided arm that were run, without a seed that has a result in both.
+        partial: those that have one on some of the tasks alone.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Guidance:
     by_verdict: dict[str, tuple[str, ...]]
     lacking: tuple[str, ...]
     unpaired: tuple[str, ...] = ()
+    partial: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def analyse(
     )
     return Analysis(
         tuple(runs), models, tasks, fractions, arms, cells, comparisons, overall,
-        (*_guidance(comparisons), *_guidance(overall)), missing, margin, confidence,
+        (*_guidance(comparisons), *_guidance(overall, comparisons)), missing, margin, confidence,
     )  # fmt: skip
 
 
@@ -271,20 +274,19 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
     chances = [p.probability for p in pairs if p.probability is not None]
     # An arm that loses all of its runs of a task has no pair there, and must not gain by it.
     complete = _averaged([p.pairs for p in pairs])
-    filled = _averaged([c.pair.filled for c in family if c.pair.filled])
-    improved = [(x > y) + (x == y) / 2 for x, y in complete.values()]
+    ahead, behind = (_averaged([p for c in family if (p := c.pair.stood_in[i])]) for i in (0, 1))
     pair = compare_pairs(
         pairs[0].a,
         pairs[0].b,
         complete,
-        filled,
+        (ahead, behind),
+        _averaged([p.ranked for p in pairs]),
         lost=(sum(c.pair.lost[0] for c in family), sum(c.pair.lost[1] for c in family)),
         left_out=len({s for p in pairs for s in p.pairs}) - len(complete),
-        better=sum(improved) / len(improved) if improved else None,
         probability=sum(chances) / len(chances) if chances else None,
         confidence=confidence,
     )
-    same_mean = all(c.same_mean for c in family)
+    same_mean = all(c.same_mean for c in family if c.pair.statistics is not None)
     return replace(
         family[0], task=MEAN_OVER_TASKS, same_mean=same_mean, pair=pair, verdict=pair.verdict(margin), tasks=len(pairs),
         t_holm=None, wilcoxon_holm=None,
@@ -300,21 +302,44 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def _guidance(comparisons: Sequence[Comparison]) -> list[Guidance]:
-    families = defaultdict(list)
+def _guidance(comparisons: Sequence[Comparison], of_tasks: Sequence[Comparison] = ()) -> list[Guidance]:
+    """What each cell's comparisons say together; or the means over the tasks, made from `of_tasks`."""
+    families, asked = defaultdict(list), defaultdict(list)
     for c in comparisons:
         families[c.model, c.task, c.fraction, c.pair.a].append(c)
-    return [_judged(m, t, f, guided, family) for (m, t, f, guided), family in families.items()]
+    for c in of_tasks or comparisons:
+        asked[c.model, None if of_tasks else c.task, c.fraction, c.pair.a].append(c)
+    return [_judged(m, t, f, a, family, asked[m, t, f, a]) for (m, t, f, a), family in families.items()]
 
 
-def _judged(model: str, task: str | None, fraction: float, guided: str, comparisons: Sequence[Comparison]) -> Guidance:
+def _judged(
+    model: str,
+    task: str | None,
+    fraction: float,
+    guided: str,
+    comparisons: Sequence[Comparison],
+    asked: Sequence[Comparison],
+) -> Guidance:
     fair = [c for c in comparisons if c.same_mean and c.pair.statistics is not None]
     by_verdict: dict[str, tuple[str, ...]] = {}
     for c in fair:
         by_verdict[c.verdict] = (*by_verdict.get(c.verdict, ()), c.pair.b)
-    uneven = controls.GUIDED[controls.name_of(guided)].uneven
-    kinds = ["uneven" if controls.name_of(c.pair.b) in uneven else "even" for c in fair]
-    lacking = tuple(kind for kind in ("even", "uneven") if kind not in kinds)
-    verdict = next(iter(by_verdict)) if len(by_verdict) == 1 and not lacking else UNDECIDED
-    unpaired = tuple(c.pair.b for c in comparisons if c.role == controls.CONTROL and c.pair.statistics is None)
-    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking, unpaired)
+    of_kind = controls.GUIDED[controls.name_of(guided)]
+    names = [controls.name_of(c.pair.b) for c in fair]
+    even = [name for name in names if name not in (*of_kind.uneven, *of_kind.partly)]
+    lacking = (*(() if even else ("even",)), *(() if {*names} & {*of_kind.uneven} else ("uneven",)))
+    unpaired, partial = _not_everywhere(asked)
+    agreed = len(by_verdict) == 1 and not (lacking or unpaired or partial)
+    verdict = next(iter(by_verdict)) if agreed else UNDECIDED
+    return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking, unpaired, partial)
+
+
+def _not_everywhere(asked: Sequence[Comparison]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Controls without a seed that has a result in both arms, on any of the tasks; and those without on some."""
+    paired: dict[str, set[str | None]] = {}
+    for c in asked:
+        if c.role == controls.CONTROL and (c.same_mean or c.pair.statistics is None):
+            paired.setdefault(c.pair.b, set()).update([c.task] if c.pair.statistics else [])
+    everywhere = {c.task for c in asked}
+    unpaired = tuple(b for b, tasks in paired.items() if not tasks)
+    return unpaired, tuple(b for b, tasks in paired.items() if tasks and tasks != everywhere)

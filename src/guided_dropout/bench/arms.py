@@ -2,7 +2,8 @@
 
 A run is *lost* if it gave no metric: it *diverged* (an outcome of the arm) or *failed* (an error, whose fault is open).
 A comparison is made of the seeds for which both arms have a metric. That alone would favour an arm that loses its worst
-runs, so a verdict must also hold once every lost run stands in at the worst metric of the two arms. Runs that
+runs, so a verdict must also hold once every lost run stands in: those of the arm that is ahead as of no use (a metric
+of 0, or the worst of the two arms where that is lower), those of the other at the worst of the two arms. Runs that
 *collapsed* (one class for everything) have a metric and count like any other.
 """
 
@@ -27,6 +28,8 @@ from guided_dropout.results import RunResult, Seeds
 
 STATUSES = ("ok", "collapsed", "diverged", "failed")
 Pairs = Mapping[Seeds, tuple[float, float]]
+NO_USE = 0.0
+"""What each metric is, or is above, for a model that has learned nothing."""
 
 
 @dataclass(frozen=True)
@@ -86,15 +89,16 @@ class ArmComparison:
         a: the arm in question.
         b: its control.
         statistics: of the seeds that both have a metric for; None where there are none.
-        with_lost: likewise, with each lost run at the worst metric of the two arms, where the other arm has one; None
-            where nothing is lost.
+        with_lost: likewise, with what stands in for lost runs where the other arm has a metric; None where nothing is
+            lost.
         lost: diverged and failed runs of `a`, and of `b`.
         left_out: seeds of either arm that could not be paired.
         better: share of seeds in which a is better, ties counted half and a diverged run as worse than any metric; None
             where no seed has two runs that did not fail.
         probability: `stats.probability_of_improvement` of all runs that did not fail, diverged ones as worst.
         pairs: the metrics of both arms by seed, behind `statistics`.
-        filled: likewise, behind `with_lost`; equal to `pairs` where nothing is lost.
+        stood_in: likewise, with what stands in for lost runs: were a ahead, and were b.
+        ranked: likewise, of runs that did not fail, diverged ones as worst.
     """
 
     a: str
@@ -106,11 +110,12 @@ class ArmComparison:
     better: float | None
     probability: float | None
     pairs: Pairs = field(repr=False)
-    filled: Pairs = field(repr=False)
+    stood_in: tuple[Pairs, Pairs] = field(repr=False)
+    ranked: Pairs = field(repr=False)
 
     def verdict(self, margin: float | None = None) -> str:
-        """`stats.verdict`, which must hold both without the lost runs and with them at their worst."""
-        if self.statistics is None or not self.filled:
+        """`stats.verdict`, which must hold both without the lost runs and with what stands in for them."""
+        if self.statistics is None or not self.stood_in[0]:
             return UNDECIDED
         ruling = verdict(self.statistics, margin=margin)
         if self.with_lost is not None and verdict(self.with_lost, margin=margin) != ruling:
@@ -149,22 +154,22 @@ def compare_arms(a: ArmResult, b: ArmResult, *, confidence: float = 0.95) -> Arm
     seeds = dict.fromkeys([*values[0], *values[1], *lost[0], *lost[1]])
     pairs = {s: (values[0][s], values[1][s]) for s in seeds if s in values[0] and s in values[1]}
     worst = min((*values[0].values(), *values[1].values()), default=math.nan)
-    filled = dict(pairs)
-    for s in seeds:
-        if (s in values[0] and s in lost[1]) or (s in lost[0] and s in values[1]):
-            filled[s] = (values[0].get(s, worst), values[1].get(s, worst))
-
+    no_use = min(worst, NO_USE)
+    one_lost = [s for s in seeds if (s in values[0] and s in lost[1]) or (s in lost[0] and s in values[1])]
+    stood_in = (
+        pairs | {s: (values[0].get(s, no_use), values[1].get(s, worst)) for s in one_lost},
+        pairs | {s: (values[0].get(s, worst), values[1].get(s, no_use)) for s in one_lost},
+    )
     finished = [{r.seeds: -math.inf if r.value is None else r.value for r in arm.runs} for arm in (a, b)]
-    both = [(x, finished[1][s]) for s, x in finished[0].items() if s in finished[1]]
     ranks = [list(runs.values()) for runs in finished]
     return compare_pairs(
         a.name,
         b.name,
         pairs,
-        filled,
+        stood_in,
+        {s: (x, finished[1][s]) for s, x in finished[0].items() if s in finished[1]},
         lost=(len(lost[0]), len(lost[1])),
         left_out=len(seeds) - len(pairs),
-        better=sum((x > y) + (x == y) / 2 for x, y in both) / len(both) if both else None,
         probability=probability_of_improvement(*ranks) if all(ranks) else None,
         confidence=confidence,
     )
@@ -174,11 +179,11 @@ def compare_pairs(
     a: str,
     b: str,
     pairs: Pairs,
-    filled: Pairs,
+    stood_in: tuple[Pairs, Pairs],
+    ranked: Pairs,
     *,
     lost: tuple[int, int],
     left_out: int,
-    better: float | None,
     probability: float | None,
     confidence: float,
 ) -> ArmComparison:
@@ -187,8 +192,11 @@ def compare_pairs(
     def statistics(of: Pairs) -> PairedComparison | None:
         return paired_comparison(*zip(*of.values(), strict=True), confidence=confidence) if of else None
 
-    with_lost = statistics(filled) if filled != pairs else None
-    return ArmComparison(a, b, statistics(pairs), with_lost, lost, left_out, better, probability, pairs, filled)
+    found = statistics(pairs)
+    ahead = stood_in[0 if found is None or found.mean > 0 else 1]
+    with_lost = statistics(ahead) if ahead != pairs else None
+    better = sum((x > y) + (x == y) / 2 for x, y in ranked.values()) / len(ranked) if ranked else None
+    return ArmComparison(a, b, found, with_lost, lost, left_out, better, probability, pairs, stood_in, ranked)
 
 
 def check_comparable(results: Sequence[RunResult]) -> None:

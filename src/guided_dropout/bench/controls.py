@@ -21,16 +21,18 @@ class Controls:
     Attributes:
         even: those with the same strength everywhere.
         uneven: those with the same strengths, or others of the same mean, spread without Fisher information.
+        partly: those that go by part of it.
         others: further arms that it is compared with; None for all.
     """
 
     even: tuple[str, ...]
     uneven: tuple[str, ...] = ()
+    partly: tuple[str, ...] = ()
     others: tuple[str, ...] | None = ()
 
 
 GUIDED = {
-    "guided": Controls(("uniform",), ("role-mean", "shuffled", "reversed", "depth-linear", "magnitude"), None),
+    "guided": Controls(("uniform",), ("shuffled", "reversed", "depth-linear", "magnitude"), ("role-mean",), None),
     "guided-gaussian": Controls((), others=("gaussian", "guided")),
     "guided-decay": Controls(("dropout",)),  # weight decay is the same in both, spread evenly there
     "guided-l2-sp": Controls(("l2-sp",)),
@@ -59,7 +61,7 @@ def role(guided: str, control: str) -> str:
     if name_of(guided) not in GUIDED:
         return OTHER
     controls, name = GUIDED[name_of(guided)], name_of(control)
-    if name in (*controls.even, *controls.uneven):
+    if name in (*controls.even, *controls.partly, *controls.uneven):
         return CONTROL
     return {"dropout": STANDARD, "none": NONE}.get(name, OTHER)
 
@@ -79,7 +81,7 @@ def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     found = []
     for guided in (a for a in arms if name_of(a) in GUIDED):
         controls = GUIDED[name_of(guided)]
-        wanted = ("dropout", *controls.even, *controls.uneven, "none", *(controls.others or ()))
+        wanted = ("dropout", *controls.even, *controls.partly, *controls.uneven, "none", *(controls.others or ()))
         candidates = [a for a in arms if a != guided and (controls.others is None or name_of(a) in wanted)]
         parameters = guided.partition(":")[2]
         for name in dict.fromkeys([*wanted, *map(name_of, candidates)]):

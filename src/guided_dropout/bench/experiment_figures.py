@@ -122,7 +122,7 @@ def _groups(analysis: Analysis) -> list[list[str]]:
     fair = []
     if main is not None:
         table = controls.GUIDED[controls.name_of(main)]
-        wanted = (*table.even, *table.uneven)
+        wanted = (*table.even, *table.partly, *table.uneven)
         fair = [b for _, b in controls.pairs(analysis.arms) if controls.name_of(b) in wanted]
     fair = [a for a in dict.fromkeys(fair) if a in others]
     rest = [a for a in others if a not in fair]

@@ -121,12 +121,19 @@ def guidance_sentence(g: Guidance) -> str:
         return f"Guidance hurts: {found}, all at the same mean rate."
     if g.verdict != UNDECIDED:
         return f"Guidance makes {g.verdict}: {found}, all at the same mean rate."
+    none = "That is no verdict on guidance:"
+    if g.unpaired:
+        controls = " or ".join(g.unpaired)
+        return f"At the same mean rate, {found}. {none} no seed has a result in both {g.guided} and {controls}."
+    if g.partial:
+        have = "has results" if len(g.partial) == 1 else "have results"
+        return f"At the same mean rate, {found}. {none} {listing(g.partial)} {have} on some of the tasks only."
     if g.lacking:
         kind = {
             "even": "the same rate at each site",
             "uneven": "uneven rates that do not go by Fisher information",
         }[g.lacking[0]]
-        return f"At the same mean rate, {found}. That is no verdict on guidance: no control with {kind} has been run."
+        return f"At the same mean rate, {found}. {none} no control with {kind} has been run."
     return f"Guidance is {UNDECIDED}: {found}, all at the same mean rate."
 
 
@@ -169,5 +176,5 @@ def _lost(comparison: ArmComparison) -> str:
     if s is None:
         return f"{text}."
     if s.t_interval is None:
-        return f"{text}; with them at the worst metric of the two arms, the mean is {signed(s.mean)}."
-    return f"{text}; with them at the worst metric of the two arms, the interval is {interval(s.t_interval, '+.4f')}."
+        return f"{text}; with what stands in for them, the mean is {signed(s.mean)}."
+    return f"{text}; with what stands in for them, the interval is {interval(s.t_interval, '+.4f')}."

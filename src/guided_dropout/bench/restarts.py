@@ -26,7 +26,7 @@ class Restarts:
         header: of the table: arm, runs, tasks with their metrics.
         rows: one an arm.
         published: the paper's, at the same fraction; the model's name is part of the label.
-        notes: what must be known of the published rows.
+        notes: which runs are in no figure, and what must be known of the published rows.
     """
 
     model: str
@@ -62,11 +62,17 @@ def _restarts(analysis: Analysis, model: str, fraction: float) -> Restarts | Non
             rows.append((arm, runs, *(_pair(values.get(arm, ())) for _, _, values in columns)))
     paper = published()
     beside = paper.beside(analysis.arms, tasks, fraction)
+    lost = [
+        f"Of {held.made} runs of {arm} on {cell.task}, {lost} have no metric (diverged or failed)."
+        for arm in analysis.arms
+        for cell in cells
+        if (held := cell.arms.get(arm)) and (lost := held.made - len(held.values))
+    ]
     return Restarts(
         model, fraction, header, tuple(rows),
         tuple((_label(row), "–" if row.note else str(paper.restarts), *(_pair(row.values.get(t, ())) for t in tasks))
               for row in beside),
-        _notes(beside, model),
+        (*lost, *_notes(beside, model)),
     )  # fmt: skip
 
 

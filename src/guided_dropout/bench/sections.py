@@ -58,11 +58,12 @@ def how_to_read(*, corrected: bool = False) -> Paragraph:
     return Paragraph(
         "The verdict follows the t interval; the bootstrap's is too narrow with so few seeds and is given for "
         "comparison. Pairs are seeds for which both arms have a metric. Lost: runs of the first and of the second arm "
-        "that diverged or failed; a verdict must also hold with each of them at the worst metric of the two arms, so "
-        "that an arm does not gain by losing its bad runs. Better in: share of the seeds in which the first arm "
-        "is better, ties counted half, a diverged run as worse than any metric. P(X > Y): the same over all pairs of "
-        f"runs, whatever their seeds (Agarwal et al. 2021).{several} Detectable is the true mean difference that this "
-        "many seeds, with this spread, would find in 80 % of experiments."
+        "that diverged or failed; a verdict must also hold with something in their stead, for the arm that is ahead a "
+        "metric of 0, for the other the worst of the two arms, so that none gains by losing its bad runs. Better in: "
+        "share of the seeds in which the first arm is better, ties counted half, a diverged run as worse than any "
+        "metric. P(X > Y): the same over all pairs of runs, whatever their seeds (Agarwal et al. 2021)."
+        f"{several} Detectable is the true mean difference that this many seeds, with this spread, would find in 80 % "
+        "of experiments."
     )
 
 

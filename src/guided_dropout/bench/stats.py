@@ -297,8 +297,9 @@ def _notes(d: _Array) -> tuple[str, ...]:
     notes = []
     if _constant(d):
         notes.append("All differences are equal, so there is no spread to make an interval from.")
-    if n < 6:
-        notes.append(f"With {n} pairs the signed-rank test cannot give p < 0.05.")
+    if (different := int((np.round(d, 12) != 0).sum())) < 6:
+        of_them = "" if different == n else f", {different} of which differ,"
+        notes.append(f"With {n} pairs{of_them} the signed-rank test cannot give p < 0.05.")
     if n < 10:
         notes.append(f"With {n} pairs the interval rests on the differences being roughly normal.")
     return tuple(notes)
