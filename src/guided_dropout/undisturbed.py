@@ -47,7 +47,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        yield
+        with _same_buffers(model):
+            yield
     finally:
         for m, training in modes:
             m.training = training
@@ -106,7 +107,7 @@ def same_random_states(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Put the buffers back afterwards: a batch norm in training mode updates its running statistics."""
+    """Put the buffers back: a batch norm in training mode updates its statistics, rotary embeddings their lengths."""
     saved = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     copies = {id(b): b.clone() for _, buffers in saved for b in buffers.values() if b is not None}
     try:

@@ -21,6 +21,7 @@ from guided_dropout.fidelity.sums import SubsampleSums
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_devices, profile_of
 from guided_dropout.fisher.experts import experts_apart
+from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.processes import Processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.run import Run
@@ -104,7 +105,7 @@ def fidelity(
     with evaluating(inner), torch.enable_grad(), experts_apart(inner):
         check_devices(inner)
         goal, checked = begin(inner, samples, objective, reduction, labels="data", seed=seed)
-        stream = Stream(goal, checked)
+        stream = Stream(goal, checked, unpadded=goes_by_longest(inner))
         items = list(stream)
         if not items:
             raise DataError(

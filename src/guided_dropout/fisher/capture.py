@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from guided_dropout.fisher.attention import WideAttention
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.dense import OneByOne
-from guided_dropout.fisher.gathered import GatheredRows
+from guided_dropout.fisher.gathered import GatheredRows, leading_ones
 from guided_dropout.fisher.late import LateHead, LeftOut
 from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.narrow import Narrowed
@@ -165,32 +165,46 @@ class Capture:
             self.uses.expect(self._later)  # once a sample, in however many groups
             return operation.run()
         place = self._place(operation)
-        owners = self._gathered.owners(operation.tensors())
+        owners, lost = self._gathered.owners(operation.tensors()), self._gathered.has_lost(operation.tensors())
+        followed = owners is not None or lost
         if all(name in self.plan.fallback for name in operation.key[0]):
             out = operation.run()
-        elif arranged := self._arranged(operation, place, owners):
+        elif arranged := self._arranged(operation, place, owners, lost):
             out = self._by_rule(operation, *arranged)
-        elif place.kind == "alone" and owners is None:
+            followed = owners is not None
+        elif place.kind == "alone" and owners is None and (not lost or self._are_whole(operation, place)):
             out = self._alone(operation, place)
+            followed = False
         else:
             reason = place.reason or f"rows of {operation.name} unknown"
             self.uses.uncovered.update(dict.fromkeys(operation.key[0], reason))
             out = operation.run()
-        if owners is not None:
+        if followed:
             self._gathered.follow(operation.function, operation.args, operation.kwargs, out)
         return out
 
-    def _arranged(self, operation: Operation, place: Place, owners: Tensor | None) -> tuple[Call, Layout] | None:
+    def _are_whole(self, operation: Operation, place: Place) -> bool:
+        """Whether picked rows, wherever they went meanwhile, have come back as [B, ·, ·] with the samples in order."""
+        batch = len(self.batch)
+        picked = [(t, d) for t, d in zip(operation.tensors(), place.dims, strict=False) if self._gathered.has_lost([t])]
+        return not place.interleaved and all(d == 0 and t.dim() > 2 and len(t) == batch for t, d in picked)
+
+    def _arranged(
+        self, operation: Operation, place: Place, owners: Tensor | None, lost: bool
+    ) -> tuple[Call, Layout] | None:
         """The call and the owners of its rows; None where no rule covers it or this batch does not have its form."""
         call, rule, samples = operation.call, operation.rule, len(self.batch)
         if call is None or rule is None:
             return None
         x, is_lookup = call.x, not call.x.is_floating_point()
+        if lost and (owners is not None or place.kind != "rows" or not self._are_whole(operation, place)):
+            return None
         if owners is not None:
-            if is_lookup or x.shape[:1] != owners.shape:
+            ones = leading_ones(x, len(owners))
+            if is_lookup or ones is None or (ones and not rule.by_rows):
                 return None
             layout = Layout.of_owners(owners, samples)
-            return call, layout.finer(x.shape[1:-1].numel()) if rule.by_rows else layout
+            return call, layout.finer(x.shape[ones + 1 : -1].numel()) if rule.by_rows else layout
         if place.kind == "targets":
             return self._at_targets(call, rule)
         if place.kind == "shared":

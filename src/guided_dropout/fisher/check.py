@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.fast import BatchedSquares
+from guided_dropout.fisher.lengths import goes_by_longest, predicts_from_padding
 from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import make_plan
@@ -69,7 +70,8 @@ def _proved(
     """A plan made on `length` tokens, checked on the first two samples; and what took the loop in the check."""
     short = shortened(objective, first[0], length)
     plan = make_plan(model, objective, parameters, short)
-    batches = _batches(objective, first, short)
+    unpadded = goes_by_longest(model) or any(predicts_from_padding(objective, s) for s in first)
+    batches = _batches(objective, first, short, unpadded=unpadded)
     problem = ""
     # Logits that their own backward needs must not be overwritten. Parts as small as can be prove the way in parts.
     for tried in (plan, replace(plan, head=None, late=None, start=None)):
@@ -89,19 +91,21 @@ def _proved(
     # In half precision both ways round alike, so that noise does not show as a difference between them.
     doubtful = off if tolerance < _TOLERANCE_HALF else parameters
     small = {n: parameters[n] for n in doubtful if parameters[n].numel() <= _SMALL}
-    noise = _noise(model, objective, small, batches[-1])
+    noise = _noise(model, objective, small, batches[-1], unpadded=unpadded)
     floor = 1e-9 * max(norms.values())
     wrong = [n for n in off if n not in noise and not off[n] <= tolerance * norms[n] + floor]
     plan = replace(fast.plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
     return plan, {*wrong, *fast.fallback}
 
 
-def _batches(objective: Objective, first: Sequence[Sample], short: Sample) -> list[Sequence[Sample]]:
+def _batches(objective: Objective, first: Sequence[Sample], short: Sample, *, unpadded: bool) -> list[Sequence[Sample]]:
     """Whole samples with padding and without, which some models treat apart, and two short ones.
 
     The latter, which come last, have a target at each position, so that no row that is given to the wrong sample goes
     unseen.
     """
+    if unpadded:
+        return [*([s, turned(s)] for s in first), pair_with_all_targets(objective, short, equal=True)]
     are_padded = len({len(s["input_ids"]) for s in first}) > 1
     pair = pair_with_all_targets(objective, short, equal=are_padded)
     if are_padded:
@@ -136,7 +140,9 @@ def _subtract_plain(
     for sample in {id(s): s for s in samples}.values():
         number, batch = times[id(sample)], objective.collate(model, [sample])
         with _arriving(parameters, subtract):
-            objective.losses(model(**batch.inputs).logits, batch).sum().backward()
+            loss = objective.losses(model(**batch.inputs).logits, batch).sum()
+            if loss.requires_grad:
+                loss.backward()
     return norms
 
 
@@ -152,14 +158,20 @@ def _norm(squares: Tensor) -> Tensor:
 
 
 def _noise(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: Sequence[Sample],
+    *,
+    unpadded: bool,
 ) -> set[str]:
     """Those of `parameters` whose gradients differ between a sample alone and the same one in a batch, scaled."""
     if not parameters:
         return set()
     alone = [_gradients(model, objective, parameters, [s], of=1)[0] for s in samples]
     # Beside a longer sample these are padded, and times an odd factor each number is rounded in another way.
-    beside = longer(max(samples, key=lambda s: len(s["input_ids"])))
+    longest = max(samples, key=lambda s: len(s["input_ids"]))
+    beside = longest if unpadded else longer(longest)
     together = _gradients(model, objective, parameters, [*samples, beside], of=len(samples), scale=0.7)
     found = set()
     for name, p in parameters.items():

@@ -18,6 +18,7 @@ from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.experts import experts_apart
+from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.rounds import BatchMeans, RankedRun
@@ -135,7 +136,7 @@ def estimate_fisher(
             goal, checked = begin(model, samples, objective, reduction, labels=labels, seed=seed)
             # A rule is told the samples of all, in the order of a single process: whole batches are dealt out.
             share = (world.index, world.count) if until_ranked is None else (0, 1)
-            stream = Stream(goal, checked, process=share[0], processes=share[1])
+            stream = Stream(goal, checked, process=share[0], processes=share[1], unpadded=goes_by_longest(model))
             means = None if until_ranked is None else BatchMeans(list(chosen))
             sums = Accumulator(
                 model,

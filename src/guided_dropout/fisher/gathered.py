@@ -13,8 +13,22 @@ from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.narrow import Narrowed
 from guided_dropout.fisher.operations import tensors_of
 
-_PICKING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
-# Operations whose every output row is made of the input row of the same number; by name, as functions and methods.
+# By name, as functions and methods. What picks rows, by numbers that may depend on what the samples say;
+_PICKING = {"getitem", "index_select", "gather", "take_along_dim", "masked_select", "take", "embedding"}
+# what puts rows into a tensor that has an order of its own;
+_PUTTING = {
+    "setitem",
+    "index_add",
+    "index_copy",
+    "index_put",
+    "scatter",
+    "scatter_add",
+    "scatter_reduce",
+    "masked_scatter",
+}
+# and what takes a shape from a tensor, and nothing else.
+_FRESH = {"empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full"}
+# Operations whose every output row is made of the input row of the same number.
 _ROW_BY_ROW = {
     *("linear", "addmm", "matmul", "mm", "layer_norm", "rms_norm", "dropout", "softmax", "chunk", "split", "unbind"),
     *("relu", "gelu", "silu", "sigmoid", "tanh", "softplus", "hardswish", "leaky_relu", "elu", "mish", "erf", "exp"),
@@ -23,8 +37,14 @@ _ROW_BY_ROW = {
 }
 
 
+_RESHAPING = {"reshape", "view", "flatten", "squeeze", "unsqueeze"}
+
+
 class GatheredRows:
     """Follows rows that were picked by number through operations that treat each row alike.
+
+    After any other operation it is not known whose they are: they are *lost*, until they are put into a tensor that has
+    an order of its own.
 
     Args:
         num_samples: B; what rows are picked from holds equally many of each sample, sample after sample.
@@ -35,6 +55,7 @@ class GatheredRows:
     def __init__(self, num_samples: int, layout: Layout, narrowed: Narrowed):
         self._num_samples, self._layout, self._narrowed = num_samples, layout, narrowed
         self._owners: Any = WeakTensorKeyDictionary()
+        self._lost: Any = WeakTensorKeyDictionary()
 
     def owners(self, tensors: Sequence[Tensor]) -> Tensor | None:
         """[R] int64, the sample that each row of these tensors belongs to; None where no rows were picked."""
@@ -42,35 +63,68 @@ class GatheredRows:
             return None
         return next((self._owners[t] for t in tensors if t in self._owners), None)
 
+    def has_lost(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of them holds picked rows of which nobody knows whose they are."""
+        return bool(len(self._lost)) and any(t in self._lost for t in tensors)
+
     def follow(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what an operation does to picked rows."""
-        if function in _PICKING and not kwargs and isinstance(out, Tensor):
-            self._pick(args, out)
-        if not len(self._owners) or function.__name__.strip("_") not in _ROW_BY_ROW:
+        name = function.__name__.strip("_")
+        if name in _FRESH:
             return
-        inputs = tensors_of((args, kwargs))
-        owners = self.owners(inputs)
-        if owners is None:
-            return
-        # What else holds samples must hold the same rows.
-        others = [t for t in inputs if t not in self._owners and t.requires_grad and t.shape[:1] == owners.shape]
-        if not others:
-            for t in tensors_of(out):
-                if t.shape[:1] == owners.shape:
-                    self._owners[t] = owners
+        if name in _PICKING and isinstance(out, Tensor):
+            self._pick(name, args, kwargs, out)
+        elif name in _PUTTING:
+            self._inherit(args[:1], out)
+        elif len(self._owners) or len(self._lost):
+            inputs = tensors_of((args, kwargs))
+            owners = self.owners(inputs)
+            # What else holds samples must hold the same rows.
+            others = [t for t in inputs if t not in self._owners and t.requires_grad]
+            if owners is not None and any(t.shape[:1] == owners.shape for t in others):
+                owners = None
+            if name in _RESHAPING and owners is not None and not _keeps_rows(args[0], out, len(owners)):
+                owners = None
+            if name in _ROW_BY_ROW | _RESHAPING and owners is not None and not self.has_lost(inputs):
+                self._own(out, owners)
+            else:
+                self._inherit(inputs, out)
 
-    def _pick(self, args: Sequence[Any], out: Tensor) -> None:
-        source, index = args[0], args[-1]
-        if not source.requires_grad:  # a table, not samples
-            return
-        first = index[0] if isinstance(index, tuple) and index else index
-        if first is Ellipsis or (isinstance(first, slice) and first == slice(None)):
-            if source in self._owners and out.shape[:1] == source.shape[:1]:
-                self._owners[out] = self._owners[source]
-        elif isinstance(first, Tensor) and first.dim() == 1 and (owners := self._all_owners(source)) is not None:
-            numbers = first.nonzero()[:, 0] if first.dtype == torch.bool else first
-            if out.shape[:1] == numbers.shape:
-                self._owners[out] = owners[numbers]
+    def _own(self, out: Any, owners: Tensor) -> None:
+        for t in tensors_of(out):
+            if leading_ones(t, len(owners)) is not None:
+                self._owners[t] = owners
+            elif t.is_floating_point():
+                self._lost[t] = True
+
+    def _inherit(self, inputs: Sequence[Any], out: Any) -> None:
+        """Lost is what is made of picked rows in a way that does not show whose they are then."""
+        if any(t in self._owners or t in self._lost for t in tensors_of(inputs)):
+            for t in tensors_of(out):
+                if t.is_floating_point() and t not in self._owners:
+                    self._lost[t] = True
+
+    def _pick(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
+        source = args[1] if name == "embedding" and len(args) > 1 else args[0]
+        if not isinstance(source, Tensor) or not (
+            source.requires_grad or source in self._owners or source in self._lost
+        ):
+            return  # a table, not samples
+        numbers = _numbers(name, args, kwargs)
+        if isinstance(numbers, Tensor):
+            owners = None if source in self._lost else self._all_owners(source)
+            if owners is not None:
+                owners = owners[numbers.to(owners.device)]
+            if owners is not None and leading_ones(out, len(owners)) is not None:
+                self._owners[out] = owners
+            else:
+                self._lost[out] = True
+        elif numbers == "same" and source in self._owners:
+            self._own(out, self._owners[source])
+        elif numbers != "lost":
+            self._inherit([source], out)
+        else:
+            self._lost[out] = True
 
     def _all_owners(self, source: Tensor) -> Tensor | None:
         if source in self._owners:
@@ -79,3 +133,50 @@ class GatheredRows:
             return self._layout.owners(source.device)
         step, odd = divmod(len(source), self._num_samples)
         return None if odd else torch.arange(len(source), device=source.device) // step
+
+
+def leading_ones(t: Tensor, rows: int) -> int | None:
+    """How many dimensions of size 1 come before the `rows` rows of a tensor; None where it has other rows."""
+    for number, size in enumerate(t.shape):
+        if size == rows:
+            return number
+        if size != 1:
+            return None
+    return None
+
+
+def _keeps_rows(before: Tensor, after: Tensor, rows: int) -> bool:
+    a, b = leading_ones(before, rows), leading_ones(after, rows)
+    return a is not None and b is not None and (rows == 1 or before.shape[a:] == after.shape[b:])
+
+
+def _numbers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | str:
+    """[R] int64, the rows that are picked; "same" where each row stays, "part" of what is there, or "lost"."""
+    if name == "getitem":
+        return _of_index(args[1])
+    if name == "embedding":
+        return args[0] if args[0].dim() == 1 else "lost"
+    if name in ("index_select", "gather"):
+        given = dict(zip(("dim", "index"), args[1:], strict=False)) | dict(kwargs)
+    elif name == "take_along_dim":
+        given = dict(zip(("index", "dim"), args[1:], strict=False)) | dict(kwargs)
+    else:
+        return "lost"
+    dim = given.get("dim")
+    if dim is not None and dim % args[0].dim():
+        return "same"
+    return given["index"] if name == "index_select" and dim is not None else "lost"
+
+
+def _of_index(index: Any) -> Tensor | str:
+    parts = [part for part in (index if isinstance(index, tuple) else (index,)) if part is not None]
+    first = parts[0] if parts else Ellipsis
+    if first is Ellipsis or (isinstance(first, slice) and first == slice(None)):
+        return "same"
+    if isinstance(first, list):
+        first = torch.as_tensor(first)
+    if not isinstance(first, Tensor):
+        return "part"
+    if first.dim() and first.dtype == torch.bool:
+        return first.nonzero()[:, 0]
+    return first if first.dim() == 1 else "lost"

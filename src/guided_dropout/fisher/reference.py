@@ -32,6 +32,8 @@ def sum_of_squares(
     for sample in samples:
         batch = objective.collate(model, [sample])
         loss = objective.losses(model(**batch.inputs).logits, batch).sum()
+        if not loss.requires_grad:  # experts that this sample does not reach
+            continue
         grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         for total, grad in zip(sums.values(), grads, strict=True):
             if grad is not None:

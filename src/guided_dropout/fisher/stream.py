@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from guided_dropout.fisher.lengths import predicts_from_padding
 from guided_dropout.objectives import Objective, Sample, has_target
 
 # Batches' worth of samples that are read ahead and sorted by length: padding falls with it, host memory grows with it.
@@ -22,11 +23,13 @@ class Item:
         index: its place in the caller's stream, from 0.
         sample: the sample.
         lengths: tokens of its input and, for sequence to sequence models, of the decoder's; otherwise 0.
+        unpadded: whether it may share a batch with samples of its own lengths only.
     """
 
     index: int
     sample: Sample
     lengths: tuple[int, int]
+    unpadded: bool = False
 
 
 class Stream:
@@ -37,13 +40,22 @@ class Stream:
         samples: those of all processes.
         process: of the `processes` that share the samples out by index, the one whose share this is.
         processes: how many there are.
+        unpadded: whether no sample may be padded (see `lengths.goes_by_longest`).
 
     Attributes:
         skipped: how many of the share had no target so far.
     """
 
-    def __init__(self, objective: Objective, samples: Iterable[Sample], *, process: int = 0, processes: int = 1):
-        self._objective, self._samples = objective, samples
+    def __init__(
+        self,
+        objective: Objective,
+        samples: Iterable[Sample],
+        *,
+        process: int = 0,
+        processes: int = 1,
+        unpadded: bool = False,
+    ):
+        self._objective, self._samples, self._unpadded = objective, samples, unpadded
         self._process, self._processes = process, processes
         self.skipped = 0
 
@@ -52,7 +64,8 @@ class Stream:
             if index % self._processes != self._process:
                 continue
             if has_target(self._objective, sample):
-                yield Item(index, sample, self._lengths(sample))
+                unpadded = self._unpadded or predicts_from_padding(self._objective, sample)
+                yield Item(index, sample, self._lengths(sample), unpadded)
             else:
                 self.skipped += 1
 
@@ -114,7 +127,8 @@ def _cut(window: list[Item], most: int, budget: float) -> Iterator[list[Item]]:
     longest = (0, 0)
     for item in window:
         padded = (max(longest[0], item.lengths[0]), max(longest[1], item.lengths[1]))
-        if batch and (len(batch) == most or (len(batch) + 1) * sum(padded) > budget):
+        strict = any(i.unpadded for i in (item, *batch)) and any(i.lengths != item.lengths for i in batch)
+        if batch and (strict or len(batch) == most or (len(batch) + 1) * sum(padded) > budget):
             yield batch
             batch, padded = [], item.lengths
         batch.append(item)

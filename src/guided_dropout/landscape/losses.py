@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.checkpoint import Digest
+from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.places import head_at
 from guided_dropout.fisher.shortcuts import UNSUITED
 from guided_dropout.fisher.stream import Stream, batches
@@ -72,7 +73,7 @@ class Evaluation:
                 f"{type(model).__name__} computes the {self.objective.name} loss itself, not {objective}; expected one "
                 f"of auto, {', '.join(OBJECTIVES)} that is the model's: use --objective {self.objective.name}"
             )
-        stream = Stream(self.objective, checked)
+        stream = Stream(self.objective, checked, unpadded=goes_by_longest(model))
         digest, self._batches = Digest(), list[Batch]()
         for items in batches(stream, batch_size=batch_size, tokens_per_batch=tokens_per_batch):
             digest.add(items)
