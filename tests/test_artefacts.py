@@ -75,6 +75,42 @@ def test_a_folder_is_there_again_where_its_replacement_was_interrupted(tmp_path,
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_files_bytes_are_on_disk_before_it_has_its_name(tmp_path, monkeypatch, links):
+    """Or a machine that loses its power may leave an empty file of that name."""
+    on_disk, renamed = {}, []
+    fsync, replace_file = os.fsync, os.replace
+
+    def synced(handle):
+        fsync(handle)
+        state = os.fstat(handle)
+        on_disk[state.st_ino] = state.st_size
+
+    def named(source, target):
+        if Path(target).parent == tmp_path and not str(target).endswith(".old"):
+            files = [Path(source), *Path(source).rglob("*")]
+            renamed.extend(on_disk.get(f.stat().st_ino) == f.stat().st_size for f in files if f.is_file())
+        replace_file(source, target)
+
+    def no_links(*_, **__):
+        raise OSError("this disk has none")
+
+    folder = profile().save_pretrained(tmp_path / "p")
+    (folder / "mine.txt").write_text("mine")
+    with open(folder / "mine.txt", "rb") as file:
+        fsync(file)
+    on_disk[(folder / "mine.txt").stat().st_ino] = 4
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    artefacts.write_json(tmp_path / "x.json", {"a": 1})
+    assert renamed == [True]
+    profile().save_pretrained(folder)
+    assert len(renamed) >= 4
+    assert all(renamed)
+
+
 def test_what_others_put_into_a_folder_outlives_its_replacement(tmp_path):
     folder = tmp_path / "p"
     profile().save_pretrained(folder)

@@ -1,8 +1,10 @@
 """An experiment: what is missing is run, whatever happened before or happens beside it."""
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +22,11 @@ from guided_dropout import cli
 from guided_dropout.arms import ARMS
 from guided_dropout.artefacts import write_json
 from guided_dropout.bench import run as bench_run
-from guided_dropout.bench.folder import Experiment, Failure, Run
+from guided_dropout.bench.folder import Experiment, Failure, Run, shared_facts
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.bench.plan import BenchModel, Plan, Training
+from guided_dropout.bench.plan import BenchModel, Plan, Runner, Training
 from guided_dropout.bench.recipes import RECIPES
-from guided_dropout.bench.run import run_experiment
+from guided_dropout.bench.run import check_joining, run_experiment
 from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
 from guided_dropout.finetune import finetune
 from guided_dropout.models import load_lm
@@ -490,6 +492,99 @@ def test_a_mistake_is_found_before_anything_is_written(folder, in_process, more,
         assert err.count("\n") == 1
         assert message in err
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.fixture
+def begun(folder, finished):
+    """A copy of the finished experiment, for a test to change."""
+    out = folder / "begun"
+    shutil.copytree(finished[1].path, out)
+    yield Experiment(out)
+    shutil.rmtree(out)
+
+
+def changed_recipe(experiment, **changes):
+    """Its runs as if they had been made in another way."""
+    for run in experiment.runs():
+        experiment.write(replace(run, result=replace(run.result, recipe={**run.result.recipe, **changes})))
+
+
+@pytest.mark.parametrize("split", ["glue", "paper", "holdout:0.25"])
+def test_what_is_foretold_of_a_run_is_what_it_says(folder, split):
+    plan, key = replace(plan_of(folder), split=split), RunKey("model", "cola", 0.5, "dropout", 1)
+    facts = shared_facts(Runner(plan).run(key))
+    foretold = Runner(plan).foretell(key)
+    assert {k: facts[k] for k in foretold} == foretold
+    assert {*facts} - {*foretold} == {"optimizer", "decay", "max_grad_norm"}  # what no option changes
+
+
+@pytest.mark.parametrize(
+    ("there", "shown"),
+    [
+        ({"order": "as it comes"}, "order: 'as it comes' there, 'batches of like lengths, sorted 1 at a time' given"),
+        ({"precision": "bfloat16"}, "precision: 'bfloat16' there, 'float32' given"),
+        ({"device": "auto"}, "device: 'auto' there, 'cpu' given"),
+        ({"train_data": "mini/CoLA/train.tsv"}, "train_data: 'mini/CoLA/train.tsv' there, 'CoLA/train.tsv' given"),
+    ],
+)
+def test_runs_that_no_report_could_hold_beside_those_there_are_refused_before_any(begun, in_process, there, shown):
+    changed_recipe(begun, **there)
+    before = {f: f.read_bytes() for f in begun.path.rglob("*.json")}
+    for dry in ([], ["--dry-run"]):
+        code, _, err = in_process("begun", "--seeds", "3", *dry)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"begun holds runs of model, cola, fraction 1 that were made in another way ({shown})" in err
+        assert "choose another --out" in err
+    assert {f: f.read_bytes() for f in begun.path.rglob("*.json")} == before
+    code, _, err = in_process("begun", "--fractions", "0.75", "--dry-run")  # is reported apart
+    assert code == 0, err
+
+
+def test_other_examples_of_the_same_name_are_refused(folder, begun, in_process, tmp_path):
+    shutil.copytree(folder / "glue", tmp_path / "glue")
+    dev = tmp_path / "glue" / "CoLA" / "dev.tsv"
+    dev.write_text(dev.read_text().replace("cat", "dog"))
+    code, _, err = in_process("begun", "--seeds", "3", "--data", str(tmp_path / "glue"), "--dry-run")
+    assert (code, err.count("evaluation: ")) == (2, 1)
+    code, _, err = in_process("begun", "--seeds", "3", "--data", str(folder / "glue"), "--dry-run")
+    assert code == 0, err
+
+
+def test_new_seeds_of_a_split_that_deals_each_its_own_may_join(folder):
+    plan = replace(plan_of(folder, arms=["dropout"], fractions=[0.5]), split="holdout:0.25")
+    experiment = Experiment.start(folder / "dealt", plan.check())
+    first, second = plan.grid
+    experiment.write(Run(first, result=Runner(plan).run(first)))
+    check_joining(plan, experiment, [second])
+
+
+def test_a_run_made_in_a_way_that_was_not_foreseen_is_not_written(folder, begun):
+    changed_recipe(begun, optimizer="sgd")
+    plan = plan_of(folder, seeds=[2], arms=["dropout"], fractions=[0.5])
+    with pytest.raises(ArtefactError, match=r"optimizer: 'sgd' there, 'adamw\(0.9, 0.999\)' given"):
+        run_experiment(plan, begun, list(plan.grid), threads=1)
+    assert len(begun.runs()) == 8
+
+
+@pytest.mark.parametrize("left", ["", "\0" * 100, '{"kind": "bench-run", "schema": 1}'], ids=["empty", "zeros", "cut"])
+def test_a_damaged_run_is_made_again(begun, finished, in_process, monkeypatch, left):
+    key = next(iter(finished[0].grid))
+    begun.file(key).write_text(left)
+    with pytest.raises(ArtefactError, match="run `guided-dropout bench run` again, or delete the file"):
+        begun.runs()
+    if left:  # the workers' part is the same for each
+        monkeypatch.setattr(bench_run, "run_experiment", lambda plan, experiment, keys, **_: missing.extend(keys))
+    missing = []
+    code, text, err = in_process("begun")
+    assert code == 0, err
+    told = text.splitlines()
+    assert told[0].startswith("1 run files cannot be read and are made again, the first begun/runs/")
+    assert told[1] == "8 runs, 7 of them there, 1 to make"
+    if left:
+        assert missing == [key]
+    else:
+        assert json.loads(begun.file(key).read_text())["key"] == asdict(key)
+        assert outcomes(begun) == outcomes(finished[1])
 
 
 def test_with_weight_decay_there_is_some_to_spread(in_process):

@@ -47,6 +47,16 @@ def test_any_two_arms_can_be_compared(command, tmp_path):
     assert f"10 % of the training data, rte: uniform − dropout = {sum(expected) / 4:+.4f}" in out
 
 
+def test_of_a_damaged_run_it_says_what_to_do(command, tmp_path):
+    experiment = write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=2)
+    file = experiment.file(experiment.runs()[0].key)
+    file.write_text("")
+    code, _, err = command("bench", "report", "e")
+    assert (code, err.count("\n")) == (2, 1)
+    assert file.name in err
+    assert "(run `guided-dropout bench run` again, or delete the file)" in err
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -79,6 +79,21 @@ def test_runs_that_do_not_belong_together_are_refused(odd, words):
         group_by_arm([run("dropout", 0, 0.5), odd])
 
 
+def test_all_seeds_are_evaluated_on_the_same_examples_but_where_each_is_dealt_its_own():
+    def of(seed, value, split, evaluation):
+        recipe = {"epochs": 2} | ({"split": split} if split else {})
+        pairing = {"weights": f"w{seed}", "batches": f"b{seed}", "evaluation": evaluation}
+        return run("dropout", seed, value, recipe=recipe, pairing=pairing)
+
+    for split in ("glue", None):  # as of when nothing else could be chosen
+        for value in (0.5, None):
+            with pytest.raises(DataError, match=r"evaluated on different examples.* is two in one and one in another"):
+                group_by_arm([of(0, 0.5, split, "one"), of(1, value, split, "two")])
+        assert len(group_by_arm([of(0, 0.5, split, "one"), of(1, 0.5, split, "one")])[0].runs) == 2
+    for split in ("paper", "holdout:0.2"):
+        assert len(group_by_arm([of(0, 0.5, split, "one"), of(1, 0.5, split, "two")])[0].runs) == 2
+
+
 @pytest.mark.parametrize("name", ["elsewhere/m", "/home/me/models/m/"])
 def test_a_model_may_lie_in_another_folder(name):
     there = run("dropout", 0, 0.5, model={"name_or_path": "m"})

@@ -327,6 +327,28 @@ def test_the_official_split_is_the_default(glue: Path) -> None:
     assert given == load_data("cola", glue, split="glue", seed=7)
 
 
+@pytest.mark.parametrize("spelled", ["{glue}", "glue", "./glue", "../{here}/glue", "glue/CoLA", "{glue}/CoLA"])
+def test_a_file_has_one_name_however_its_path_is_spelled(
+    spelled: str, glue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or runs of the same data would have two recipes."""
+    (tmp_path / "glue").symlink_to(glue)
+    monkeypatch.chdir(tmp_path)
+    given = load_data("cola", spelled.format(glue=glue, here=tmp_path.name))
+    assert (given.train.source, given.validation.source) == ("CoLA/train.tsv", "CoLA/dev.tsv")
+    monkeypatch.chdir(glue / "CoLA")
+    given = load_data("cola", ".")
+    assert (given.train.source, given.validation.source) == ("CoLA/train.tsv", "CoLA/dev.tsv")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_so_has_a_file_of_ones_own(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a" / "b", f"train.{kind}", ROWS)
+    monkeypatch.chdir(tmp_path)
+    for spelled in (file, f"a/b/train.{kind}"):
+        assert load_data("mine", spelled, eval_data=spelled, columns=PAIRS).train.source == f"b/train.{kind}"
+
+
 def test_the_papers_split_deals_train_and_dev_anew(glue: Path) -> None:
     given, again, other = (load_data("cola", glue, split="paper", seed=s) for s in (0, 0, 1))
     assert given == again

@@ -1,7 +1,7 @@
 """Reading and writing artefacts: JSON and safetensors only, and never half a file.
 
-Every write goes to a temporary neighbour that is then renamed, so that a reader, or a run that was killed, sees the old
-file or the new one and nothing between.
+Every write goes to a temporary neighbour that is put on disk and then renamed, so that a reader, a run that was killed,
+or a machine that lost its power sees the old file or the new one and nothing between.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def staged_file(path: str | Path) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o666 & ~_umask())
+        _put_on_disk(staging)
         os.replace(staging, path)
     except OSError as e:
         raise _cannot_write(path, e) from e
@@ -70,6 +71,9 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o777 & ~_umask())
+        for file in staging.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                _put_on_disk(file)
         if path.exists():
             _carry_over(path, staging, own)
             os.replace(path, old)
@@ -91,6 +95,8 @@ def _carry_over(path: Path, staging: Path, own: Sequence[str]) -> None:
             os.link(source, target, follow_symlinks=False)
         except OSError:
             shutil.copy2(source, target, follow_symlinks=False)
+            if not os.path.islink(target):
+                _put_on_disk(target)
         return target
 
     for entry in path.iterdir():
@@ -101,6 +107,15 @@ def _carry_over(path: Path, staging: Path, own: Sequence[str]) -> None:
             shutil.copytree(entry, target, symlinks=True, copy_function=link)
         else:
             link(str(entry), str(target))
+
+
+def _put_on_disk(file: str | Path) -> None:
+    """Without this a new name may outlive a power cut that its content does not."""
+    handle = os.open(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _followed(path: str | Path) -> Path:

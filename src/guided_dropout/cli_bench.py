@@ -79,7 +79,7 @@ def run(
 ) -> None:
     """Fine-tune every combination, as far as it is not there yet; kill it and start it again as you like."""
     from guided_dropout.bench.folder import EXPERIMENT, Experiment, check_folder
-    from guided_dropout.bench.run import run_experiment
+    from guided_dropout.bench.run import check_joining, run_experiment
 
     if jobs < 1:
         raise GuidedDropoutError(f"found --jobs {jobs}; expected at least 1")
@@ -104,6 +104,8 @@ def run(
         experiment.check(facts)
         failed = experiment.failed() if retry else ()
         missing = [k for k in keys if k in failed or not experiment.is_done(k)]
+        if damaged := experiment.damaged(missing):
+            console.print(f"{len(damaged):,} run files cannot be read and are made again, the first {damaged[0]}")
     console.print(f"{len(keys):,} runs, {len(keys) - len(missing):,} of them there, {len(missing):,} to make")
     if not missing:
         if experiment is not None and not dry_run:
@@ -112,6 +114,8 @@ def run(
         return
     # A mistake that each run would make is found here, before anything is written.
     plan.rehearse()
+    if experiment is not None:
+        check_joining(plan, experiment, missing)
     clock = _clock(plan, experiment)
     if dry_run or recipe:
         _tell_cost(plan, clock, missing, jobs)
@@ -203,7 +207,7 @@ def _what_failed(experiment: Experiment, made: Sequence[RunKey], lost: int) -> s
     told = [
         f"the first with {' '.join(f'{r.failure.error}: {r.failure.message}'.split())} ({experiment.file(r.key)} has "
         "the traceback)"
-        for r in experiment.runs()
+        for r in experiment.whole_runs()
         if r.failure and r.key in made
     ]
     return "; ".join([f"{lost:,} of {len(made):,} runs failed", *told[:1], "expected none: mend it and add --retry"])
@@ -269,7 +273,7 @@ def _clock(plan: Plan, experiment: Experiment | None) -> Clock:
     }
     clock = Clock(work_of_tasks(plan), sizes)
     if experiment is not None:
-        clock.saw_runs(experiment.runs())
+        clock.saw_runs(experiment.whole_runs())
     return clock
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from guided_dropout.errors import DataError
 from guided_dropout.hub_tables import read_hub_table
-from guided_dropout.tables import Table, read_tsv
+from guided_dropout.tables import Table, read_tsv, table_kind
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,12 @@ def pool(parts: Sequence[Examples]) -> Examples:
     return Examples(texts, [label for part in parts for label in part.labels], " + ".join(p.source for p in parts))
 
 
-def _known_as(source: str) -> str:
-    """A path without the folders that mean nothing elsewhere."""
-    path = Path(source)
-    return "/".join(path.parts[-2:]) if path.is_absolute() else source
+def _known_as(table: Table) -> str:
+    """A path without the folders that mean nothing elsewhere, however it was spelled; a hub data set by its name."""
+    is_file = table.by_line or table_kind(table.source) is not None
+    if is_file or Path(table.source).is_absolute():
+        return "/".join(Path(os.path.abspath(table.source)).parts[-2:])
+    return table.source
 
 
 def to_examples(
@@ -166,7 +169,7 @@ def to_examples(
     return Examples(
         [_texts(row, table.where(i)) for i, row in rows],
         [read(value, table.where(i)) for i, value in enumerate(table.columns[label])],
-        _known_as(table.source),
+        _known_as(table),
     )
 
 

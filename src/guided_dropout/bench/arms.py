@@ -25,6 +25,7 @@ from guided_dropout.bench.stats import (
 )
 from guided_dropout.errors import DataError
 from guided_dropout.results import RunResult, Seeds
+from guided_dropout.task_data import GLUE
 
 STATUSES = ("ok", "collapsed", "diverged", "failed")
 Pairs = Mapping[Seeds, tuple[float, float]]
@@ -230,6 +231,18 @@ def check_comparable(results: Sequence[RunResult]) -> None:
                 f"the run of the arm {r.arm} saw other weights or batches than another of the same seeds "
                 f"({_difference(dict(r.pairing), dict(pairing[r.seeds]))}); expected paired runs: run them again"
             )
+        found, expected = evaluated_on(r), evaluated_on(first)
+        if found != expected:
+            raise DataError(
+                f"the runs were evaluated on different examples, by whatever name ({r.recipe.get('eval_data')}; their "
+                f"digest is {found} in one and {expected} in another); expected the same ones for all seeds: report "
+                "them apart"
+            )
+
+
+def evaluated_on(result: RunResult) -> str | None:
+    """Digest of the evaluation examples where all seeds share them; None where each seed is dealt its own."""
+    return result.pairing.get("evaluation") if result.recipe.get("split", GLUE) == GLUE else None
 
 
 def _called(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from guided_dropout.artefacts import check_output_folder, read_json, write_json
+from guided_dropout.bench.arms import evaluated_on
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.errors import ArtefactError
 from guided_dropout.provenance import provenance
@@ -157,12 +158,16 @@ class Experiment:
         return [Grid(**g) for g in facts.get("grids", [axes])]
 
     def is_done(self, key: RunKey) -> bool:
-        """Whether the run is there, be it as a failure."""
-        return self.file(key).exists()
+        """Whether the run is there, be it as a failure; not where its file is damaged."""
+        return self._whole(self.file(key)) is not None
+
+    def damaged(self, keys: Iterable[RunKey]) -> list[Path]:
+        """The files of these runs that are there and cannot be read."""
+        return [f for f in map(self.file, keys) if f.exists() and self._whole(f) is None]
 
     def failed(self) -> set[RunKey]:
         """The runs that failed."""
-        return {run.key for run in self.runs() if run.failure}
+        return {run.key for run in self.whole_runs() if run.failure}
 
     def forget_failures(self, keys: Iterable[RunKey] | None = None) -> int:
         """Delete the runs that failed, of `keys` or all, so that they are made again; returns how many."""
@@ -183,23 +188,70 @@ class Experiment:
         write_json(self.file(run.key), facts)
         return self.file(run.key)
 
+    def check_alike(self, key: RunKey, facts: Mapping[str, Any]) -> None:
+        """Make sure that a run can be reported with those of its model, task and fraction that are there.
+
+        Args:
+            key: which run.
+            facts: what is known of its `shared_facts`.
+
+        Raises:
+            ArtefactError: those there have others; both sides are shown.
+        """
+        there = next(self._results_beside(key), None)
+        if there is None:
+            return
+        known = shared_facts(there)
+        if different := differences({k: known.get(k) for k in facts}, facts):
+            raise ArtefactError(
+                f"{self.path} holds runs of {key.model}, {key.task}, fraction {key.fraction:g} that were made in "
+                f"another way ({'; '.join(different)}); expected the same one, since no report can hold both: choose "
+                "another --out"
+            )
+
+    def _results_beside(self, key: RunKey) -> Iterator[RunResult]:
+        begins = replace(key, arm="", seed=0).name.removesuffix("_000")
+        for file in sorted((self.path / _RUNS).glob(f"{begins}*.json")):
+            run = self._whole(file)
+            if run and run.result and replace(run.key, arm=key.arm, seed=key.seed) == key:
+                yield run.result
+
     def read(self, file: Path) -> Run:
         """Read a run.
 
         Raises:
             ArtefactError: not a whole run.
         """
-        facts = read_json(file, kind=RUN_KIND, schema=SCHEMA)
+        mend = "run `guided-dropout bench run` again, or delete the file"
+        try:
+            facts = read_json(file, kind=RUN_KIND, schema=SCHEMA)
+        except ArtefactError as e:
+            raise ArtefactError(f"{e} ({mend})") from e
         try:
             result = None if facts["result"] is None else RunResult.of(facts["result"])
             failure = None if facts["failure"] is None else Failure(**facts["failure"])
             return Run(RunKey(**facts["key"]), result, failure)
         except (KeyError, TypeError) as e:
-            raise ArtefactError(f"{file} is not a whole run ({e}); expected what `bench run` wrote: delete it") from e
+            raise ArtefactError(f"{file} is not a whole run ({e}); expected what `bench run` wrote: {mend}") from e
 
     def runs(self) -> list[Run]:
-        """All runs that are there, by key."""
+        """All runs that are there, by key.
+
+        Raises:
+            ArtefactError: one of them is not whole.
+        """
         return sorted((self.read(f) for f in sorted((self.path / _RUNS).glob("[!.]*.json"))), key=lambda r: r.key)
+
+    def whole_runs(self) -> list[Run]:
+        """Likewise, without those that cannot be read, as a machine that went down may leave them."""
+        whole = map(self._whole, sorted((self.path / _RUNS).glob("[!.]*.json")))
+        return sorted((run for run in whole if run), key=lambda r: r.key)
+
+    def _whole(self, file: Path) -> Run | None:
+        try:
+            return self.read(file)
+        except ArtefactError:
+            return None
 
     @contextmanager
     def claim(self, key: RunKey) -> Iterator[bool]:
@@ -228,6 +280,11 @@ class Experiment:
             if file.with_name(f"{file.stem[1:]}.json").exists():
                 with suppress(OSError), FileLock(file, timeout=0) as lock:
                     _remove_held(lock)
+
+
+def shared_facts(result: RunResult) -> dict[str, Any]:
+    """What all runs of a model, task and fraction must have in common, but for the model itself."""
+    return {**result.recipe, "evaluation": evaluated_on(result)}
 
 
 def _known(model: Mapping[str, Any]) -> dict[str, Any]:

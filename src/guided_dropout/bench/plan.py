@@ -7,18 +7,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from guided_dropout.arms import choose_arm
 from guided_dropout.bench.grid import Grid, RunKey
+from guided_dropout.encoding import order_name
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.finetune import finetune
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.models import drawn_parameters, load_classifier
+from guided_dropout.models import drawn_parameters, load_classifier, positions_of
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
-from guided_dropout.results import RunResult
+from guided_dropout.results import RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.task_data import parse_split
-from guided_dropout.tasks import get_task
+from guided_dropout.task_data import GLUE, parse_split
+from guided_dropout.tasks import get_task, subset
 from guided_dropout.training import Recipe
 from guided_dropout.workbench import Workbench
 
@@ -136,7 +139,7 @@ class Plan:
         """
         parse_split(self.split)
         # Refuses numbers out of range.
-        Recipe(train_fraction=1.0, device=self.device, evaluate="end", **asdict(self.training))
+        self.recipe(1.0)
         models = {}
         for label, model in self.models.items():
             profile, schedule = model.known()
@@ -160,6 +163,16 @@ class Plan:
         data = None if self.data is None else Path(self.data).name
         recipe = {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"}
         return {"recipe": recipe, "models": models}
+
+    def recipe(self, fraction: float, residual_sites: bool = False) -> Recipe:
+        """How a run is trained."""
+        return Recipe(
+            train_fraction=fraction,
+            device=self.device,
+            evaluate="end",
+            residual_sites=residual_sites,
+            **asdict(self.training),
+        )
 
     def rehearse(self) -> None:
         """Put each arm on each model, and take it off again: what cannot be put on would fail in every run.
@@ -193,14 +206,44 @@ class Runner:
         self._benches: dict[str, Workbench] = {}
         self._known: dict[str, tuple[FisherProfile | None, DropoutSchedule | None]] = {}
 
+    def _bench(self, label: str) -> Workbench:
+        if label not in self._benches:
+            self._benches[label] = Workbench(self.plan.models[label].source)
+        return self._benches[label]
+
+    def foretell(self, key: RunKey) -> dict[str, Any]:
+        """What can be known of a run's `folder.shared_facts` before it is made.
+
+        Raises:
+            GuidedDropoutError: the model or the data cannot be loaded.
+        """
+        plan, bench, seed = self.plan, self._bench(key.model), Seeds.derive(key.seed).subset
+        given = bench.data(key.task, plan.data, split=plan.split, seed=seed)
+        recipe = plan.recipe(key.fraction, plan.models[key.model].residual_sites)
+        positions = positions_of(bench.classifier(given.task.num_labels, head_seed=0))
+        limits = (recipe.max_length, bench.tokenizer.model_max_length, positions or recipe.max_length)
+        n_train = len(subset(given.train, key.fraction, seed))
+        return {
+            **asdict(recipe),
+            "max_length": min(limits),
+            "precision": _precision(recipe),
+            "order": order_name(n_train, recipe.batch_size),
+            "n_train": n_train,
+            "n_eval": len(given.validation),
+            "train_data": given.train.source,
+            "eval_data": given.validation.source,
+            "split": given.split,
+            "labels": given.task.labels and list(given.task.labels),
+            "evaluation": given.validation.digest() if given.split == GLUE else None,
+        }
+
     def run(self, key: RunKey) -> RunResult:
         """One run.
 
         Raises:
             GuidedDropoutError: whatever `finetune` raises.
         """
-        model = self.plan.models[key.model]
-        bench = self._benches.get(key.model) or self._benches.setdefault(key.model, Workbench(model.source))
+        model, bench = self.plan.models[key.model], self._bench(key.model)
         if key.model not in self._known:
             self._known[key.model] = model.known()
         profile, schedule = self._known[key.model]
@@ -219,3 +262,12 @@ class Runner:
             evaluate="end",
             **asdict(self.plan.training),
         )
+
+
+def _precision(recipe: Recipe) -> str:
+    """What a training on this machine makes of ``"auto"``."""
+    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    half = recipe.precision == "bfloat16" or (
+        recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return "bfloat16" if half else "float32"

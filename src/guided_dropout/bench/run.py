@@ -8,18 +8,19 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
-from guided_dropout.bench.folder import Experiment, Failure, Run
+from guided_dropout.bench.folder import Experiment, Failure, Run, shared_facts
 from guided_dropout.bench.grid import RunKey
 from guided_dropout.bench.plan import Plan, Runner
+from guided_dropout.errors import ArtefactError
 
-_ELSEWHERE = "elsewhere"
+_ELSEWHERE, _REFUSED = "elsewhere", "refused"
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def run_experiment(
         jobs: processes; each keeps a model of its own.
         threads: of torch, in each process; by default the processors shared out.
         told: called after each run.
+
+    Raises:
+        ArtefactError: a run was made in another way than those that it would stand beside, or cannot be written.
     """
     threads = threads or max(1, processors() // jobs)
     waiting = deque(keys)
@@ -83,6 +87,23 @@ def run_experiment(
         for w in workers:
             w.stop()
         experiment.remove_claims()
+
+
+def check_joining(plan: Plan, experiment: Experiment, keys: Iterable[RunKey]) -> None:
+    """Make sure, before any is made, that these runs can be reported with those that are there.
+
+    Raises:
+        ArtefactError: they cannot; both sides are shown.
+        GuidedDropoutError: a model or data cannot be loaded.
+    """
+    runner = Runner(plan)
+    there = {_cell(run.key) for run in experiment.whole_runs() if run.result}
+    for key in {_cell(key): key for key in keys if _cell(key) in there}.values():
+        experiment.check_alike(key, runner.foretell(key))
+
+
+def _cell(key: RunKey) -> tuple[str, str, float]:
+    return key.model, key.task, key.fraction
 
 
 def processors() -> int:
@@ -109,12 +130,18 @@ class _Worker:
             self.channel.send(key)
 
     def end(self) -> Done | None:
-        """What became of its run; None if the process died."""
+        """What became of its run; None if the process died.
+
+        Raises:
+            ArtefactError: it must not be written, or cannot.
+        """
         assert self.key is not None
         try:
             status, value = self.channel.recv()
         except (EOFError, OSError):
             return None
+        if status == _REFUSED:
+            raise ArtefactError(value)
         done = Done(self.key, status, value, time.perf_counter() - self.begun)
         self.key = None
         return done
@@ -168,5 +195,10 @@ def _make(experiment: Experiment, runner: Runner, key: RunKey) -> tuple[str, Any
             run = Run(key, result=runner.run(key))
         except Exception as error:
             run = Run(key, failure=Failure.of(error))
-        experiment.write(run)
+        try:
+            if run.result:  # of what `check_joining` could not foresee, such as another machine's runs since then
+                experiment.check_alike(key, shared_facts(run.result))
+            experiment.write(run)
+        except ArtefactError as error:
+            return _REFUSED, str(error)
     return run.status, run.result and run.result.value
