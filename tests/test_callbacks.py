@@ -109,6 +109,11 @@ def test_a_checkpoint_without_a_schedule_is_refused(tmp_path: Path) -> None:
         trainer_of(model, tmp_path, GuidedDropoutCallback()).train(resume_from_checkpoint=True)
 
 
+def test_what_is_no_schedule_is_refused_at_once() -> None:
+    with pytest.raises(ScheduleError, match="GuidedDropoutCallback was given a dict for a schedule; expected"):
+        GuidedDropoutCallback({"a": 0.1})
+
+
 @pytest.mark.parametrize("to_trackers", [True, False])
 def test_the_schedule_is_logged_once(tmp_path: Path, to_trackers: bool) -> None:
     model = classifier_of("bert")

@@ -147,3 +147,10 @@ def test_refuses_missing_tensors_the_same_samples_and_a_single_profile():
         merge(profile(noise=["a.bias"]), profile(tensor_means=noisier, noise=["a.bias"]))
     with pytest.raises(ArtefactError, match="1 profile to merge; expected two or more"):
         merge(profile())
+
+
+def test_what_is_no_profile_is_refused():
+    with pytest.raises(ArtefactError, match=r"merge was given a list for a profile; .*one by one, merge\(\*profiles\)"):
+        merge([profile(), profile(1)])
+    with pytest.raises(ArtefactError, match=r"given a str .*FisherProfile\.from_pretrained\('build/a'\)"):
+        merge(profile(), "build/a")

@@ -68,9 +68,20 @@ def test_bfloat16_halves_the_file_and_is_off_by_less_than_it_says(tmp_path):
     assert torch.equal(FisherProfile.from_pretrained(again).diagonal["w"], back.diagonal["w"])
 
 
+def test_a_dtype_of_torch_is_taken(tmp_path):
+    folder = profile().save_pretrained(tmp_path / "p", dtype=torch.bfloat16)
+    assert {t.dtype for t in FisherProfile.from_pretrained(folder).diagonal.values()} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("dtype", "message"),
-    [("float16", "float16 cannot hold Fisher values.*bfloat16"), ("bfloat17", "did you mean 'bfloat16'")],
+    [
+        ("float16", "float16 cannot hold Fisher values.*bfloat16"),
+        ("bfloat17", "did you mean 'bfloat16'"),
+        (torch.float16, "float16 cannot hold Fisher values.*bfloat16"),
+        (torch.float64, "unknown dtype 'float64'"),
+        (16, "a int for a dtype; expected its name, one of: float32, bfloat16"),
+    ],
 )
 def test_other_dtypes_are_refused(tmp_path, dtype, message):
     with pytest.raises(DataError, match=message):

@@ -110,6 +110,15 @@ def test_it_comes_off_when_the_body_raises(regularizer: Regularizer) -> None:
 
 
 @each_regularizer
+def test_one_that_was_removed_does_not_pass_for_one_that_is_on(regularizer: Regularizer) -> None:
+    model = classifier_of("bert").train()
+    with regularizer.apply(model, context_of("bert")) as handle:
+        pass
+    with pytest.raises(GuidedDropoutError, match=r"has been removed, .*: call the regularizer's apply again"), handle:
+        pass
+
+
+@each_regularizer
 def test_one_after_another_and_inside_out(regularizer: Regularizer) -> None:
     """Two regularizers on one model do not disturb each other's removal, in either order."""
     model, context = classifier_of("bert").train(), context_of("bert")

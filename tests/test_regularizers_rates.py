@@ -5,6 +5,7 @@ import warnings
 import weakref
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import BertModel, PreTrainedModel
 
-from guided_dropout.errors import ScheduleError, SiteError
+from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError, SiteError
 from guided_dropout.regularizers import apply_dropout, dropout_table
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.sites import find_sites
@@ -133,6 +134,30 @@ def test_a_handle_that_is_lost_is_told_and_its_rates_stay() -> None:
     assert set(rates_of(model).values()) == {0.4}
     with warnings.catch_warnings(action="error"):
         apply_dropout(model, DropoutSchedule.uniform(model, 0.2)).remove()
+
+
+def test_a_removed_handle_is_not_used_again() -> None:
+    model = language_model("llama")
+    handle = apply_dropout(model, DropoutSchedule.uniform(model, 0.3))
+    with handle:
+        pass
+    with pytest.raises(GuidedDropoutError, match=r"DropoutHandle has been removed.*call apply_dropout again"), handle:
+        pass
+
+
+def test_a_schedule_is_taken_from_its_file_and_what_is_none_is_refused(tmp_path: Path) -> None:
+    model = language_model("llama")
+    schedule = DropoutSchedule.uniform(model, 0.3)
+    file = schedule.save(tmp_path / "schedule.json")
+    for given in (file, str(file)):
+        with apply_dropout(model, given) as handle:
+            assert handle.rates == schedule.rates
+        assert {row["scheduled_rate"] for row in dropout_table(model, given)} == {0.3}
+    for nothing, name in (({"a": 0.1}, "a dict"), (None, "None"), (0.3, "a float")):
+        with pytest.raises(ScheduleError, match=f"apply_dropout was given {name} for a schedule; .*from_rates"):
+            apply_dropout(model, nothing)
+    with pytest.raises(ArtefactError, match=r"dropout_table was given a str .*from_pretrained\('build/profile'\)"):
+        dropout_table(model, profile="build/profile")
 
 
 def test_a_model_and_its_schedules_are_not_kept_alive() -> None:

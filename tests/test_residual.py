@@ -11,7 +11,8 @@ from families import language_model, profile_of
 from test_sites_families import random_states, state_of
 
 from guided_dropout import DropoutSchedule, add_residual_sites, apply_dropout, find_sites
-from guided_dropout.errors import ScheduleError, SiteError
+from guided_dropout.errors import GuidedDropoutError, ScheduleError, SiteError
+from guided_dropout.regularizers import Context, GaussianDropout
 
 WITHOUT = ["llama", "qwen3", "gemma", "gemma2", "mistral", "mixtral", "qwen2_moe"]
 IDS = torch.arange(3, 19).reshape(2, 8)
@@ -167,3 +168,23 @@ def test_twice_is_refused_and_so_is_a_rate_that_is_none() -> None:
     with add_residual_sites(model), pytest.raises(SiteError, match="has added residual sites already"):
         add_residual_sites(model)
     add_residual_sites(model).remove()
+
+
+def test_a_removed_handle_is_not_used_again() -> None:
+    handle = add_residual_sites(language_model("llama"))
+    handle.remove()
+    with (
+        pytest.raises(GuidedDropoutError, match=r"ResidualSitesHandle .*call add_residual_sites again"),
+        handle,
+    ):
+        pass
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_sites_and_noise_come_off_in_any_order(first: int) -> None:
+    model = language_model("llama").train()
+    before = [sorted(vars(module)) for module in model.modules()]
+    handles = [add_residual_sites(model, 0.2), GaussianDropout().apply(model, Context())]
+    handles[first].remove()
+    handles[1 - first].remove()
+    assert [sorted(vars(module)) for module in model.modules()] == before

@@ -129,6 +129,18 @@ def test_a_classifier_with_a_head_to_train() -> None:
         assert {site.path: site.rate for site in find_sites(model)} == schedule.rates
 
 
+@pytest.mark.parametrize("task", ["SEQ_CLS", None])
+def test_a_schedule_with_the_heads_sites_goes_both_ways(task: str | None) -> None:
+    base, model = classifier_of("bert"), with_lora("bert", 0.1, classifier_of("bert"), task_type=task)
+    of_base = DropoutSchedule.uniform(base, 0.3, include_head=True)
+    with apply_dropout(model, of_base) as handle:
+        assert {inner_name(path) for path in handle.rates} == set(of_base.rates)
+        assert model.base_model.model.dropout.p == 0.3
+    rates = {site.path: 0.2 for site in find_sites(model) if not site.in_adapter}
+    with apply_dropout(base, DropoutSchedule.from_rates(rates, model)):
+        assert base.dropout.p == 0.2
+
+
 def test_residual_sites_drop_what_the_adapter_writes_too() -> None:
     model = with_lora("llama", 0.0)
     handle = add_residual_sites(model, 0.2)

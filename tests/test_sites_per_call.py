@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -103,6 +104,14 @@ def test_a_copy_of_a_model_keeps_the_rates_of_its_calls() -> None:
     assert [call.rate for call in observe(best, rates={})] == list(rates.values())
 
 
+def test_a_pickled_model_keeps_them_too() -> None:
+    model = language_model("albert")
+    rates = {site.path: (i + 1) / 10 for i, site in enumerate(find_sites(model, per_call=True))}
+    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)):
+        saved = pickle.dumps(model)
+    assert [call.rate for call in observe(pickle.loads(saved), rates={})] == list(rates.values())
+
+
 @pytest.mark.parametrize("family", ["opt", "bart", "pegasus"])
 def test_calls_within_one_forward_of_a_module_cannot_be_told_apart(family: str) -> None:
     with pytest.raises(SiteError, match=r"layers.0.dropout is used in [23] dropout calls and 1 forwards"):
@@ -137,3 +146,42 @@ def test_torch_compile_is_refused() -> None:
         with pytest.raises(Exception, match=r"torch\.compile"):
             compiled(IDS["input_ids"])
         torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_compiled_before_is_left_for_the_plain_forward_with_the_rates_of_the_calls() -> None:
+    torch._dynamo.reset()
+    model = language_model("albert").train()
+    rates = {site.path: 0.8 if site.path.endswith("[1]") else 0.1 for site in find_sites(model, per_call=True)}
+    schedule, compiled = DropoutSchedule.from_rates(rates, model), torch.compile(model, backend="eager")
+    with apply_dropout(model, DropoutSchedule.uniform(model, 0.1)):
+        compiled(**IDS)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    with apply_dropout(model, schedule), pytest.raises(Exception, match=r"torch\.compile"):
+        whole(**IDS)
+    for _ in range(2):
+        with apply_dropout(model, schedule):
+            for seed in range(3):
+                logits = []
+                for forward in (model, compiled):
+                    torch.manual_seed(seed)
+                    logits.append(forward(**IDS).logits)
+                assert torch.equal(*logits)
+        compiled(**IDS)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_that_was_compiled_under_a_plain_schedule_on_top_stays() -> None:
+    torch._dynamo.reset()
+    model = language_model("albert").train()
+    rates = {site.path: 0.8 if site.path.endswith("[1]") else 0.1 for site in find_sites(model, per_call=True)}
+    compiled, logits = torch.compile(model, backend="eager"), []
+    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)):
+        with apply_dropout(model, DropoutSchedule.uniform(model, 0.1)):
+            compiled(**IDS)
+        for forward in (model, compiled):
+            torch.manual_seed(0)
+            logits.append(forward(**IDS).logits)
+    assert torch.equal(*logits)
+    torch._dynamo.reset()

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.regularizers import DropoutHandle, apply_dropout
+from guided_dropout.regularizers.rates import as_schedule
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.schedule.files import arguments_of, facts_of
 
@@ -49,8 +50,9 @@ class GuidedDropoutCallback(TrainerCallback, ExportableState):
 
         Raises:
             ArtefactError: the file is no schedule.
+            ScheduleError: neither a schedule nor a file.
         """
-        self.schedule = DropoutSchedule.load(schedule) if isinstance(schedule, str | Path) else schedule
+        self.schedule = None if schedule is None else as_schedule(schedule, type(self).__name__)
         self.handle: DropoutHandle | None = None
         self._trainer = trainer
         self._inputs = inputs

@@ -45,6 +45,11 @@ class SiteError(GuidedDropoutError):
     """A dropout rate does not arrive where it should."""
 
 
+def describe(value: object) -> str:
+    """What to call a value of a wrong type in a message: ``None``, ``a dict``."""
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not among those known, with the nearest of them."""
     known = list(known)

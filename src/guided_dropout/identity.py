@@ -7,6 +7,7 @@ of a ``BertModel`` are the same tensor.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from guided_dropout.adapters import name_before
 from guided_dropout.errors import ModelError
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_PEFT = re.compile(r"^base_model\.(?:model\.)?")  # what its models are called inside of their wrapper
 _SAMPLED = 4096  # elements of each tensor that go into a digest
 
 
@@ -32,13 +34,14 @@ def backbone_prefix(model: nn.Module) -> str:
 
 
 def backbone_name(model: nn.Module, name: str) -> str:
-    """`name` (of a module, parameter or knob) relative to the backbone; names outside of it stay as they are."""
+    """`name` (of a module, parameter or knob) relative to the backbone; a head's as it is in a model without PEFT."""
     return relative_name(name, backbone_prefix(model))
 
 
 def relative_name(name: str, prefix: str) -> str:
-    """`name` without the backbone's `prefix` and without what adapters have put around its layers."""
-    return name_before(name.removeprefix(prefix))
+    """`name` without the backbone's `prefix`, and without what PEFT has put around the model and its layers."""
+    inner = name.removeprefix(prefix)
+    return name_before(_PEFT.sub("", inner) if inner == name and _PEFT.match(prefix) else inner)
 
 
 def in_head(model: nn.Module, name: str) -> bool:

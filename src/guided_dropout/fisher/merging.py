@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from guided_dropout.errors import ArtefactError
-from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.provenance import provenance
 
 _SAME = 1e-4  # a batch size moves a mean by 1e-6 of it, other samples by far more
@@ -30,8 +30,11 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
         in each. ``provenance["merged"]`` lists where each part came from; what all of them share stands above it.
 
     Raises:
-        ArtefactError: fewer than two, or two that do not belong together or were measured on the same samples.
+        ArtefactError: fewer than two, something that is no profile, or two that do not belong together or were measured
+            on the same samples.
     """
+    for given in profiles:
+        check_profile(given, "merge")
     if len(profiles) < 2:
         raise ArtefactError(f"{len(profiles)} profile to merge; expected two or more: name another")
     first = profiles[0]

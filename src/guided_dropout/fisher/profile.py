@@ -21,7 +21,7 @@ from guided_dropout.artefacts import (
     write_tensors,
     write_text,
 )
-from guided_dropout.errors import ArtefactError, DataError, unknown
+from guided_dropout.errors import ArtefactError, DataError, describe, unknown
 from guided_dropout.fisher import hub
 from guided_dropout.fisher.card import card
 from guided_dropout.fisher.topk import Selection, select
@@ -140,15 +140,15 @@ class FisherProfile:
             return None
         return made_on == weights_digest(dict(model.named_parameters()))
 
-    def save_pretrained(self, folder: str | Path, *, dtype: str | None = None) -> Path:
+    def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Path:
         """Write `folder` (``fisher.safetensors``, ``profile.json``, ``README.md``), all or nothing; return its path.
 
         Without values per parameter there is no ``fisher.safetensors``.
 
         Args:
             folder: where to; a profile that it holds is replaced, other files stay.
-            dtype: a key of `DTYPES` for the values per parameter; as they are if None. The tensor means are not
-                affected.
+            dtype: a key or a value of `DTYPES` for the values per parameter; as they are if None. The tensor means are
+                not affected.
 
         Raises:
             ArtefactError: the folder cannot be written, or holds other things than a profile.
@@ -205,7 +205,7 @@ class FisherProfile:
         token: str | bool | None = None,
         revision: str | None = None,
         commit_message: str = "Upload Fisher profile",
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
     ) -> str:
         """Upload the profile to a model repository of the hub, which is made if there is none.
 
@@ -267,12 +267,31 @@ class FisherProfile:
         }
 
 
-def check_dtype(name: str) -> torch.dtype:
+def check_profile(given: object, who: str) -> FisherProfile:
+    """`given`, which must be a profile.
+
+    Raises:
+        ArtefactError: it is none.
+    """
+    if isinstance(given, FisherProfile):
+        return given
+    todo = "measure one with estimate_fisher"
+    if isinstance(given, str | Path):
+        todo = f"give FisherProfile.from_pretrained({str(given)!r})"
+    elif isinstance(given, list | tuple):
+        todo = f"give them one by one, {who}(*profiles)"
+    raise ArtefactError(f"{who} was given {describe(given)} for a profile; expected a FisherProfile: {todo}")
+
+
+def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """The dtype to store values in.
 
     Raises:
         DataError: none of `DTYPES`.
     """
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if not isinstance(name, str):
+        raise DataError(f"{describe(name)} for a dtype; expected its name, one of: {', '.join(DTYPES)}")
     if name == "float16":
         raise DataError(
             "dtype float16 cannot hold Fisher values: it has nothing below 6e-8, where most of them are; expected "

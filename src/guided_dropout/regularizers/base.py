@@ -71,7 +71,10 @@ class Handle:
     Attributes:
         facts: what the regularizer found on this model, as plain data.
         active: whether it is still on the model.
+        again: how to get another one, for an error's message.
     """
+
+    again: ClassVar[str] = "call the regularizer's apply again"
 
     def __init__(self, facts: Mapping[str, Any] | None = None):
         self.facts = dict(facts or {})
@@ -110,6 +113,16 @@ class Handle:
         return groups
 
     def __enter__(self) -> Self:
+        """Stay on the model for the time of a block.
+
+        Raises:
+            GuidedDropoutError: it is off already.
+        """
+        if not self.active:
+            raise GuidedDropoutError(
+                f"this {type(self).__name__.removeprefix('_')} has been removed, so that the block would run without "
+                f"it; expected one that is still on its model: {self.again}"
+            )
         return self
 
     def __exit__(

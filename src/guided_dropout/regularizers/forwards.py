@@ -1,13 +1,14 @@
-"""Running a module's forward differently in training mode."""
+"""Running a module's forward differently in training mode, and hooks on it, so that compiled code notices."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from guided_dropout.regularizers.base import Handle
 
@@ -21,6 +22,17 @@ def wrap_forward(handle: Handle, module: nn.Module, around: Callable[[], Abstrac
     wrapped = _Wrapped(module, around)
     handle.on_remove(wrapped.off)
     module.forward = wrapped
+
+
+def hook_noticed(handle: Handle, module: nn.Module, *hooks: RemovableHandle) -> None:
+    """Take these hooks on a module off with the handle; until then, and from then on, `torch.compile` sees what is so.
+
+    Compiled code is kept by what it was compiled for, and is shared by models of one class. Hooks are no part of that,
+    but a module's own forward is: with one, nothing fits that was compiled without the hooks.
+    """
+    for hook in hooks:
+        handle.on_remove(hook.remove)
+    wrap_forward(handle, module, nullcontext)
 
 
 class _Wrapped:
@@ -41,9 +53,9 @@ class _Wrapped:
     def off(self) -> None:
         """Take it off the module."""
         self._on = False
-        if self._module.forward is not self:  # another one lies on top: this one only steps aside
-            return
-        if self._own:
-            self._module.forward = self._forward
-        else:
-            del self._module.forward
+        # Where another one lies on top, this one only steps aside, and goes with it.
+        while isinstance(top := self._module.forward, _Wrapped) and not top._on:
+            if top._own:
+                self._module.forward = top._forward
+            else:
+                del self._module.forward

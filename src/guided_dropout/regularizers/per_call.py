@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,24 +10,25 @@ from torch import nn
 
 from guided_dropout.errors import SiteError
 from guided_dropout.knobs import Knob
+from guided_dropout.regularizers.base import Handle
+from guided_dropout.regularizers.forwards import hook_noticed
 
 
 def set_by_call(
+    handle: Handle,
     model: nn.Module,
     rates: Mapping[Knob, Sequence[float]],
     holders: Mapping[str, nn.Module],
     rules: Callable[[Knob], bool],
-) -> contextlib.ExitStack:
+) -> None:
     """Turn each knob to its next rate whenever its holder's forward begins, from the first in each of the model's.
 
     Args:
+        handle: what ends this when it is removed.
         model: the model whose forward begins the count.
         rates: knob → the rates of its calls in one forward of the model, in order.
         holders: path of the knob → the module that has one forward for each of these calls.
         rules: whether these are the rates that a knob should have now; another schedule may lie on top.
-
-    Returns:
-        What takes the hooks off when it is closed.
 
     Raises:
         SiteError: gradient checkpointing is on.
@@ -38,13 +38,11 @@ def set_by_call(
             "a rate for each call does not hold under gradient checkpointing, which runs calls again out of order; "
             "expected it off: turn it off, or make the schedule without per_call"
         )
-    stack = contextlib.ExitStack()
     for knob, calls in rates.items():
-        count = _Count(knob, calls, rules)
-        stack.callback(model.register_forward_pre_hook(count.begin).remove)
-        stack.callback(holders[knob.path].register_forward_pre_hook(count.next).remove)
-        stack.callback(model.register_forward_hook(count.end).remove)
-    return stack
+        count, holder = _Count(knob, calls, rules), holders[knob.path]
+        whole = model.register_forward_pre_hook(count.begin), model.register_forward_hook(count.end)
+        hook_noticed(handle, model, *whole)
+        hook_noticed(handle, holder, holder.register_forward_pre_hook(count.next))
 
 
 class _Count:
@@ -62,15 +60,17 @@ class _Count:
 
     def next(self, module: nn.Module, *_: Any) -> None:
         """The holder's forward begins."""
-        if not module.training or not self._rules(self._knob):
+        if not module.training:
             return
-        if self._knob.rate not in self._rates:  # somebody else, a probe say, has turned it
-            return
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # first of all: what is compiled while another schedule rules would stay
             raise SiteError(
                 f"a rate for each call of {self._knob.path} does not hold under torch.compile, which fixes the order; "
                 "expected a model that is not compiled: make the schedule without per_call"
             )
+        if not self._rules(self._knob):
+            return
+        if self._knob.rate not in self._rates:  # somebody else, a probe say, has turned it
+            return
         if self._done == len(self._rates):
             self._refuse("more")
         self._knob.turn(self._rates[self._done])

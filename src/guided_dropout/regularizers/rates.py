@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
 from guided_dropout.attention import attention_implementations, takes_dropout
-from guided_dropout.errors import ScheduleError, SiteError
-from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.errors import ScheduleError, SiteError, describe
+from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.knobs import Knob, find_knobs
 from guided_dropout.regularizers.base import Handle
@@ -47,6 +49,8 @@ class DropoutHandle(Handle):
         rates: path of each site on this model → the rate that the schedule gives it.
     """
 
+    again = "call apply_dropout again"
+
     def __init__(self, model: nn.Module, rates: Mapping[str, float], holders: Mapping[str, nn.Module] | None = None):
         super().__init__()
         self.model = model
@@ -73,8 +77,7 @@ class DropoutHandle(Handle):
             knob.turn(self._standing[path])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
-            hooks = set_by_call(self.model, several, self._holders, _on_top(self._layer))
-            self.on_remove(hooks.close)
+            set_by_call(self, self.model, several, self._holders, partial(_on_top, self._layer))
 
 
 def _take_off(knobs: Iterable[Knob], own: object) -> None:
@@ -97,25 +100,22 @@ def _warn_of_lost(model: str) -> None:
     )
 
 
-def _on_top(layer: object) -> Callable[[Knob], bool]:
+def _on_top(layer: object, knob: Knob) -> bool:
     """Whether nothing lies on a knob above `layer`."""
-
-    def on_top(knob: Knob) -> bool:
-        rates = _applied.get(knob.module, {}).get((type(knob), knob.attribute))
-        return rates is None or rates.layers[-1][0] is layer  # none: a copy of the model, which keeps its rates
-
-    return on_top
+    rates = _applied.get(knob.module, {}).get((type(knob), knob.attribute))
+    return rates is None or rates.layers[-1][0] is layer  # none: a copy of the model, which keeps its rates
 
 
 def apply_dropout(
-    model: nn.Module, schedule: DropoutSchedule, inputs: Mapping[str, Any] | None = None
+    model: nn.Module, schedule: DropoutSchedule | str | Path, inputs: Mapping[str, Any] | None = None
 ) -> DropoutHandle:
     """Give each dropout site of a model its rate, and prove by running the model that each dropout call receives it.
 
     The schedule may come from a model with another head around the same backbone; sites in a head that the schedule
     does not name keep their rates, and so do those that an adapter brought. Modes, buffers and random
     states are left as they are. A schedule with a rate for each call (``per_call=True``) sets the rates while the model
-    runs, which holds neither under gradient checkpointing nor under ``torch.compile``: both are refused.
+    runs, which holds neither under gradient checkpointing, which is refused, nor in a graph of ``torch.compile``: what
+    calls these sites then runs uncompiled, and is refused with ``fullgraph=True``.
 
     Keep the handle: nothing else takes the rates off again, whatever other schedules come and go. Call its `remove`, or
     use it in a ``with`` statement; one that is lost before is told by a ResourceWarning, which Python shows under
@@ -123,17 +123,19 @@ def apply_dropout(
 
     Args:
         model: the model to regularise, in any mode.
-        schedule: the rates.
+        schedule: the rates, or their file.
         inputs: keyword arguments of the model's forward for the proof; by default a tiny batch of token ids.
 
     Returns:
         A handle that takes the rates off again.
 
     Raises:
-        ScheduleError: the schedule was made for another model.
+        ScheduleError: the schedule was made for another model, or is none.
+        ArtefactError: the file is no schedule.
         SiteError: a rate does not arrive, or one above 0 is for attention that takes none; the model has its former
             rates again.
     """
+    schedule = as_schedule(schedule, "apply_dropout")
     before = trace(model, inputs, per_call=schedule.per_call)
     rates = rates_on(model, schedule, before.sites)
     _check_attention(model, before.sites, rates)
@@ -145,6 +147,23 @@ def apply_dropout(
         handle.remove()
         raise
     return handle
+
+
+def as_schedule(given: object, who: str) -> DropoutSchedule:
+    """A schedule, given itself or by its file.
+
+    Raises:
+        ScheduleError: it is neither.
+        ArtefactError: the file is no schedule.
+    """
+    if isinstance(given, str | Path):
+        return DropoutSchedule.load(given)
+    if isinstance(given, DropoutSchedule):
+        return given
+    raise ScheduleError(
+        f"{who} was given {describe(given)} for a schedule; expected a DropoutSchedule or the path of its file: make "
+        "one with DropoutSchedule.from_profile, or of rates by path with DropoutSchedule.from_rates(rates, model)"
+    )
 
 
 def _check_attention(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapping[str, float]) -> None:
@@ -159,7 +178,7 @@ def _check_attention(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapp
 
 def dropout_table(
     model: nn.Module,
-    schedule: DropoutSchedule | None = None,
+    schedule: DropoutSchedule | str | Path | None = None,
     profile: FisherProfile | None = None,
     grouping: str = "owner",
 ) -> list[dict[str, Any]]:
@@ -167,7 +186,7 @@ def dropout_table(
 
     Args:
         model: the model; it is run once on a tiny batch and left as it was.
-        schedule: fills ``scheduled_rate``; None for sites that it leaves alone.
+        schedule: or its file; fills ``scheduled_rate``; None for sites that it leaves alone.
         profile: fills ``score``.
         grouping: which parameters feed a site: ``"owner"`` or ``"dataflow"``.
 
@@ -180,8 +199,11 @@ def dropout_table(
         SiteError: as for `sites.trace`.
     """
     check_choice("grouping", grouping, GROUPINGS)
+    schedule = None if schedule is None else as_schedule(schedule, "dropout_table")
     sites = find_sites(model, per_call=schedule is not None and schedule.per_call)
     rates = rates_on(model, schedule, sites) if schedule else {}
+    if profile is not None:
+        check_profile(profile, "dropout_table")
     scores = site_scores(profile, model, sites, grouping) if profile else {}
     return [
         {

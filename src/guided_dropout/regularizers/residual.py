@@ -10,6 +10,7 @@ from torch import nn
 
 from guided_dropout.errors import SiteError
 from guided_dropout.regularizers.base import Handle
+from guided_dropout.regularizers.forwards import hook_noticed
 from guided_dropout.residual import ATTRIBUTE, ResidualDropout, find_residual_writes, residual_owners
 from guided_dropout.schedule.shapes import check_rate
 
@@ -20,6 +21,8 @@ class ResidualSitesHandle(Handle):
     Attributes:
         sites: the paths of the sites, in the order of their first call.
     """
+
+    again = "call add_residual_sites again"
 
     def __init__(self, sites: tuple[str, ...]):
         super().__init__({"sites": list(sites)})
@@ -63,7 +66,7 @@ def add_residual_sites(
     for write in writes:
         setattr(write.module, ATTRIBUTE, float(rate))
         handle.on_remove(delattr, write.module, ATTRIBUTE)
-        handle.on_remove(write.module.register_forward_hook(ResidualDropout(write)).remove)
+        hook_noticed(handle, write.module, write.module.register_forward_hook(ResidualDropout(write)))
     return handle
 
 
