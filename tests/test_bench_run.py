@@ -587,6 +587,16 @@ def test_a_damaged_run_is_made_again(begun, finished, in_process, monkeypatch, l
         assert outcomes(begun) == outcomes(finished[1])
 
 
+def test_a_run_of_a_later_version_is_not_written_over(begun, finished, in_process):
+    key = next(iter(finished[0].grid))
+    later = '{"kind": "bench-run", "schema": 99, "key": {}}'
+    begun.file(key).write_text(later)
+    code, _, err = in_process("begun")
+    assert code == 2
+    assert "99" in err
+    assert begun.file(key).read_text() == later
+
+
 def test_with_weight_decay_there_is_some_to_spread(in_process):
     code, _, err = in_process("decayed", "--arms", "guided-decay", "--weight-decay", "0.01", "--dry-run")
     assert code == 0, err

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -251,6 +252,8 @@ class Experiment:
         try:
             return self.read(file)
         except ArtefactError:
+            if _is_of_another(file):
+                raise
             return None
 
     @contextmanager
@@ -280,6 +283,15 @@ class Experiment:
             if file.with_name(f"{file.stem[1:]}.json").exists():
                 with suppress(OSError), FileLock(file, timeout=0) as lock:
                     _remove_held(lock)
+
+
+def _is_of_another(file: Path) -> bool:
+    """Whether it is whole, and of another version or something else: nothing to write over."""
+    try:
+        facts = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and (facts.get("kind", RUN_KIND), facts.get("schema", SCHEMA)) != (RUN_KIND, SCHEMA)
 
 
 def shared_facts(result: RunResult) -> dict[str, Any]:
