@@ -240,3 +240,10 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         load(sites={"a": {"rate": 0.1}})
     with pytest.raises(ArtefactError, match="is damaged"):
         load(sites=["a"])
+
+
+def test_a_path_for_a_profile_is_refused():
+    with pytest.raises(
+        ArtefactError, match=r"expected a FisherProfile: give FisherProfile.from_pretrained\('build/p'\)"
+    ):
+        DropoutSchedule.from_profile("build/p", language_model("bert"))

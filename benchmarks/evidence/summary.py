@@ -35,7 +35,7 @@ CONTROLS = {
     "role-mean": "role-mean\n(same mean)",
     "none": "no dropout",
 }
-_NARROW = 0.06  # a row whose intervals end within is drawn on the finer scale
+_NARROW = 0.08  # a row whose intervals end within is drawn on the finer scale
 
 
 @dataclass(frozen=True)

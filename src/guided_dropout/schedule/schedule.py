@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from guided_dropout.errors import ScheduleError
-from guided_dropout.fisher.profile import FisherProfile
+from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.identity import backbone_name, in_head, model_identity, weights_digest
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
@@ -133,8 +133,10 @@ class DropoutSchedule:
                 that the profile does not hold, a mean that would take a rate to 1, a model without sites, or a profile
                 of another backbone.
             SiteError: as for `sites.trace`.
+            ArtefactError: what is given for a profile is none.
         """
         sites = _sites(model, include_head, per_call)
+        check_profile(profile, "DropoutSchedule.from_profile")
         scores = site_scores(profile, model, sites, grouping, aggregate)
         known = {path: score for path, score in scores.items() if score is not None}
         schedule = cls(
