@@ -9,6 +9,7 @@ from tiny import COLOUR, colour_examples, save_tiny_bert
 
 from guided_dropout.encoding import LengthGroups, encode, order_name
 from guided_dropout.models import load_tokenizer
+from guided_dropout.tasks import Examples
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=400), st.integers(1, 20), st.integers(0, 2**32 - 1))
@@ -71,3 +72,14 @@ def test_a_cache_changes_nothing_and_tokenises_each_text_once(tmp_path, monkeypa
     assert [whole[i] for i in range(30)] == [plain[i] for i in range(30)]
     assert set(seen) == {t[0] for t in examples.texts} - {t[0] for t in examples.take(range(10)).texts}
     assert len(seen) == len(set(seen))
+
+
+def test_a_pair_may_lack_its_second_text(tmp_path):
+    tokenizer = load_tokenizer(save_tiny_bert(tmp_path))
+    pairs = Examples([("the car is red", ""), ("red", "the car"), ("red", "")], [0, 1, 0])
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    words = tokenizer("the car is red", add_special_tokens=False)["input_ids"]
+    for examples in (pairs, pairs[:1]):
+        row = encode(examples, COLOUR, tokenizer, 32)[0]
+        assert row["input_ids"] == [cls, *words, sep, sep]
+        assert row["token_type_ids"] == [0] * (len(words) + 2) + [1]

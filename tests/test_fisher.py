@@ -261,6 +261,15 @@ def test_bad_samples_are_named(samples, message):
         estimate_fisher(bert(4, 1, 2, seed=0), samples)
 
 
+def test_inference_mode_is_refused_and_no_grad_changes_nothing():
+    model, samples = bert(4, 1, 2, seed=0), draw_samples([5, 7])
+    with torch.inference_mode(), pytest.raises(ModelError, match="call estimate_fisher after the block"):
+        estimate_fisher(model, samples)
+    with torch.no_grad():
+        found = estimate_fisher(model, samples)
+    assert found.tensor_means == estimate_fisher(model, samples).tensor_means
+
+
 def test_a_model_without_a_head_and_a_wrong_objective_are_refused():
     samples = draw_samples([5])
     with pytest.raises(ModelError, match="BertModel has no language-model head"):

@@ -288,6 +288,52 @@ def test_samples_come_back_as_tensors_and_numbered():
     assert [s["index"] for s in check_samples(model, [{**rows[0], "index": 3}, rows[1]])] == [3, 1]
 
 
+ROW = {"input_ids": [5, 6], "labels": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ({**ROW, "text": "a b"}, "sample 8 holds 'text', which BertForMaskedLM does not take; .*: rename or drop it"),
+        ({**ROW, "idx": 3}, "sample 8 holds 'idx', which BertForMaskedLM does not take; .*: rename or drop it"),
+        ({**ROW, "labels": None}, "sample 8: labels is no sequence of integers, but None .* leave the sample out"),
+        ({**ROW, "input_ids": "a b"}, "sample 8: input_ids is no sequence of integers, but a str, 'a b' .*: tokenise"),
+        ({**ROW, "input_ids": 5}, r"sample 8: input_ids has shape \(\) .*: give token numbers"),
+        (
+            {"input_ids": torch.ones(2, 15, dtype=torch.long), "labels": torch.ones(2, 15, dtype=torch.long)},
+            r"sample 8: input_ids has shape \(2, 15\) .*: give single samples, without a dimension for a batch",
+        ),
+    ],
+)
+def test_first_mistakes_are_named_by_their_sample_with_a_remedy(second, message):
+    with pytest.raises(DataError, match=message):
+        list(check_samples(language_model("bert"), [ROW, second], first=7))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "opt", "bart"])
+def test_a_sample_longer_than_a_table_of_positions_is_refused(family):
+    model = language_model(family)
+    most = 31 if family == "roberta" else 32  # one is padding's
+    (fits, beyond) = tokens([most, most + 1], share=1.0)
+    assert estimate_fisher(model, [fits]).num_samples == 1
+    with pytest.raises(DataError, match=rf"sample 1 has {most + 1} input_ids; expected at most {most}, the positions"):
+        estimate_fisher(model, [fits, beyond])
+    if family == "bart":
+        with pytest.raises(DataError, match="sample 0 has 33 labels; expected at most 32"):
+            estimate_fisher(model, [{**beyond, "input_ids": fits["input_ids"]}])
+
+
+def test_positions_that_are_given_may_begin_anew_within_a_sample():
+    (packed,) = tokens([40], share=1.0)
+    packed["position_ids"] = torch.arange(40) % 20
+    assert estimate_fisher(language_model("gpt2"), [packed]).num_samples == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "modernbert", "gpt_neox", "t5", "bloom"])
+def test_without_a_table_of_positions_a_sample_may_be_longer_than_the_configuration_says(family):
+    assert estimate_fisher(language_model(family), tokens([33], share=1.0)).num_samples == 1
+
+
 @pytest.mark.parametrize("more", [{"decoder_input_ids": [0, 9, 8, 7]}, {"decoder_attention_mask": [1]}])
 def test_what_the_decoder_reads_is_as_long_as_what_it_should_say(more):
     sample = {"input_ids": [5, 6, 7, 8], "labels": [9, 8], **more}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guided_dropout.errors import DataError
-from guided_dropout.tables import read_table, table_files, table_kind
+from guided_dropout.tables import read_table, read_tsv, table_files, table_kind
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ONE_LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r"), max_size=20)
@@ -110,6 +110,15 @@ def test_a_pattern_names_files_in_order(tmp_path: Path) -> None:
 )
 def test_the_ending_says_what_a_file_is(name: str, kind: str | None) -> None:
     assert table_kind(name) == kind
+
+
+def test_broken_lines_are_left_out_and_counted_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "t.tsv", "a\tb\n1\t2\n3\n4\t5\t6\n7\t8\n")
+    table = read_tsv(path, ["b", "a"], broken_lines=True)
+    assert rows(table, "a", "b") == [("1", "2"), ("7", "8")]
+    assert (table.left_out, table.where(1)) == (2, f"{path}:5")
+    with pytest.raises(DataError, match=r"t\.tsv:3: found 1 fields; expected 2"):
+        read_tsv(path, ["b", "a"])
 
 
 # --- mistakes

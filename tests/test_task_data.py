@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from guided_dropout.columns import Columns
 from guided_dropout.errors import DataError
 from guided_dropout.examples import hold_out, subset
-from guided_dropout.task_data import TaskData, load_data
+from guided_dropout.task_data import TaskData, load_data, load_training_data
 from guided_dropout.tasks import Examples, Task, get_task
 
 PAIRS = "text=first,second:label=gold"
@@ -347,6 +347,23 @@ def test_so_has_a_file_of_ones_own(kind: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     for spelled in (file, f"a/b/train.{kind}"):
         assert load_data("mine", spelled, eval_data=spelled, columns=PAIRS).train.source == f"b/train.{kind}"
+
+
+def test_lines_that_qqp_lacks_are_told_once_and_files_of_ones_own_are_read_strictly(tmp_path: Path) -> None:
+    header, gap = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n", "1\t2\t3\tWhy?\t\t0\n"
+    (tmp_path / "QQP").mkdir()
+    train, dev = tmp_path / "QQP" / "train.tsv", tmp_path / "QQP" / "dev.tsv"
+    train.write_text(header + gap * 3 + "4\t5\t6\tWho is\n")
+    dev.write_text(header + gap)
+    for split in ("glue", "paper", "holdout:0.5"):
+        given = load_data("qqp", tmp_path, split=split)
+        assert given.notes == (f"{train}: lines of another number of fields left out: 1",)
+    assert load_training_data("qqp", tmp_path)[2] == given.notes
+    columns = "text=question1,question2:label=is_duplicate"
+    with pytest.raises(DataError, match=r"train\.tsv:5: found 4 fields; expected 6: mend or remove the line"):
+        load_data("qqp", train, eval_data=dev, columns=columns)
+    with pytest.raises(DataError, match=r"dev\.tsv:2: found '' for a text; expected words"):
+        load_data("qqp", dev, columns=columns, split="holdout:0.5")
 
 
 def test_the_papers_split_deals_train_and_dev_anew(glue: Path) -> None:

@@ -13,6 +13,7 @@ from guided_dropout.errors import DataError
 from guided_dropout.tasks import TASKS, Examples, Task, compute_metrics, get_task, load_task, subset
 
 COLA = get_task("cola")
+QQP = get_task("qqp")
 RTE = get_task("rte")
 STSB = get_task("stsb")
 
@@ -181,6 +182,42 @@ def test_missing_files_and_folders_are_named_with_what_is_there(tmp_path: Path) 
         load_task(RTE, tmp_path, "valid")
 
 
+QQP_HEADER = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
+
+
+def test_qqps_own_gaps_are_no_errors(tmp_path: Path) -> None:
+    """As published, some questions lack a second one, and some lines of the training file are in pieces."""
+    lines = '1\t2\t3\tWhy?\t\t0\n4\t5\t6\tWho is\n"\tWho?\t1\n7\t8\t9\tHow?\tHow so?\t1\n'
+    write(tmp_path, "QQP/train.tsv", QQP_HEADER + lines)
+    train = load_task(QQP, tmp_path)
+    assert list(train) == [(("Why?", ""), 0), (("How?", "How so?"), 1)]
+    assert len(train.notes) == 1
+    assert train.notes[0].endswith("QQP/train.tsv: lines of another number of fields left out: 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("dev", "4\t5\t6\tWho is\n", r"dev\.tsv:2: found 4 fields; expected 6"),
+        ("train", "1\t2\t3\t\tWhy?\t0\n", r"train\.tsv:2: found '' for a text"),
+        ("train", "1\t2\t3\t\t\t0\n", r"train\.tsv:2: found '' for a text"),
+        ("train", "1\t2\t3\tWhy?\tWhy?\t2\n", r"train\.tsv:2: found label '2'"),
+        ("train", "4\t5\t6\tWho is\n", r"train\.tsv: found no examples"),
+    ],
+)
+def test_other_faults_of_qqps_files_are_errors(name: str, lines: str, message: str, tmp_path: Path) -> None:
+    write(tmp_path, f"QQP/{name}.tsv", QQP_HEADER + lines)
+    with pytest.raises(DataError, match=message):
+        load_task(QQP, tmp_path, {"dev": "validation"}.get(name, name))
+
+
+def test_a_task_of_ones_own_in_glues_layout_is_read_strictly(tmp_path: Path) -> None:
+    own = Task("own", QQP.labels, QQP.metrics, RTE.files)
+    write(tmp_path, "RTE/train.tsv", "sentence1\tsentence2\tlabel\na\t\t1\n")
+    with pytest.raises(DataError, match=r"train\.tsv:2: found '' for a text"):
+        load_task(own, tmp_path)
+
+
 # --- hub data sets, on a folder laid out like the repository
 
 
@@ -194,6 +231,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "cola": {"sentence": ["One.", "Two two."], "label": [1, 0], "idx": [0, 1]},
         "stsb": {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [2.5, 0.0], "idx": [0, 1]},
         "mnli": {"premise": ["a"], "hypothesis": ["b"], "label": [2], "idx": [0]},
+        "qqp": {"question1": ["a", "b"], "question2": ["", "c"], "label": [0, 1], "idx": [0, 1]},
         "rte": {"sentence1": ["a"], "sentence2": ["b"], "label": [-1], "idx": [0]},
         "wnli": {"sentence1": ["a"], "label": [0], "idx": [0]},
     }
@@ -215,6 +253,7 @@ def test_a_data_set_laid_out_like_the_hubs_is_read(repository: Path) -> None:
     assert cola.source.endswith("cola/validation")
     assert list(load_task(STSB, repository)) == [(("a", "c"), 2.5), (("b", "d"), 0.0)]
     assert list(load_task(TASKS["mnli"], repository, "validation")) == [(("a", "b"), 2)]
+    assert list(load_task(QQP, repository)) == [(("a", ""), 0), (("b", "c"), 1)]
 
 
 def test_faults_of_a_data_set_are_named(repository: Path, capfd: pytest.CaptureFixture[str]) -> None:

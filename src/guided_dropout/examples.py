@@ -25,11 +25,13 @@ class Examples(Sequence[tuple[tuple[str, ...], float]]):
         texts: for each example its one or two strings.
         labels: for each example the index of its class, or for regression its score.
         source: where they come from, for people.
+        notes: what a person should know of how they were read, a sentence each; parts of them have none.
     """
 
     texts: Sequence[tuple[str, ...]]
     labels: Sequence[float]
     source: str = "memory"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
@@ -74,6 +76,7 @@ class GlueFiles:
         label: name of the label column.
         columns: names of the columns of files without a header line; None where the first line names them.
         names: for each split its file.
+        broken: splits whose file was published with lines of another number of fields, which are left out and counted.
     """
 
     folder: str
@@ -81,6 +84,7 @@ class GlueFiles:
     label: str
     columns: tuple[str, ...] | None = None
     names: Mapping[str, str] = field(default_factory=lambda: {"train": "train.tsv", "validation": "dev.tsv"})
+    broken: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,13 @@ def _known_as(table: Table) -> str:
 
 
 def to_examples(
-    table: Table, texts: Sequence[str], label: str, read: Callable[[Any, str], float], *, advice: str = "check it"
+    table: Table,
+    texts: Sequence[str],
+    label: str,
+    read: Callable[[Any, str], float],
+    *,
+    advice: str = "check it",
+    empty_second: bool = False,
 ) -> Examples:
     """A table's rows as examples.
 
@@ -159,6 +169,7 @@ def to_examples(
         label: name of the label's column.
         read: a label and its place → class index or score.
         advice: what to do about a table without rows.
+        empty_second: whether the second of two texts may be empty.
 
     Raises:
         DataError: no rows, a text that is none, or what `read` raises.
@@ -167,9 +178,10 @@ def to_examples(
         raise DataError(f"{table.source}: found no examples; expected at least one: {advice}")
     rows = enumerate(zip(*(table.columns[name] for name in texts), strict=True))
     return Examples(
-        [_texts(row, table.where(i)) for i, row in rows],
+        [_texts(row, table.where(i), empty_second=empty_second) for i, row in rows],
         [read(value, table.where(i)) for i, value in enumerate(table.columns[label])],
         _known_as(table),
+        (f"{table.source}: lines of another number of fields left out: {table.left_out:,}",) if table.left_out else (),
     )
 
 
@@ -191,9 +203,9 @@ def label_reader(labels: tuple[str, ...] | None) -> Callable[[Any, str], float]:
     return read
 
 
-def _texts(values: Sequence[Any], where: str) -> tuple[str, ...]:
-    for value in values:
-        if not isinstance(value, str) or not value.strip():
+def _texts(values: Sequence[Any], where: str, *, empty_second: bool) -> tuple[str, ...]:
+    for i, value in enumerate(values):
+        if not isinstance(value, str) or not (value.strip() or (empty_second and i)):
             raise DataError(f"{where}: found {value!r} for a text; expected words: mend or remove the example")
     return tuple(values)
 
@@ -228,22 +240,37 @@ def listing(folder: Path) -> str:
     return ", ".join(names[:8]) + rest if names else "nothing"
 
 
-def read_glue_file(layout: GlueFiles, file: Path, labels: tuple[str, ...] | None) -> Examples:
+def read_glue_file(
+    layout: GlueFiles, file: Path, labels: tuple[str, ...] | None, *, split: str, empty_second: bool = False
+) -> Examples:
     """Read one of GLUE's tab-separated files; quotation marks are text.
 
     Args:
         layout: its columns.
         file: the file, UTF-8.
         labels: names of the classes, None for regression. A class may be spelled by name or by index.
+        split: which split it is.
+        empty_second: whether the second of two texts may be empty.
 
     Raises:
         DataError: not readable, or a malformed line, named by file and number.
     """
-    table = read_tsv(file, (*layout.texts, layout.label), layout.columns, advice="download it again")
-    return to_examples(table, layout.texts, layout.label, label_reader(labels), advice="download it again")
+    advice = "download it again"
+    table = read_tsv(
+        file,
+        (*layout.texts, layout.label),
+        layout.columns,
+        advice=advice,
+        broken_lines=split in layout.broken,
+    )
+    return to_examples(
+        table, layout.texts, layout.label, label_reader(labels), advice=advice, empty_second=empty_second
+    )
 
 
-def read_hub_data(layout: HubData, repository: str, split: str, labels: tuple[str, ...] | None) -> Examples:
+def read_hub_data(
+    layout: HubData, repository: str, split: str, labels: tuple[str, ...] | None, *, empty_second: bool = False
+) -> Examples:
     """Read one split of a hub data set, or of a local folder laid out like one.
 
     Args:
@@ -251,6 +278,7 @@ def read_hub_data(layout: HubData, repository: str, split: str, labels: tuple[st
         repository: ``owner/name`` or a folder.
         split: ``"train"``, ``"validation"``, …
         labels: names of the classes, None for regression.
+        empty_second: whether the second of two texts may be empty.
 
     Raises:
         DataError: ``datasets`` is not installed, no such data set, or a label that is not in `labels`.
@@ -259,4 +287,6 @@ def read_hub_data(layout: HubData, repository: str, split: str, labels: tuple[st
     table = read_hub_table(
         repository, layout.config, layout.splits[split], (*layout.texts, layout.label), advice=advice
     )
-    return to_examples(table, layout.texts, layout.label, label_reader(labels), advice=advice)
+    return to_examples(
+        table, layout.texts, layout.label, label_reader(labels), advice=advice, empty_second=empty_second
+    )

@@ -8,6 +8,7 @@ depends on that, not on the batch that it stands in.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, ModelError
+from guided_dropout.models import positions_of
 
 IGNORE = -100
 INDEX = "index"
+# What transformers calls the table of a model that looks its positions up.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "positions_embed", "wpe")
 
 Sample = Mapping[str, Any]
 
@@ -27,7 +31,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
     """Yield samples as tensors after a look at their form; the first bad one is named by its index.
 
     Args:
-        model: whose vocabulary and classes they must fit.
+        model: whose inputs, vocabulary, classes and positions they must fit.
         samples: their ``index`` is kept, and counted where there is none.
         first: the index of the first one.
 
@@ -35,16 +39,18 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
         Samples of int64 tensors [T] and ``index``; one number as labels is a 0-dimensional tensor, int64 or float64.
 
     Raises:
-        DataError: a sample that is no mapping, is empty, whose sequences differ in length, that holds other keys than
-            the first, a token beyond the vocabulary or a label beyond the classes.
+        DataError: a sample that is no mapping, is empty, whose sequences differ in length or are none, that holds keys
+            that the model does not take or other ones than the first, more tokens than there are positions, a token
+            beyond the vocabulary or a label beyond the classes.
     """
-    vocabulary = vocabulary_size(model)
+    vocabulary, accepted, positions = vocabulary_size(model), _accepted(model), _positions(model)
     encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     keys: set[str] = set()
     for i, s in enumerate(samples, start=first):
         if not isinstance(s, Mapping) or "input_ids" not in s or "labels" not in s:
             found = sorted(s) if isinstance(s, Mapping) else type(s).__name__
             raise DataError(f"sample {i} holds {found}; expected a mapping with input_ids and labels")
+        _check_keys(model, i, s, accepted)
         own = set(s) - {"attention_mask", INDEX}  # the mask is all ones where it is not given
         if own != (keys := keys or own):
             odd = sorted(own ^ keys)[0]
@@ -52,7 +58,10 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
             raise DataError(
                 f"only {where} of samples {first} and {i} holds {odd}; expected the same keys in all samples"
             )
-        tensors = {name: as_tensor(name, value) for name, value in s.items() if name != INDEX}
+        try:
+            tensors = {name: as_tensor(name, value) for name, value in s.items() if name != INDEX}
+        except DataError as e:
+            raise DataError(f"sample {i}: {e}") from e
         labels, length = tensors["labels"], len(tensors["input_ids"])
         if length == 0 or labels.numel() == 0:
             raise DataError(f"sample {i} is empty; expected at least one token and one label: leave it out")
@@ -68,6 +77,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
                     f"sample {i} has {len(tensors[name])} {name} for {len(labels)} labels; expected as many"
                 )
         for name in ("input_ids", "labels") if labels.dim() else ("input_ids",):
+            _check_length(model, i, name, tensors, positions)
             _check_tokens(model, i, name, tensors[name], vocabulary)
         if not labels.dim():
             _check_label(model, i, labels.item())
@@ -83,11 +93,18 @@ def as_tensor(name: str, value: Any) -> Tensor:
     try:
         out = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as e:
-        raise DataError(f"{name} is no sequence of integers: {e}") from e
+        found = f"a {type(value).__name__}, {repr(value)[:40]}" if value is not None else "None"
+        raise DataError(
+            f"{name} is no sequence of integers, but {found} ({e}); expected one dimension of integers"
+            f"{', or one number' if name == 'labels' else ''}: tokenise it, or leave the sample out"
+        ) from e
     if name == "labels" and out.dim() == 0:
         return out.double() if out.is_floating_point() else out.long()
     if out.dim() != 1 or (out.is_floating_point() and out.numel()):
-        raise DataError(f"{name} has shape {tuple(out.shape)} and type {out.dtype}; expected one dimension of integers")
+        advice = "give single samples, without a dimension for a batch" if out.dim() > 1 else "give token numbers"
+        raise DataError(
+            f"{name} has shape {tuple(out.shape)} and type {out.dtype}; expected one dimension of integers: {advice}"
+        )
     return out.long()
 
 
@@ -100,6 +117,41 @@ def vocabulary_size(model: nn.Module) -> int:
         )
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.weight.shape[0]
+
+
+def _accepted(model: nn.Module) -> list[str]:
+    """Names of what the model is called with; none where a wrapper passes on whatever it gets."""
+    names = list(inspect.signature(model.forward).parameters)
+    return names if "input_ids" in names else []
+
+
+def _positions(model: Any) -> int | None:
+    """The rows of the model's table of positions; None where it has none, as with rotary ones, or one that grows."""
+    if not hasattr(model, "config"):
+        return None
+    for name, module in model.named_modules():
+        grows = hasattr(module, "make_weight")  # FSMT's
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES and not grows:
+            return positions_of(model)
+    return None
+
+
+def _check_keys(model: nn.Module, i: int, sample: Sample, accepted: list[str]) -> None:
+    odd = [name for name in sample if name not in (*accepted, "labels", INDEX)]
+    if accepted and odd:
+        raise DataError(
+            f"sample {i} holds {odd[0]!r}, which {type(model).__name__} does not take; expected some of "
+            f"{', '.join(k for k in accepted if k.endswith(('ids', 'mask', 'labels')))}: rename or drop it"
+        )
+
+
+def _check_length(model: nn.Module, i: int, name: str, tensors: Mapping[str, Tensor], positions: int | None) -> None:
+    # Positions that are given may begin anew within a sample.
+    if positions is not None and len(tensors[name]) > positions and "position_ids" not in tensors:
+        raise DataError(
+            f"sample {i} has {len(tensors[name])} {name}; expected at most {positions}, the positions of "
+            f"{type(model).__name__}: cut it (a tokenizer does with truncation=True, max_length={positions})"
+        )
 
 
 def _check_tokens(model: nn.Module, i: int, name: str, tokens: Tensor, vocabulary: int) -> None:

@@ -30,6 +30,7 @@ class Table:
         places: for each row the number of the line on which it begins, or its own number, from 0.
         by_line: which of the two.
         classes: for columns that hold class indices, the names of the classes.
+        left_out: how many lines were left out for their number of fields.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Table:
     places: Sequence[int]
     by_line: bool = True
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.places)
@@ -97,7 +99,12 @@ def read_table(file: str | Path, wanted: Sequence[str], *, advice: str = "check 
 
 
 def read_tsv(
-    file: Path, wanted: Sequence[str], names: Sequence[str] | None = None, *, advice: str = "check their names"
+    file: Path,
+    wanted: Sequence[str],
+    names: Sequence[str] | None = None,
+    *,
+    advice: str = "check their names",
+    broken_lines: bool = False,
 ) -> Table:
     """Read some columns of a tab-separated file; see `read_table`.
 
@@ -106,9 +113,10 @@ def read_tsv(
         wanted: likewise.
         names: of all columns, where the first line does not hold them.
         advice: likewise.
+        broken_lines: leave out lines of another number of fields, and count them; otherwise they are an error.
     """
     rows = ((number, line.split("\t")) for number, line in enumerate(_lines(file), start=1))
-    return _from_cells(file, rows, names, wanted, advice)
+    return _from_cells(file, rows, names, wanted, advice, broken_lines=broken_lines)
 
 
 def check_columns(found: Collection[str], wanted: Iterable[str], where: str, advice: str) -> None:
@@ -125,21 +133,31 @@ def check_columns(found: Collection[str], wanted: Iterable[str], where: str, adv
 
 
 def _from_cells(
-    file: Path, rows: Iterator[tuple[int, list[str]]], names: Sequence[str] | None, wanted: Sequence[str], advice: str
+    file: Path,
+    rows: Iterator[tuple[int, list[str]]],
+    names: Sequence[str] | None,
+    wanted: Sequence[str],
+    advice: str,
+    *,
+    broken_lines: bool = False,
 ) -> Table:
     names = next(rows, (1, []))[1] if names is None else names
     check_columns(names, wanted, f"{file}:1", advice)
     picked = [(names.index(name), []) for name in wanted]
-    places = []
+    places, left_out = [], 0
     for number, cells in rows:
         if len(cells) != len(names):
+            if broken_lines:
+                left_out += 1
+                continue
             raise DataError(
                 f"{file}:{number}: found {len(cells)} fields; expected {len(names)}: mend or remove the line"
             )
         places.append(number)
         for place, values in picked:
             values.append(cells[place])
-    return Table(str(file), dict(zip(wanted, (values for _, values in picked), strict=True)), places)
+    columns = dict(zip(wanted, (values for _, values in picked), strict=True))
+    return Table(str(file), columns, places, left_out=left_out)
 
 
 def _text(file: Path) -> str:

@@ -215,7 +215,9 @@ def _read(
     known = _known(task)
     more = {split.removeprefix("validation_"): load_task(known, data, split) for split in known.more if evaluated}
     validation = load_task(known, data, "validation") if evaluated else None
-    return _Read(known, load_task(known, data, "train"), validation, more)
+    train = load_task(known, data, "train")
+    parts = [train, *([] if validation is None else [validation]), *more.values()]
+    return _Read(known, train, validation, more, tuple(note for part in parts for note in part.notes))
 
 
 def _known(task: Task | str) -> Task:

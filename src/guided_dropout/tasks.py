@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Task:
         hub: layout of the hub data set, where there is one.
         more: further evaluation splits, evaluated once, after the last epoch; their names, without ``validation_``, go
             behind those of the metrics.
+        empty_second: whether the second of two texts may be empty in `files` and `hub`, as two of QQP's questions are.
 
     Raises:
         DataError: a metric that does not exist or does not suit the labels.
@@ -70,6 +71,7 @@ class Task:
     files: GlueFiles | None = None
     hub: HubData | None = None
     more: tuple[str, ...] = ()
+    empty_second: bool = False
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -159,7 +161,7 @@ _MNLI_SPLITS = {
 _MNLI_FILES = {"train": "train.tsv", "validation": "dev_matched.tsv", "validation_mismatched": "dev_mismatched.tsv"}
 
 TASKS = {
-    task.name: task
+    task.name: replace(task, empty_second=True)
     for task in (
         Task(
             "cola",
@@ -187,7 +189,7 @@ TASKS = {
             "qqp",
             ("not_duplicate", "duplicate"),
             ("accuracy", "f1"),
-            GlueFiles("QQP", ("question1", "question2"), "is_duplicate"),
+            GlueFiles("QQP", ("question1", "question2"), "is_duplicate", broken=("train",)),
             HubData("qqp", ("question1", "question2")),
         ),
         Task(
@@ -272,7 +274,7 @@ def load_task(task: Task, data: str | Path | None = None, split: str = "train") 
         return _from_hub(task, HUB_REPOSITORY, split)
     folder = Path(data).expanduser()
     if task.files and (file := find_glue_file(task.files, folder, split)):
-        return read_glue_file(task.files, file, task.labels)
+        return read_glue_file(task.files, file, task.labels, split=split, empty_second=task.empty_second)
     if folder.is_dir():
         if not (folder / "README.md").is_file() and not any(folder.rglob("*.parquet")):
             wanted = f"{task.files.folder}/{task.files.names[split]}" if task.files else "data set"
@@ -286,4 +288,4 @@ def load_task(task: Task, data: str | Path | None = None, split: str = "train") 
 def _from_hub(task: Task, repository: str, split: str) -> Examples:
     if task.hub is None:
         raise DataError(f"task {task.name} has no hub data set; expected a folder that holds it: give --data")
-    return read_hub_data(task.hub, repository, split, task.labels)
+    return read_hub_data(task.hub, repository, split, task.labels, empty_second=task.empty_second)

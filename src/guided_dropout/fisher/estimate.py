@@ -112,7 +112,7 @@ def estimate_fisher(
     Raises:
         DataError: no samples, a malformed sample, or none with a target.
         ModelError: the model is no language model, parts of it are offloaded or on a device without float64, no
-            parameter was chosen, or a sample's loss is not finite.
+            parameter was chosen, a sample's loss is not finite, or gradients are off for good (inference mode).
         ArtefactError: a checkpoint that is of another run or damaged, or that was not expected.
         ProcessError: another of the processes failed.
     """
@@ -120,6 +120,7 @@ def estimate_fisher(
     chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
     with evaluating(model), torch.enable_grad(), experts_apart(model):
         with world.together():
+            _check_gradients()
             _check_arguments(batch_size, tokens_per_batch, objective)
             check_devices(model)
             if until_ranked is not None and method == "reference":
@@ -205,6 +206,15 @@ def estimate_fisher(
         | ({"ranking": until_ranked.report()} if until_ranked else {})
         | dict(facts or {}),
     )
+
+
+def _check_gradients() -> None:
+    # Unlike no_grad, it is not undone by enable_grad.
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            "found torch.inference_mode, in which there are no gradients; expected to be outside of it: call "
+            "estimate_fisher after the block, or use torch.no_grad in its place"
+        )
 
 
 def _check_arguments(batch_size: int, tokens_per_batch: int | None, objective: str) -> None:

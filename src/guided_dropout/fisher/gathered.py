@@ -83,8 +83,8 @@ class GatheredRows:
             others = [t for t in inputs if t not in self._owners and t.requires_grad]
             if owners is not None and any(t.shape[:1] == owners.shape for t in others):
                 owners = None
-            if name in _RESHAPING and owners is not None and not _keeps_rows(args[0], out, len(owners)):
-                owners = None
+            if name in _RESHAPING and owners is not None:
+                owners = _reshaped(owners, args[0], out)
             if name in _ROW_BY_ROW | _RESHAPING and owners is not None and not self.has_lost(inputs):
                 self._own(out, owners)
             else:
@@ -145,9 +145,17 @@ def leading_ones(t: Tensor, rows: int) -> int | None:
     return None
 
 
-def _keeps_rows(before: Tensor, after: Tensor, rows: int) -> bool:
+def _reshaped(owners: Tensor, before: Tensor, after: Tensor) -> Tensor | None:
+    """Whose the rows are then: the same, or of so many that follow one another and are of one sample."""
+    rows = len(owners)
     a, b = leading_ones(before, rows), leading_ones(after, rows)
-    return a is not None and b is not None and (rows == 1 or before.shape[a:] == after.shape[b:])
+    if a is not None and b is not None and (rows == 1 or before.shape[a:] == after.shape[b:]):
+        return owners
+    if a is None or not after.dim() or not len(after) or rows % len(after):
+        return None
+    grouped = owners.view(len(after), -1)
+    whole = after.shape[1:2] == grouped.shape[1:] and before.shape[a + 1 :] == after.shape[2:]
+    return grouped[:, 0] if whole and bool((grouped == grouped[:, :1]).all()) else None
 
 
 def _numbers(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | str:
