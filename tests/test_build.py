@@ -9,7 +9,9 @@ import pytest
 
 from guided_dropout.fisher import build
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None or os.name != "posix", reason="needs a C compiler")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="on Windows there is no kernel, nor owners of files")
+# The package goes without a compiler, and so do its tests; CI asks for one.
+builds = pytest.mark.skipif(shutil.which("cc") is None, reason="without a C compiler nothing is built")
 FUNCTIONS = ("square_accumulate", "gram_sums", "has_amx")
 
 
@@ -45,6 +47,7 @@ def the_library(cache):
     return library
 
 
+@builds
 def test_it_is_built_once_and_belongs_to_its_user_alone(cache):
     before = os.umask(0)
     try:
@@ -56,6 +59,7 @@ def test_it_is_built_once_and_belongs_to_its_user_alone(cache):
     assert [cache.stat().st_mode & 0o777, the_library(cache).stat().st_mode & 0o777] == [0o700, 0o700]
 
 
+@builds
 @pytest.mark.parametrize("damage", ["empty", "without a function", "others may write"])
 def test_what_cannot_be_used_is_built_again(cache, tmp_path, monkeypatch, damage):
     assert build.load(declare)
@@ -78,6 +82,7 @@ def test_what_cannot_be_used_is_built_again(cache, tmp_path, monkeypatch, damage
     assert (library.read_bytes() == good, times_built(cache)) == (True, 2)
 
 
+@builds
 def test_another_version_of_the_compiler_builds_its_own(cache):
     assert build.load(declare)
     compiler(cache.parents[1], version="2")
@@ -85,6 +90,7 @@ def test_another_version_of_the_compiler_builds_its_own(cache):
     assert len(list(cache.glob("squares-*.so"))) == 2
 
 
+@builds
 def test_a_folder_that_others_may_write_to_is_closed_first(cache):
     cache.mkdir(parents=True)
     cache.chmod(0o777)
