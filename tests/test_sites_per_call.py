@@ -148,12 +148,18 @@ def test_torch_compile_is_refused() -> None:
         torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_what_was_compiled_before_is_left_for_the_plain_forward_with_the_rates_of_the_calls() -> None:
+def albert_by_call():
+    """An ALBERT of which nothing is compiled, and rates of which those of the second calls are high."""
     torch._dynamo.reset()
     model = language_model("albert").train()
     rates = {site.path: 0.8 if site.path.endswith("[1]") else 0.1 for site in find_sites(model, per_call=True)}
-    schedule, compiled = DropoutSchedule.from_rates(rates, model), torch.compile(model, backend="eager")
+    return model, DropoutSchedule.from_rates(rates, model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_was_compiled_before_is_left_for_the_plain_forward_with_the_rates_of_the_calls() -> None:
+    model, schedule = albert_by_call()
+    compiled = torch.compile(model, backend="eager")
     with apply_dropout(model, DropoutSchedule.uniform(model, 0.1)):
         compiled(**IDS)
     whole = torch.compile(model, backend="eager", fullgraph=True)
@@ -173,11 +179,9 @@ def test_what_was_compiled_before_is_left_for_the_plain_forward_with_the_rates_o
 
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_that_was_compiled_under_a_plain_schedule_on_top_stays() -> None:
-    torch._dynamo.reset()
-    model = language_model("albert").train()
-    rates = {site.path: 0.8 if site.path.endswith("[1]") else 0.1 for site in find_sites(model, per_call=True)}
+    model, schedule = albert_by_call()
     compiled, logits = torch.compile(model, backend="eager"), []
-    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)):
+    with apply_dropout(model, schedule):
         with apply_dropout(model, DropoutSchedule.uniform(model, 0.1)):
             compiled(**IDS)
         for forward in (model, compiled):

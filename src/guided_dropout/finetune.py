@@ -144,7 +144,7 @@ def finetune(
     classifier = bench.classifier(task.num_labels, head_seed=seeds.head)
     if told and schedule is not None and (note := schedule.weights_note(classifier)):
         told(note)
-    recipe = replace(recipe, max_length=_fitting_length(max_length, bench.tokenizer, classifier))
+    recipe = replace(recipe, max_length=fitting_length(max_length, bench.tokenizer, classifier))
     encoded, held_out, *rest = (
         bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())
     )
@@ -185,7 +185,8 @@ def finetune(
     return result
 
 
-def _fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+def fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
+    """The tokens at which texts are cut: `max_length`, or the limit of the tokenizer or model where that is less."""
     return min(max_length, tokenizer.model_max_length, positions_of(model) or max_length)
 
 

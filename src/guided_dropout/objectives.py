@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from guided_dropout.errors import DataError, ModelError
+from guided_dropout.errors import ModelError
 from guided_dropout.samples import IGNORE, INDEX, Sample, as_tensor, check_samples
 
 __all__ = [
@@ -183,12 +183,6 @@ def prepare_sample(model: nn.Module, objective: Objective, sample: Sample) -> di
     """One sample as int64 tensors [T] with everything that `model` needs, unpadded."""
     out = {name: as_tensor(name, value) for name, value in sample.items() if name != INDEX}
     accepted = inspect.signature(model.forward).parameters
-    unknown = [k for k in out if k not in accepted and k != "labels"]
-    if unknown and "input_ids" in accepted:
-        raise DataError(
-            f"a sample holds {unknown[0]!r}, which {type(model).__name__} does not take; expected some of "
-            f"{', '.join(k for k in accepted if k.endswith(('ids', 'mask', 'labels')))}: rename or drop it"
-        )
     if "attention_mask" in accepted:
         out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
     if objective.name == "seq2seq":

@@ -244,12 +244,20 @@ def train_classifier(
     )
 
 
+def _on_gpu(recipe: Recipe) -> bool:
+    return recipe.device != "cpu" and torch.cuda.is_available()
+
+
+def precision_of(recipe: Recipe) -> str:
+    """What a training on this machine makes of a recipe's precision: ``"float32"`` or ``"bfloat16"``."""
+    half = recipe.precision == "bfloat16" or (
+        recipe.precision == "auto" and _on_gpu(recipe) and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return "bfloat16" if half else "float32"
+
+
 def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> TrainingArguments:
     steps = recipe.epochs * math.ceil(n_train / recipe.batch_size)
-    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
-    half = recipe.precision == "bfloat16" or (
-        recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
     args = TrainingArguments(
         output_dir=scratch,
         num_train_epochs=recipe.epochs,
@@ -263,7 +271,7 @@ def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> Trai
         adam_beta1=0.9,
         adam_beta2=0.999,
         max_grad_norm=1.0,
-        bf16=half,
+        bf16=precision_of(recipe) == "bfloat16",
         seed=seeds.noise,
         data_seed=seeds.order,
         eval_strategy="epoch" if recipe.evaluate == "epoch" else "no",
@@ -273,7 +281,7 @@ def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> Trai
         report_to="none",
         disable_tqdm=True,
         use_cpu=recipe.device == "cpu",
-        dataloader_pin_memory=on_gpu,
+        dataloader_pin_memory=_on_gpu(recipe),
     )
     args._n_gpu = min(args.n_gpu, 1)  # Several GPUs would silently multiply the batch size.
     return args

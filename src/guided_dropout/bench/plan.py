@@ -7,22 +7,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from guided_dropout.arms import choose_arm
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.encoding import order_name
 from guided_dropout.errors import GuidedDropoutError
-from guided_dropout.finetune import finetune
+from guided_dropout.finetune import finetune, fitting_length
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.models import drawn_parameters, load_classifier, positions_of
+from guided_dropout.models import drawn_parameters, load_classifier
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.task_data import GLUE, parse_split
 from guided_dropout.tasks import get_task, subset
-from guided_dropout.training import Recipe
+from guided_dropout.training import Recipe, precision_of
 from guided_dropout.workbench import Workbench
 
 
@@ -220,13 +218,12 @@ class Runner:
         plan, bench, seed = self.plan, self._bench(key.model), Seeds.derive(key.seed).subset
         given = bench.data(key.task, plan.data, split=plan.split, seed=seed)
         recipe = plan.recipe(key.fraction, plan.models[key.model].residual_sites)
-        positions = positions_of(bench.classifier(given.task.num_labels, head_seed=0))
-        limits = (recipe.max_length, bench.tokenizer.model_max_length, positions or recipe.max_length)
+        classifier = bench.classifier(given.task.num_labels, head_seed=0)
         n_train = len(subset(given.train, key.fraction, seed))
         return {
             **asdict(recipe),
-            "max_length": min(limits),
-            "precision": _precision(recipe),
+            "max_length": fitting_length(recipe.max_length, bench.tokenizer, classifier),
+            "precision": precision_of(recipe),
             "order": order_name(n_train, recipe.batch_size),
             "n_train": n_train,
             "n_eval": len(given.validation),
@@ -262,12 +259,3 @@ class Runner:
             evaluate="end",
             **asdict(self.plan.training),
         )
-
-
-def _precision(recipe: Recipe) -> str:
-    """What a training on this machine makes of ``"auto"``."""
-    on_gpu = recipe.device != "cpu" and torch.cuda.is_available()
-    half = recipe.precision == "bfloat16" or (
-        recipe.precision == "auto" and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    return "bfloat16" if half else "float32"
