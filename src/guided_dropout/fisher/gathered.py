@@ -35,8 +35,6 @@ _ROW_BY_ROW = {
     *("neg", "abs", "pow", "square", "sqrt", "rsqrt", "clamp", "clamp_min", "clamp_max", "minimum", "maximum", "where"),
     *("add", "sub", "mul", "div", "float", "double", "to", "type", "type_as", "contiguous", "clone"),
 }
-
-
 _RESHAPING = {"reshape", "view", "flatten", "squeeze", "unsqueeze"}
 
 
@@ -81,7 +79,7 @@ class GatheredRows:
             owners = self.owners(inputs)
             # What else holds samples must hold the same rows.
             others = [t for t in inputs if t not in self._owners and t.requires_grad]
-            if owners is not None and any(t.shape[:1] == owners.shape for t in others):
+            if owners is not None and any(leading_ones(t, len(owners)) is not None for t in others):
                 owners = None
             if name in _RESHAPING and owners is not None:
                 owners = _reshaped(owners, args[0], out)
