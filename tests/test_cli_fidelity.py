@@ -106,3 +106,21 @@ def test_mistakes_are_one_line(command, line, message):
     code, _, err = command(line)
     assert code == 2
     assert message in " ".join(err.split())
+
+
+def test_what_is_finished_is_not_measured_again(folder, command):
+    line = LINE.replace("f.json", "finished.json")
+    assert command(line)[0] == 0
+    written = (folder / "finished.json").read_bytes()
+    code, out, err = command(f"{line} --resume")
+    assert code == 0, err
+    assert "nothing was measured" in out
+    assert "samples: from there on, at least 95 %" in out
+    for change, told in (("--draws 3", "draws was 2, is 3"), ("--tau 0.5", "tau was 0.95, is 0.5")):
+        code, _, err = command(f"{line} {change} --resume")
+        assert code == 2
+        assert told in err
+    assert (folder / "finished.json").read_bytes() == written
+    code, out, _ = command(f"{line} --draws 3 --no-resume")
+    assert code == 0
+    assert Fidelity.load(folder / "finished.json").draws == 3

@@ -123,6 +123,23 @@ def test_mistakes_are_one_line(options, message, command, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_finished_is_not_measured_again(command, tmp_path):
+    line, file = [*BASE.split(), "--points", 3, "--out", tmp_path / "new"], tmp_path / "new" / "landscape.json"
+    assert command(*line)[0] == 0
+    written = file.read_bytes()
+    code, out, err = command(*line, "--resume")
+    assert code == 0, err
+    assert "nothing was measured" in out
+    refused = {("--seeds", 2): "seeds was [0], is [0, 1]", ("--keep-directions",): "keep_directions was false"}
+    for change, told in refused.items():
+        code, _, err = command(*line, *change, "--resume")
+        assert code == 2
+        assert told in err
+    assert file.read_bytes() == written
+    assert command(*line, "--seeds", 2, "--no-resume")[0] == 0
+    assert len(Landscape.from_pretrained(tmp_path / "new").seeds) == 2
+
+
 def test_an_interrupted_run_says_how_to_go_on(command, tmp_path, monkeypatch):
     line, state = [*BASE.split(), "--points", 3, "--out", tmp_path / "new"], tmp_path / "new.checkpoint"
 

@@ -56,6 +56,7 @@ def fidelity(
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
     from guided_dropout.artefacts import check_output_folder
     from guided_dropout.devices import check_placement, to_device
+    from guided_dropout.fidelity import Fidelity
     from guided_dropout.fidelity import fidelity as run
     from guided_dropout.fidelity.memory import in_gigabytes
     from guided_dropout.fisher import profile
@@ -70,6 +71,8 @@ def fidelity(
     if resume is None:
         check_unused(state)
     check_placement(device, None, 1)
+    there = resume and not holds_state(state) and out.exists() and (not profile_out or profile_out.exists())
+    finished = Fidelity.load(out) if there else None
     given = Given(
         model=model, text=text, samples=samples, objective=objective, max_characters=max_characters,
         max_length=max_length, dtype=dtype, seed=seed,
@@ -108,14 +111,18 @@ def fidelity(
             checkpoint=state,
             checkpoint_every=checkpoint_every,
             resume=resume,
+            finished=finished,
             planned=planned,
             progress=progress,
             facts=inputs.facts,
         )
-    result.save(out)
-    if profile_out and result.profile:
-        result.profile.save_pretrained(profile_out)
-    remove_checkpoint(state)
+    if result is finished:
+        console.print("the comparison of this run is there already: nothing was measured")
+    else:
+        result.save(out)
+        if profile_out and result.profile:
+            result.profile.save_pretrained(profile_out)
+        remove_checkpoint(state)
     _print(result)
     if profile_out:
         console.print(profile_out)

@@ -96,7 +96,7 @@ def make(
     from guided_dropout.devices import to_device
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.fisher.processes import current_processes, leave_processes
-    from guided_dropout.landscape import Mask, landscape, loss_landscape, record, toward
+    from guided_dropout.landscape import Landscape, Mask, landscape, loss_landscape, record, toward
     from guided_dropout.landscape.grid import Grid
     from guided_dropout.models import load_model
 
@@ -106,6 +106,9 @@ def make(
         Grid(dims, points, radius)
         if world.is_main:
             check_output_folder(out, marker=landscape.JSON_NAME)
+        finished = None
+        if resume and world.is_main and not record.holds_points(state) and (out / landscape.JSON_NAME).exists():
+            finished = Landscape.from_pretrained(out, directions=keep_directions)
         if resume is None:
             record.check_unused(state)
         given = Given(
@@ -151,17 +154,21 @@ def make(
             keep_directions=keep_directions or None,
             checkpoint=state,
             resume=resume,
+            finished=finished,
             distributed=world.count > 1,
             progress=progress,
             facts=inputs.facts,
         )
     with world.together():
         if world.is_main:
-            folder = made.save_pretrained(out)
-            record.remove_record(state)
+            if finished is not None:
+                console.print("the landscape of this run is there already: nothing was measured")
+            else:
+                made.save_pretrained(out)
+                record.remove_record(state)
             _print(made, level)
             _draw(made, plot, html)
-            console.print(folder)
+            console.print(out)
     leave_processes()
 
 

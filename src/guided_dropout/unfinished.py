@@ -1,4 +1,4 @@
-"""The files that an unfinished run leaves, from which it goes on; those of another run are refused.
+"""The files that an unfinished run leaves, from which it goes on; those of another run, and its result, are refused.
 
 One safetensors file per process, replaced as a whole, its facts as JSON in its header, so that no kill can leave
 tensors of one moment with facts of another. The files of all processes lie in one folder.
@@ -98,6 +98,29 @@ class RunFiles:
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def check_finished(found: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse the result of another run than the one that is resumed.
+
+    Args:
+        found: what it is and where, as ``"DIR holds the profile"``.
+        there: what its run was.
+        here: what this run is.
+
+    Raises:
+        ArtefactError: they differ; what differs is told from both sides.
+    """
+    if odd := differences(_as_read(there), _as_read(here)):
+        raise ArtefactError(
+            f"{found} of another run: {odd}; expected the same run to resume: give the arguments as "
+            "they were, another --out, or --no-resume to measure again"
+        )
+
+
+def _as_read(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """As they come back from a file."""
+    return json.loads(json.dumps(dict(facts)))
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:

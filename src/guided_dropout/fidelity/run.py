@@ -32,6 +32,7 @@ from guided_dropout.objectives import Sample
 from guided_dropout.schedule.shapes import check_choice
 from guided_dropout.sites import GROUPINGS, find_sites
 from guided_dropout.undisturbed import evaluating
+from guided_dropout.unfinished import check_finished
 
 
 def fidelity(
@@ -53,6 +54,7 @@ def fidelity(
     checkpoint: str | Path | None = None,
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool | None = None,
+    finished: Fidelity | None = None,
     planned: Callable[[int, int], Any] | None = None,
     progress: Callable[[int], Any] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -82,6 +84,7 @@ def fidelity(
         checkpoint: folder for the state of an unfinished run, as for `estimate_fisher`.
         checkpoint_every: seconds between two writes of it.
         resume: as for `estimate_fisher`.
+        finished: what an earlier call of this function gave: of the same run it is given back, and nothing is measured.
         planned: called before the pass with the number of samples and the bytes of memory that are needed.
         progress: called with the number of samples done so far.
         facts: added to the provenance; a checkpoint with others is refused.
@@ -89,7 +92,8 @@ def fidelity(
     Raises:
         DataError: numbers out of range, more memory needed than there is, or samples as for `estimate_fisher`.
         ModelError: as for `estimate_fisher`.
-        ArtefactError: a checkpoint of another run or damaged, or one that was not expected.
+        ArtefactError: a checkpoint of another run or damaged, or one that was not expected; what was finished is of
+            another run.
     """
     for top in tops:
         check_top(top)
@@ -113,6 +117,23 @@ def fidelity(
                 "samples"
             )
         subsamples = draw_subsamples(len(items), fractions, draws, seed)
+        identity = {
+            "model": model_identity(outer),
+            "weights": fingerprint(chosen),
+            "objective": goal.name,
+            "reduction": reduction,
+            "fractions": list(subsamples.fractions),
+            "draws": draws,
+            "seed": seed,
+            "scores_only": scores_only,
+            "batch_size": batch_size if tokens_per_batch is None else None,
+            "tokens_per_batch": tokens_per_batch,
+            **dict(facts or {}),
+        }
+        whole = {**identity, "samples": len(items), "tops": list(tops), "tau": tau, "grouping": grouping}
+        if finished is not None:
+            check_finished("what is finished is the comparison", finished.provenance.get("run", {}), whole)
+            return finished
         needed = 0 if scores_only else _bytes_needed(chosen, subsamples, tops)
         memory.check_memory(needed, max_memory)
         if planned:
@@ -120,19 +141,6 @@ def fidelity(
         sums = SubsampleSums(inner, goal, chosen, items, subsamples, scores_only=scores_only)
         place = None
         if checkpoint is not None:
-            identity = {
-                "model": model_identity(outer),
-                "weights": fingerprint(chosen),
-                "objective": goal.name,
-                "reduction": reduction,
-                "fractions": list(subsamples.fractions),
-                "draws": draws,
-                "seed": seed,
-                "scores_only": scores_only,
-                "batch_size": batch_size if tokens_per_batch is None else None,
-                "tokens_per_batch": tokens_per_batch,
-                **dict(facts or {}),
-            }
             if resume is False:
                 remove_checkpoint(checkpoint)
             place = Checkpoint(checkpoint, identity, every=checkpoint_every)
@@ -169,7 +177,7 @@ def fidelity(
         seed=seed,
         model=profile.model,
         noise=tuple(profile.noise),
-        provenance=profile.provenance,
+        provenance={**profile.provenance, "run": whole},
         profile=profile,
     )
 

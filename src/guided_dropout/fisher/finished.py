@@ -8,14 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.estimate import check_devices
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.selection import Choice, select_parameters
 from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.identity import model_identity, weights_digest
 from guided_dropout.provenance import provenance
-from guided_dropout.unfinished import differences
+from guided_dropout.unfinished import check_finished
 
 # Of what a rule to stop by reports: what it was asked for.
 _RULE = ("rule", "confidence", "tolerance", "tau")
@@ -75,11 +74,7 @@ def finished_profile(
         "until": _rule(found.provenance.get("ranking", {})),
         **{key: found.provenance[key] for key in sorted(made_with)},
     }
-    if odd := differences(there, run):
-        raise ArtefactError(
-            f"{folder} holds the profile of another run: {odd}; expected the same run to resume: give the arguments as "
-            "they were, another --out, or --no-resume to measure again"
-        )
+    check_finished(f"{folder} holds the profile", there, run)
     return found
 
 

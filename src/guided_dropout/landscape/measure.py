@@ -26,6 +26,7 @@ from guided_dropout.landscape.record import Record, check_unused, remove_record
 from guided_dropout.landscape.walk import Ray, walk
 from guided_dropout.objectives import Sample
 from guided_dropout.provenance import provenance
+from guided_dropout.unfinished import check_finished
 
 DIRECTIONS = ("gaussian", "hessian")
 
@@ -51,6 +52,7 @@ def loss_landscape(
     keep_directions: bool | None = None,
     checkpoint: str | Path | None = None,
     resume: bool | None = None,
+    finished: Landscape | None = None,
     distributed: bool = False,
     progress: Callable[[int, int], Any] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -84,6 +86,8 @@ def loss_landscape(
         checkpoint: folder for the points of an unfinished run; it stays until it is removed (`record.remove_record`).
         resume: True goes on from `checkpoint`, or begins where there is none; False begins afresh and forgets it; None
             begins, and is an error where there is one.
+        finished: what an earlier call of this function gave: of the same run it is given back, and nothing is measured.
+            Of several processes the first one's counts.
         distributed: share the points out among the processes that ``torchrun`` or ``accelerate launch --multi_gpu``
             started. Each must call this with the same model and samples, and each gets the landscape.
         progress: called with the points done and the points to do, of this process. What it raises ends the run; what
@@ -96,7 +100,8 @@ def loss_landscape(
     Raises:
         DataError: an option out of range, no samples or a malformed one.
         ModelError: the model computes no known loss, or parts of it are offloaded.
-        ArtefactError: a mask without a fitting profile; a checkpoint of another run, or one that was not expected.
+        ArtefactError: a mask without a fitting profile; a checkpoint of another run, or one that was not expected; what
+            was finished is of another run.
         ProcessError: another of the processes failed.
     """
     world = current_processes() if distributed else Processes()
@@ -139,6 +144,12 @@ def loss_landscape(
             "grid": {"dims": dims, "points": points, "radius": radius},
             **dict(facts or {}),
         }
+        if finished is not None:
+            _check_finished(finished, run, keep_directions)
+    world.check_same(run)
+    if (there := world.gather(finished)[0]) is not None:
+        return there
+    with world.together():
         record = Record(
             len(chosen) * len(seeds),
             len(grid.coordinates),
@@ -157,7 +168,6 @@ def loss_landscape(
             )  # fmt: skip
         elif not isinstance(directions, str):
             given = check_given(model, directions, dims)
-    world.check_same(run)
     made = Rays(model, masker, given, dims, normalise=normalise, vectors=vectors)
     rays: list[Ray] = [partial(made.masked, mask, seed) for mask, seed in itertools.product(chosen, seeds)]
     walk(evaluation, rays, grid.coordinates, record, world=world, progress=progress)
@@ -185,10 +195,18 @@ def loss_landscape(
             skipped=evaluation.num_skipped,
             samples_digest=evaluation.digest,
             profile=None if profile is None else {**_source(profile), "fingerprint": run["profile"]},
+            run=run,
             **dict(facts or {}),
         ),
         kept={(seed, axis): d for seed in seeds for axis, d in enumerate(made.full(seed))} if keep else {},
     )
+
+
+def _check_finished(finished: Landscape, run: Mapping[str, Any], keep: bool | None) -> None:
+    there, here = dict(finished.provenance.get("run", {})), dict(run)
+    if keep:
+        there["keep_directions"], here["keep_directions"] = bool(finished.kept), True
+    check_finished("what is finished is the landscape", there, here)
 
 
 def _source(profile: FisherProfile) -> dict[str, Any]:
