@@ -58,11 +58,11 @@ class Arm:
 
 
 def _none(model: nn.Module, context: Context) -> DropoutSchedule:
-    return DropoutSchedule.uniform(model, 0.0)
+    return DropoutSchedule.uniform(model, 0.0, inputs=context.inputs)
 
 
 def _plain(model: nn.Module, context: Context) -> DropoutSchedule:
-    return DropoutSchedule.uniform(model, context.rate)
+    return DropoutSchedule.uniform(model, context.rate, inputs=context.inputs)
 
 
 def _guided(model: nn.Module, context: Context) -> DropoutSchedule:
@@ -95,7 +95,7 @@ ARMS = {
     ),
     "magnitude": Arm(
         "control: ranked by the size of the weights, not by Fisher",
-        lambda model, context: controls.magnitude(_guided(model, context), model),
+        lambda model, context: controls.magnitude(_guided(model, context), model, inputs=context.inputs),
         needs=_SCHEDULE,
     ),
     "guided-decay": Arm("weight decay spread like the schedule's rates", _plain, GuidedDecay),

@@ -52,7 +52,7 @@ class DropoutCall:
 def observe(
     model: nn.Module,
     inputs: Mapping[str, Any] | None = None,
-    *,
+    *contexts: contextlib.AbstractContextManager[Any],
     rates: Mapping[str, float],
     known: Collection[float] | None = None,
     behind: bool = True,
@@ -62,6 +62,7 @@ def observe(
     Args:
         model: the model; it is left as it was (rates, modes, buffers, random states).
         inputs: keyword arguments of its forward; a tiny batch made from its configuration by default.
+        contexts: to run it in.
         rates: rates that the knobs at these paths have during the run.
         known: the only rates that may be met; None for any.
         behind: see the calls whose dropout something else replaces as well.
@@ -72,7 +73,7 @@ def observe(
     recorder = _Recorder(model, known)
     knobs = find_knobs(model)
     turns = (turned(knobs[path], rate) for path, rate in rates.items())
-    run_once(model, inputs, *turns, recorder, behind=behind)
+    run_once(model, inputs, *turns, *contexts, recorder, behind=behind)
     return recorder.calls
 
 
@@ -87,12 +88,14 @@ def run_once(
     What replaces dropout steps aside, `replacements_aside`, unless `behind` is False.
 
     Raises:
-        SiteError: there are no `inputs`, and the model does not run on the tiny batch.
+        SiteError: there are no `inputs`, and the model does not run on the tiny batch; or it takes other modules in its
+            forward, which no rate set before would reach.
     """
     batch = tiny_batch(model) if inputs is None else inputs
     with undisturbed(model), torch.no_grad(), contextlib.ExitStack() as stack:
         for context in (_aside(behind), plain_attention(model), plain_experts(model), *contexts):
             stack.enter_context(context)
+        parts = dict(model.named_modules())
         try:
             model(**batch)
         except SiteError:
@@ -105,6 +108,18 @@ def run_once(
                 f"{type(model).__name__} does not run on a batch of {', '.join(batch)} made from its configuration "
                 f"({type(e).__name__}: {reason}); expected a transformers model: pass inputs= that it runs on"
             ) from e
+        _check_parts(model, parts)
+
+
+def _check_parts(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    after = dict(model.named_modules())
+    for path in sorted({**before, **after}, key=len):
+        if before.get(path) is not after.get(path):
+            raise SiteError(
+                f"{type(model).__name__} takes another module for {path} in its forward, with rates of its own; "
+                "expected the same modules before and after: fix what it chooses by in the configuration (of BigBird, "
+                "attention_type='original_full'), or pass inputs= as long as those that it will be trained on"
+            )
 
 
 def replacements_aside() -> bool:

@@ -23,6 +23,7 @@ from guided_dropout.knobs import ConfigKnob, Knob, find_knobs
 from guided_dropout.probe import QUIET, DropoutCall, observe, run_once
 from guided_dropout.residual import ATTRIBUTE as RESIDUAL
 from guided_dropout.residual import residual_owners
+from guided_dropout.unreached import idle_experts, run_beside
 
 GROUPINGS = ("owner", "dataflow")
 _STACKS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -38,9 +39,9 @@ class DropoutSite:
             ``"attribute"``, after the knob.
         rate: the rate that its calls receive now, in [0, 1].
         calls: dropout calls in one forward.
-        parameters: what feeds it, by owner: the parameters of the module that owns the dropout, as in the paper. Where
-            the owner is a whole stack of layers or has no parameters, the same as `dataflow`. Names as in
-            ``model.named_parameters()``; an adapter's own are never among them.
+        parameters: what feeds it, by owner: the parameters of the module that owns the dropout, as in the paper, or of
+            all that share it. Where an owner is a whole stack of layers or has no parameters, the same as `dataflow`.
+            Names as in ``model.named_parameters()``; an adapter's own are never among them.
         dataflow: what feeds it, by dataflow: the parameters used since the dropout call before, over all of its calls.
         in_head: whether it lies outside the backbone.
         in_adapter: whether an adapter brought it, such as LoRA's dropout; it is fed by the layer that it adapts.
@@ -66,7 +67,7 @@ class DropoutTrace:
 
     Attributes:
         sites: in the order of their first call.
-        calls: path of the site behind each dropout call, in order.
+        calls: path of the site behind each dropout call, in order; an expert that no token was routed to has none.
         dead: paths of the knobs that reach no dropout call: layer drop, leftovers. Rates in a configuration are not
             among them: most modules never look at theirs.
         holders: path of each knob whose calls are told apart → the module that has a forward for each of them.
@@ -106,8 +107,13 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
     heard: dict[str, list[DropoutCall]] = {}
     for call in calls:
         heard.setdefault(by_rate[call.rate], []).append(call)
-    sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
     order = [by_rate[call.rate] for call in calls]
+    like = idle_experts(model, [path for path in knobs if path not in heard], list(heard))
+    if like:
+        for call in observe(model, inputs, run_beside(model, like), rates=probes, known=by_rate.keys()):
+            if (path := by_rate[call.rate]) in like:
+                heard.setdefault(path, []).append(call)
+    sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
     holders: dict[str, nn.Module] = {}
     if per_call:
         several = {path: knobs[path] for path, its_calls in heard.items() if len(its_calls) > 1}
@@ -119,11 +125,22 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
                 sites[order[place]] = _site_of_call(model, sites[path], order[place], call)
                 seen[path] += 1
     return DropoutTrace(
-        sites=tuple(sites[path] for path in dict.fromkeys(order)),
+        sites=tuple(sites[path] for path in _with_experts(order, like, list(knobs)) if path in sites),
         calls=tuple(order),
         dead=tuple(path for path, knob in knobs.items() if path not in heard and not isinstance(knob, ConfigKnob)),
         holders=holders,
     )
+
+
+def _with_experts(order: list[str], like: Mapping[str, str], knobs: list[str]) -> list[str]:
+    """Paths in the order of their first call; experts some of which did not run, in the model's order at the first."""
+    alike: dict[str, list[str]] = {}
+    for path, neighbour in like.items():
+        alike.setdefault(neighbour, []).append(path)
+    found: dict[str, None] = {}
+    for path in order:
+        found |= dict.fromkeys(sorted([path, *alike.get(path, ())], key=knobs.index) if path in alike else [path])
+    return list(found)
 
 
 def knob_path(path: str) -> str:
@@ -215,7 +232,7 @@ def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set
     """Names of the parameters of the module that owns the knob; none where that is a stack of layers with sites."""
     adapted = adapted_layer(model, knob.path)
     written_by = residual_owners(knob.module) if knob.attribute == RESIDUAL else None
-    owners = (adapted,) if adapted is not None else written_by or (_owner(model, knob),)
+    owners = (adapted,) if adapted is not None else written_by or _owners(model, knob)
     names = {id(module): name for name, module in model.named_modules()}
     stacks = [
         f"{names[id(m)]}." for owner in owners for m in owner.modules() if m is not owner and isinstance(m, _STACKS)
@@ -228,6 +245,14 @@ def _owned_parameters(model: nn.Module, knob: Knob, heard: Iterable[str]) -> set
 
 def _owner(model: nn.Module, knob: Knob) -> nn.Module:
     return model.get_submodule(knob.path.rpartition(".")[0]) if knob.kind == "module" else knob.module
+
+
+def _owners(model: nn.Module, knob: Knob) -> tuple[nn.Module, ...]:
+    """The owner, and all others where a dropout module is shared."""
+    first = _owner(model, knob)
+    if not any(part is knob.module for part in first.children()):
+        return (first,)
+    return tuple(m for m in model.modules() if any(part is knob.module for part in m.children()))
 
 
 def _in_model_order(model: nn.Module, names: set[str]) -> tuple[str, ...]:

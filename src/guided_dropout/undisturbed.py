@@ -23,6 +23,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the model in training mode, and put back whatever a training-mode forward may change in it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(same_random_states(model))
+        stack.enter_context(_same_parts(model))
         stack.enter_context(_same_buffers(model))
         modes = {module: module.training for module in model.modules()}
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
@@ -47,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        with _same_buffers(model):
+        with _same_parts(model), _same_buffers(model):
             yield
     finally:
         for m, training in modes:
@@ -103,6 +104,20 @@ def same_random_states(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _same_parts(model: nn.Module) -> Iterator[None]:
+    """Put submodules and attributes back: BigBird takes other attention modules, for good, on short input."""
+    saved = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, parts in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(parts)
 
 
 @contextlib.contextmanager

@@ -181,6 +181,7 @@ def dropout_table(
     schedule: DropoutSchedule | str | Path | None = None,
     profile: FisherProfile | None = None,
     grouping: str = "owner",
+    inputs: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """The model's dropout sites as rows of plain data, in the order of their first call.
 
@@ -189,6 +190,7 @@ def dropout_table(
         schedule: or its file; fills ``scheduled_rate``; None for sites that it leaves alone.
         profile: fills ``score``.
         grouping: which parameters feed a site: ``"owner"`` or ``"dataflow"``.
+        inputs: keyword arguments that the model is run with, in the place of the tiny batch.
 
     Returns:
         One dict a site: ``path``, ``kind``, ``rate`` (now), ``calls``, ``in_head``, ``parameters``, ``score``,
@@ -200,7 +202,7 @@ def dropout_table(
     """
     check_choice("grouping", grouping, GROUPINGS)
     schedule = None if schedule is None else as_schedule(schedule, "dropout_table")
-    sites = find_sites(model, per_call=schedule is not None and schedule.per_call)
+    sites = find_sites(model, inputs, per_call=schedule is not None and schedule.per_call)
     rates = rates_on(model, schedule, sites) if schedule else {}
     if profile is not None:
         check_profile(profile, "dropout_table")

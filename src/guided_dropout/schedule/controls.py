@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -89,7 +90,9 @@ def depth_linear(schedule: DropoutSchedule) -> DropoutSchedule:
     )
 
 
-def magnitude(schedule: DropoutSchedule, model: nn.Module) -> DropoutSchedule:
+def magnitude(
+    schedule: DropoutSchedule, model: nn.Module, *, inputs: Mapping[str, Any] | None = None
+) -> DropoutSchedule:
     """The same rates, dealt out by the size of the weights: the site with the largest weights gets the lowest.
 
     A site's score is the schedule's aggregate, over the same parameters, of the squares of the weights.
@@ -97,13 +100,14 @@ def magnitude(schedule: DropoutSchedule, model: nn.Module) -> DropoutSchedule:
     Args:
         schedule: where the rates come from.
         model: holds the pretrained weights; its head may differ. It is run once on a tiny batch and left as it was.
+        inputs: as for `DropoutSchedule.from_profile`.
 
     Raises:
         ScheduleError: a model of another backbone.
         SiteError: as for `sites.trace`.
     """
     found, expected = model_identity(model)["model_type"], schedule.model["model_type"]
-    sites = [site for site in find_sites(model, per_call=schedule.per_call) if not site.in_head]
+    sites = [site for site in find_sites(model, inputs, per_call=schedule.per_call) if not site.in_head]
     by_name = weight_scores(model, sites, schedule.grouping, schedule.aggregate)
     scores = {backbone_name(model, path): score for path, score in by_name.items()}
     prefix = schedule.model["backbone_prefix"]

@@ -89,6 +89,12 @@ class DropoutSchedule:
 
     def weights_note(self, model: nn.Module) -> str | None:
         """What to tell a person whose `model` has other weights than this was made on; None where there is nothing."""
+        if self.profile.get("other_weights"):
+            return (
+                f"note: the schedule's scores are of other weights ({self.profile.get('name_or_path') or '?'}) than "
+                f"the model has that it was made for ({self.model.get('name_or_path') or '?'}); its rates hold all "
+                "the same"
+            )
         if self.has_weights_of(model) is not False:
             return None
         return (
@@ -110,6 +116,7 @@ class DropoutSchedule:
         mean_rate: float | None = None,
         include_head: bool = False,
         per_call: bool = False,
+        inputs: Mapping[str, Any] | None = None,
     ) -> DropoutSchedule:
         """Guided dropout: the rates fall from `upper` to `lower` as the Fisher information of the sites rises.
 
@@ -127,6 +134,8 @@ class DropoutSchedule:
                 does not hold (a new head's) has no score, takes no rank and gets `upper`.
             per_call: give each call of a knob that is used several times in a forward a rate of its own; see
                 `sites.trace`.
+            inputs: keyword arguments that the model is run with, where it does not run on a batch made from its
+                configuration, or leaves parts out there, such as attention to an encoder's states.
 
         Raises:
             ScheduleError: rates outside [0, 1) or in the wrong order, an unknown shape, grouping or aggregate, values
@@ -135,7 +144,7 @@ class DropoutSchedule:
             SiteError: as for `sites.trace`.
             ArtefactError: what is given for a profile is none.
         """
-        sites = _sites(model, include_head, per_call)
+        sites = _sites(model, include_head, per_call, inputs)
         check_profile(profile, "DropoutSchedule.from_profile")
         scores = site_scores(profile, model, sites, grouping, aggregate)
         known = {path: score for path, score in scores.items() if score is not None}
@@ -147,20 +156,23 @@ class DropoutSchedule:
             upper=upper,
             lower=lower,
             model=_model_facts(model, sites, grouping),
-            profile=_profile_facts(profile),
+            profile=_profile_facts(profile) | _weights_facts(profile, model),
             aggregate=aggregate,
             kinds={site.path: site.kind for site in sites},
         )
         return schedule if mean_rate is None else schedule.with_mean(mean_rate)
 
     @classmethod
-    def from_rates(cls, rates: Mapping[str, float] | str | Path, model: nn.Module) -> DropoutSchedule:
+    def from_rates(
+        cls, rates: Mapping[str, float] | str | Path, model: nn.Module, *, inputs: Mapping[str, Any] | None = None
+    ) -> DropoutSchedule:
         """Rates given one by one.
 
         Args:
             rates: path of the site, on the model or relative to its backbone → rate; or a JSON or CSV file of them.
                 Each site of the backbone must have one, sites of the head may.
             model: it is run once on a tiny batch and left as it was.
+            inputs: as for `from_profile`.
 
         Raises:
             ScheduleError: a rate outside [0, 1), a path that is no site, a site without a rate, or one with two.
@@ -168,7 +180,7 @@ class DropoutSchedule:
             SiteError: as for `sites.trace`.
         """
         given = rates if isinstance(rates, Mapping) else read_rates(rates)
-        sites = _sites(model, include_head=True, per_call=any(name.endswith("]") for name in given))
+        sites = _sites(model, True, per_call=any(name.endswith("]") for name in given), inputs=inputs)
         known = {site.path: site.path for site in sites if not site.in_head}
         known = {backbone_name(model, path): path for path in known} | known
         known |= {site.path: site.path for site in sites if site.in_head}
@@ -200,14 +212,22 @@ class DropoutSchedule:
         )
 
     @classmethod
-    def uniform(cls, model: nn.Module, rate: float, include_head: bool = False) -> DropoutSchedule:
+    def uniform(
+        cls, model: nn.Module, rate: float, include_head: bool = False, *, inputs: Mapping[str, Any] | None = None
+    ) -> DropoutSchedule:
         """The same rate at each site: plain dropout.
+
+        Args:
+            model: it is run once on a tiny batch and left as it was.
+            rate: in [0, 1).
+            include_head: give it to sites outside the backbone as well.
+            inputs: as for `from_profile`.
 
         Raises:
             ScheduleError: a rate outside [0, 1), or a model without sites.
             SiteError: as for `sites.trace`.
         """
-        sites = _sites(model, include_head)
+        sites = _sites(model, include_head, inputs=inputs)
         return cls(
             rates={site.path: rate for site in sites},
             scores={site.path: None for site in sites},
@@ -278,8 +298,11 @@ class DropoutSchedule:
         return cls(**read_schedule(path))
 
 
-def _sites(model: nn.Module, include_head: bool, per_call: bool = False) -> list[DropoutSite]:
-    sites = [site for site in find_sites(model, per_call=per_call) if include_head or not site.in_head]
+def _sites(
+    model: nn.Module, include_head: bool, per_call: bool = False, inputs: Mapping[str, Any] | None = None
+) -> list[DropoutSite]:
+    found = find_sites(model, inputs, per_call=per_call)
+    sites = [site for site in found if include_head or not site.in_head]
     if not sites:
         raise ScheduleError(
             f"{type(model).__name__} has no dropout site in its backbone; expected a dropout call in training mode: "
@@ -302,6 +325,11 @@ def _backbone_digest(model: nn.Module, names: Collection[str]) -> str:
         if name in names and not in_head(model, full):
             found.setdefault(name, parameter)  # a layer comes before an adapter's copy of it
     return weights_digest(found)
+
+
+def _weights_facts(profile: FisherProfile, model: nn.Module) -> dict[str, Any]:
+    """Only where there is something to tell, so that all other schedules keep their digest."""
+    return {"other_weights": True} if profile.has_weights_of(model) is False else {}
 
 
 def _profile_facts(profile: FisherProfile) -> dict[str, Any]:

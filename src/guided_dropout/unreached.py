@@ -1,0 +1,81 @@
+"""Parts of a model that the data chose not to run: experts to which no token was routed.
+
+They are like those that ran, their neighbours in a list or dictionary of modules; so each is run on what such a
+neighbour got.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+_LISTS = (nn.ModuleList, nn.ModuleDict)
+
+
+def idle_experts(model: nn.Module, idle: Collection[str], heard: Collection[str]) -> dict[str, str]:
+    """The knobs of experts that did not run.
+
+    Args:
+        model: the model.
+        idle: paths of knobs that reached no dropout call.
+        heard: paths of those that did.
+
+    Returns:
+        Path of an idle knob → path of the same knob on a neighbour of the same class, which was heard.
+    """
+    by_list: dict[tuple[str, str], str] = {}
+    for path in heard:
+        for place, _, rest in _in_lists(model, path):
+            by_list.setdefault((place, rest), path)
+    found: dict[str, str] = {}
+    for path in idle:
+        for place, key, rest in _in_lists(model, path):
+            like = by_list.get((place, rest))
+            if like is not None and type(_entry(model, place, like)) is type(model.get_submodule(f"{place}.{key}")):
+                found[path] = like
+                break
+    return found
+
+
+@contextlib.contextmanager
+def run_beside(model: nn.Module, like: Mapping[str, str]) -> Iterator[None]:
+    """Within, experts that do not run are run after the neighbours that do, on the same inputs, for what is heard.
+
+    Args:
+        model: the model.
+        like: what `idle_experts` returned.
+    """
+    beside: dict[nn.Module, list[nn.Module]] = {}
+    for path, neighbour in like.items():
+        place, key, _ = next(p for p in _in_lists(model, path) if neighbour.startswith(f"{p[0]}."))
+        others = beside.setdefault(_entry(model, place, neighbour), [])
+        if (expert := model.get_submodule(f"{place}.{key}")) not in others:
+            others.append(expert)
+
+    def run_others(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for expert in beside.pop(module, ()):
+            expert(*args, **kwargs)
+
+    hooks = [module.register_forward_hook(run_others, with_kwargs=True) for module in beside]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_lists(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:
+    """Each list of modules that a path goes through, the innermost first: its path, the entry, the rest."""
+    parts = path.split(".")
+    for i in reversed(range(1, len(parts))):
+        place = ".".join(parts[:i])
+        with contextlib.suppress(AttributeError):
+            if isinstance(model.get_submodule(place), _LISTS):
+                yield place, parts[i], ".".join(parts[i + 1 :])
+
+
+def _entry(model: nn.Module, place: str, path: str) -> nn.Module:
+    return model.get_submodule(f"{place}.{path[len(place) + 1 :].partition('.')[0]}")
