@@ -146,6 +146,15 @@ def test_a_layers_score_is_the_mean_over_its_parameters() -> None:
         assert len(handle.facts["trained"]) == 1
 
 
+@pytest.mark.parametrize(("share", "layers", "number"), [(0.28, 25, 7), (0.25, 25, 7), (0.1, 3, 1)])
+def test_as_many_layers_train_as_the_share_says(share: float, layers: int, number: int) -> None:
+    """As people read the numbers: 0.28 * 25 is 7.000000000000001 in floats."""
+    size = {"num_hidden_layers": layers, "hidden_size": 4, "intermediate_size": 4}
+    model, profile = classifier_of("bert", **size), profile_of(language_model("bert", **size))
+    with Surgical(share).apply(model, Context(profile=profile)) as handle:
+        assert len(handle.facts["trained"]) == number
+
+
 def test_means_are_enough_for_surgery_not_for_a_child() -> None:
     model, profile = classifier_of("bert"), random_profile(language_model("bert"))
     means = replace(profile, diagonal={})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from torch import nn
@@ -45,7 +46,7 @@ class Surgical(Regularizer):
             sizes = {there: math.prod(profile.shapes[there]) for there in held.difference(profile.noise)}
             total = math.fsum(size * profile.tensor_means[there] for there, size in sizes.items())
             scores[path] = total / max(1, sum(sizes.values()))
-        number = math.ceil(self.share * len(scores))
+        number = math.ceil(Fraction(str(self.share)) * len(scores))  # in floats .28 of 25 is a little above 7
         trained = sorted(sorted(scores, key=lambda path: -scores[path])[:number])
         handle = Handle({"trained": trained, "scores": scores})
         for name, parameter in model.named_parameters():
