@@ -255,6 +255,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ({"sites": {"a": {"rate": 0.1, "score": "high", "kind": "module"}}}, "score of a is a str, not int or float"),
         ({"sites": {"a": {"rate": 0.1, "score": None, "kind": 3}}}, "kind of a is a int, not str"),
         ({"profile": None}, "profile is None, not dict"),
+        ({"schema": 1, "rates": ["a"], "scores": {}}, "rates is a list, not dict"),
         ({"derived_from": []}, "derived_from is a list, not dict"),
         ({"upper": None}, "upper is None, not int or float"),
         ({"grouping": None}, "grouping is None, not str"),

@@ -30,9 +30,9 @@ class Mixout(Regularizer):
     Regularization to Finetune Large-scale Pretrained Language Models*, arXiv 1909.11299). As in the authors' code, it
     acts on the pretrained weights of linear layers, and takes the place of dropout in the backbone. Those are the
     weights of ``nn.Linear`` and of transformers' ``Conv1D``, and parameters of three or more dimensions with more than
-    one slice in the first, which hold several matrices (stacked experts, XLNet's projections), unless they belong to a
-    convolution or a parametrization. All else stays as it is: embeddings of tokens and positions, biases, norms,
-    convolutions, new parameters.
+    one slice in the first, which hold several matrices (stacked experts; XLNet's projections, and its table of
+    segments), unless they belong to a convolution or a parametrization. All else stays as it is: embeddings of tokens
+    and positions, biases, norms, convolutions, new parameters.
 
     Attributes:
         p: share of the weights that is replaced, in [0, 1].

@@ -95,6 +95,7 @@ def _check_types(arguments: Mapping[str, Any]) -> None:
         _a((int, float), name, arguments[name])
     for name in ("profile", "derived_from"):
         _a(dict, name, arguments.get(name, {}))
+    _a(dict, "rates", arguments["rates"])
     for path, score in _a(dict, "scores", arguments["scores"]).items():
         _a((int, float, NoneType), f"the score of {path}", score)
     for path, kind in arguments.get("kinds", {}).items():
