@@ -201,6 +201,7 @@ def test_an_arm_is_read_as_people_write_it(arm: str, parameters: Any, label: str
         ("mixout:p=much", (), ScheduleError, "arm parameter p is 'much'; expected a number"),
         ("shuffled:seed=1.5", (), ScheduleError, "arm parameter seed is '1.5'; expected a whole number"),
         ("mixout:p=0.1", ["p=0.2"], ScheduleError, "the parameter 'p' of the arm 'mixout' twice"),
+        ("shuffled:seed=-1", (), ScheduleError, "seed -1 of the control shuffled; expected a whole number from 0"),
         ("mixout:p=2", (), GuidedDropoutError, "p is 2.0; expected a number from 0 to 1"),
         ("mixout", {"p": True}, ScheduleError, "p is True; expected a number"),
     ],

@@ -5,6 +5,7 @@ import math
 import pytest
 from families import FAMILIES, classifier_of, language_model, profile_of
 from random_profiles import random_profile
+from test_sites_families import build
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.schedule import DropoutSchedule, controls
@@ -44,6 +45,34 @@ def test_role_mean_gives_the_same_place_in_each_layer_the_mean_of_its_rates() ->
     table = DropoutSchedule.from_rates({path: k / 10 for k, path in enumerate(paths)}, model)
     attention, output, last = (0.1 + 0.4) / 2, (0.2 + 0.5) / 2, (0.3 + 0.6) / 2
     assert list(controls.role_mean(table).rates.values()) == pytest.approx([0, *[attention, output, last] * 2])
+
+
+ALBERT = "albert.encoder.albert_layer_groups.{}.albert_layers.0.attention.{}_dropout[{}]"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_role_mean_takes_the_calls_of_a_layer_that_is_used_again_for_layers(groups: int) -> None:
+    model = language_model("albert", num_hidden_layers=4, num_hidden_groups=groups)
+    sites = find_sites(model, per_call=True)
+    schedule = DropoutSchedule.from_rates({site.path: k / 10 for k, site in enumerate(sites)}, model)
+    control = controls.role_mean(schedule)
+    for what in ("attention", "output"):
+        paths = [ALBERT.format(g, what, k) for g in range(groups) for k in range(4 // groups)]
+        mean = math.fsum(schedule.rates[path] for path in paths) / 4
+        assert [control.rates[path] for path in paths] == pytest.approx([mean] * 4)
+    assert control.mean_rate == pytest.approx(schedule.mean_rate)
+
+
+def test_role_mean_keeps_places_apart_where_a_layer_uses_one_knob_for_several() -> None:
+    for family, knob in (("vit", "vit.layers.{}.dropout"), ("xlnet", "transformer.layer.{}.rel_attn.dropout")):
+        model = build(family)
+        paths = [site.path for site in find_sites(model, per_call=True)]
+        table = DropoutSchedule.from_rates({path: k / 100 for k, path in enumerate(paths)}, model)
+        rates = controls.role_mean(table).rates
+        for k in (0, 1):
+            layers = [f"{knob.format(layer)}[{k}]" for layer in (0, 1)]
+            mean = sum(table.rates[path] for path in layers) / 2
+            assert [rates[path] for path in layers] == pytest.approx([mean] * 2)
 
 
 def test_reversed_gives_the_least_informative_site_the_lowest_rate() -> None:

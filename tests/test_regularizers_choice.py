@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as hf
 from families import FAMILIES, classifier_of, language_model, profile_of
 from test_regularizers_pull import HEAD, POOLER, random_profile
 from torch import Tensor, nn
@@ -146,6 +147,15 @@ def test_a_layers_score_is_the_mean_over_its_parameters() -> None:
         assert len(handle.facts["trained"]) == 1
 
 
+@pytest.mark.parametrize(("share", "layers", "number"), [(0.28, 25, 7), (0.25, 25, 7), (0.1, 3, 1)])
+def test_as_many_layers_train_as_the_share_says(share: float, layers: int, number: int) -> None:
+    """As people read the numbers: 0.28 * 25 is 7.000000000000001 in floats."""
+    size = {"num_hidden_layers": layers, "hidden_size": 4, "intermediate_size": 4}
+    model, profile = classifier_of("bert", **size), profile_of(language_model("bert", **size))
+    with Surgical(share).apply(model, Context(profile=profile)) as handle:
+        assert len(handle.facts["trained"]) == number
+
+
 def test_means_are_enough_for_surgery_not_for_a_child() -> None:
     model, profile = classifier_of("bert"), random_profile(language_model("bert"))
     means = replace(profile, diagonal={})
@@ -200,6 +210,55 @@ def test_what_follows_the_last_layer_belongs_to_the_head_and_what_lies_between_t
     depth = find_layers(classifier_of("t5")).depth
     assert depth["transformer.encoder.final_layer_norm.weight"] == 2
     assert depth["transformer.decoder.final_layer_norm.weight"] == 5
+
+
+XLM_LAYER = "transformer.{{attentions,layer_norm1,ffns,layer_norm2}}.{}".format
+
+
+@pytest.mark.parametrize("kind", ["XLM", "Flaubert"])
+def test_lists_side_by_side_that_are_used_in_turn_are_one_stack(kind: str) -> None:
+    """XLM and Flaubert have a list for each part of a layer."""
+    size = {"vocab_size": 64, "emb_dim": 16, "n_layers": 3, "n_heads": 2}
+    config = getattr(hf, f"{kind}Config")(**size)
+    model = getattr(hf, f"{kind}ForSequenceClassification")(config)
+    source = getattr(hf, f"{kind}WithLMHeadModel")(config)
+    layers = find_layers(model)
+    assert layers.blocks == tuple(map(XLM_LAYER, range(3)))
+    for part in ("attentions.1.q_lin", "layer_norm1.1", "ffns.1.lin1", "layer_norm2.1"):
+        name = f"transformer.{part}.weight"
+        assert (layers.depth[name], layers.block_of[name]) == (2, XLM_LAYER(1))
+    assert layers.depth["transformer.embeddings.weight"] == 0
+    profile = profile_of(source, **{"transformer.ffns.1.lin1.weight": 1e6})
+    with Surgical(0.3).apply(model, Context(profile=profile)) as handle:
+        assert handle.facts["trained"] == [XLM_LAYER(1)]
+        trained = {n for n, p in model.named_parameters() if p.requires_grad and n.startswith("transformer.")}
+    assert trained == {n for n in layers.block_of if n.split(".")[2] == "1"}
+    held = [f.flatten() for n, f in profile.diagonal.items() if layers.block_of.get(n) == XLM_LAYER(0)]
+    assert handle.facts["scores"][XLM_LAYER(0)] == pytest.approx(torch.cat(held).double().mean().item())
+
+
+class Lists(nn.Module):
+    """Two lists of layers, used in turn or one after another."""
+
+    def __init__(self, in_turn: bool, lengths: tuple[int, int] = (3, 3)) -> None:
+        super().__init__()
+        self.a, self.b = (nn.ModuleList(nn.Linear(3, 3) for _ in range(length)) for length in lengths)
+        self.in_turn = in_turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        turns = itertools.chain(*zip(self.a, self.b, strict=False)) if self.in_turn else (*self.a, *self.b)
+        for layer in turns:
+            x = layer(x)
+        return x
+
+
+def test_lists_that_are_used_one_after_another_or_differ_in_length_are_stacks_of_their_own() -> None:
+    x = {"x": torch.randn(1, 3)}
+    assert find_layers(Lists(in_turn=True), x).blocks == tuple(f"{{a,b}}.{i}" for i in range(3))
+    assert find_layers(Lists(in_turn=False), x).blocks == tuple(f"{part}.{i}" for part in "ab" for i in range(3))
+    unlike = find_layers(Lists(in_turn=True, lengths=(3, 4)), x)
+    assert unlike.blocks == ("a.0", "b.0", "a.1", "b.1", "a.2", "b.2")
+    assert unlike.depth["b.3.weight"] == 7
 
 
 def test_order_comes_from_running_not_from_names() -> None:

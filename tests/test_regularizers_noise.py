@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from families import FAMILIES, classifier_of, language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_sites_families import build
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from guided_dropout.regularizers.gaussian import gaussian_noise
 from guided_dropout.regularizers.mixout import mixout
 from guided_dropout.regularizers.r_drop import disagreement
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.tiny_batch import tiny_batch
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [7, 6, 5, 9, 8, 2]])
 PADDED = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -249,6 +252,54 @@ def test_mixout_at_1_computes_with_the_pretrained_weights_and_at_0_with_the_own(
             assert torch.equal(found, pretrained if p == 1 else moved)
 
 
+PARAMETRIZED = "wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+STAYS = {  # trained weights that are no linear layer's
+    "vit": ["vit.embeddings.position_embeddings", "vit.embeddings.cls_token", "vit.embeddings.patch_embeddings.*"],
+    "xlnet": [*(f"transformer.layer.0.rel_attn.r_{x}_bias" for x in "wrs"), "transformer.mask_emb"],
+    "wav2vec2": ["wav2vec2.feature_extractor.conv_layers.1.conv.weight", PARAMETRIZED],
+    "mixtral": ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"],
+}
+MIXED = {
+    "vit": ["vit.layers.0.attention.q_proj.weight"],
+    "xlnet": [*(f"transformer.layer.0.rel_attn.{x}" for x in "qkvor"), "transformer.layer.1.ff.layer_1.weight"],
+    "wav2vec2": ["wav2vec2.feature_projection.projection.weight"],
+    "mixtral": ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_attn.q_proj.weight"],
+}
+
+
+@pytest.mark.parametrize("family", MIXED)
+def test_the_weights_of_linear_layers_are_mixed_and_nothing_else(family: str) -> None:
+    """Seen in what each module holds while its forward runs: its own parameter, or a draw."""
+    model = build(family).train()
+    own, batch = dict(model.named_parameters()), tiny_batch(model)
+    held: dict[str, bool] = {}
+
+    def look(path: str, module: nn.Module) -> None:
+        for name, parameter in own.items():
+            if name.rpartition(".")[0] == path:
+                held[name] = getattr(module, name.rpartition(".")[2]) is parameter
+
+    for path, module in model.named_modules():
+        inner = module.forward
+        if path:  # the model's own shows what inputs it takes
+            module.forward = lambda *a, _p=path, _m=module, _f=inner, **k: (look(_p, _m), _f(*a, **k))[1]
+    with Mixout(0.5).apply(model, Context()) as handle:
+        model(**batch)
+    names = [name for pattern in STAYS[family] for name in fnmatch.filter(own, pattern)]
+    assert len(names) >= len(STAYS[family])
+    assert all(held.get(name, True) for name in names), {name: held.get(name) for name in names}
+    assert [name for name in MIXED[family] if held[name]] == []
+    assert handle.facts["mixed"] == sum(not same for same in held.values()) > 0
+
+
+def test_mixout_with_no_linear_layer_to_mix_is_refused() -> None:
+    model = classifier_of("bert")
+    model.bert.requires_grad_(False)
+    model.bert.embeddings.requires_grad_(True)
+    with pytest.raises(ModelError, match=r"none of the trainable .* is the weight of a linear layer.*unfreeze"):
+        Mixout().apply(model, Context())
+
+
 def test_a_weight_that_two_layers_share_is_mixed_in_both() -> None:
     model = classifier_of("bert").train()
     first, second = (layer.attention.self for layer in model.bert.encoder.layer)
@@ -364,6 +415,27 @@ def test_r_drop_without_dropout_is_the_plain_loss() -> None:
 def test_r_drop_needs_logits() -> None:
     with RDrop().apply(nn.Linear(1, 1), Context()) as handle, pytest.raises(ModelError, match="no logits"):
         handle.loss(torch.tensor(0.0), lambda: (torch.tensor(0.0),), {}, (torch.tensor(0.0),))  # type: ignore[arg-type]
+
+
+def test_r_drop_on_several_labels_at_once_is_refused() -> None:
+    """Each label has a probability of its own there: the softmax over them says nothing."""
+    labels = {"input_ids": IDS, "labels": torch.ones(2, 2)}
+    told = classifier_of("bert", problem_type="multi_label_classification")
+    with pytest.raises(ModelError, match=r"problem_type is multi_label_classification.*expected one label an example"):
+        RDrop().apply(told, Context())
+    model = classifier_of("bert").train()  # it sees from the labels what kind of a problem it is
+    with RDrop().apply(model, Context()) as handle:
+        outputs = model(**labels)
+        with pytest.raises(ModelError, match="problem_type is multi_label_classification"):
+            handle.loss(outputs.loss, model, labels, outputs)
+
+
+def test_r_drop_on_a_prediction_for_each_token_is_refused() -> None:
+    model, batch = language_model("bert").train(), {"input_ids": IDS, "labels": IDS}
+    with RDrop().apply(model, Context()) as handle:
+        outputs = model(**batch)
+        with pytest.raises(ModelError, match=r"logits of shape \[2, 6, 64\]; expected \[batch, labels\]"):
+            handle.loss(outputs.loss, model, batch, outputs)
 
 
 # --- on top of each other, and compiled

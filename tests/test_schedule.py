@@ -242,6 +242,34 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         load(sites=["a"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "is damaged .model is None, not dict"),
+        ({"model": {}}, "has no 'model_type'"),
+        ({"model": {"model_type": "llama", "backbone_prefix": None, "shapes": {}}}, "backbone_prefix is None, not str"),
+        ({"model": {"model_type": "llama", "backbone_prefix": "model."}}, "has no 'shapes'"),
+        ({"model": {"model_type": "llama", "backbone_prefix": "model.", "shapes": []}}, "shapes is a list, not dict"),
+        ({"model": {"model_type": "a", "backbone_prefix": "", "shapes": {"w": 3}}}, "shape of w is a int, not list"),
+        ({"model": {"model_type": "a", "backbone_prefix": "", "shapes": {"w": ["3"]}}}, "side of w is a str, not int"),
+        ({"sites": {"a": {"rate": 0.1, "score": "high", "kind": "module"}}}, "score of a is a str, not int or float"),
+        ({"sites": {"a": {"rate": 0.1, "score": None, "kind": 3}}}, "kind of a is a int, not str"),
+        ({"profile": None}, "profile is None, not dict"),
+        ({"schema": 1, "rates": ["a"], "scores": {}}, "rates is a list, not dict"),
+        ({"derived_from": []}, "derived_from is a list, not dict"),
+        ({"upper": None}, "upper is None, not int or float"),
+        ({"grouping": None}, "grouping is None, not str"),
+    ],
+)
+def test_what_would_fail_only_where_it_is_used_is_refused_when_loaded(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    path = DropoutSchedule.uniform(language_model("llama"), 0.1).save(tmp_path / "schedule.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ArtefactError, match=rf"schedule.json .*{message}.*expected a whole dropout-schedule file"):
+        DropoutSchedule.load(path)
+
+
 def test_a_path_for_a_profile_is_refused():
     with pytest.raises(
         ArtefactError, match=r"expected a FisherProfile: give FisherProfile.from_pretrained\('build/p'\)"

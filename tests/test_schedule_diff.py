@@ -8,7 +8,7 @@ from random_profiles import random_profile
 
 from guided_dropout.schedule import DropoutSchedule, controls
 from guided_dropout.schedule.compare import diff
-from guided_dropout.schedule.places import Place, by_role, place_of
+from guided_dropout.schedule.places import Place, by_role, place_of, places
 
 
 def test_a_schedule_against_itself_its_reverse_and_chance() -> None:
@@ -55,4 +55,8 @@ def test_places() -> None:
     assert place_of("encoder.layer.3.output.dropout") == Place("encoder.layer.*.output.dropout", 3)
     assert place_of("decoder.block.1.layer.2.dropout") == Place("decoder.block.*.layer.2.dropout", 1)
     assert place_of("embeddings.dropout") == Place("embeddings.dropout", None)
+    called = [f"h.{h}.{x}[{k}]" for h in (0, 1) for k in (0, 1) for x in "ab"]
+    assert [place.layer for place in places(["e", *called]).values()] == [None, 0, 0, 1, 1, 2, 2, 3, 3]
+    assert places(called)["h.1.b[0]"] == Place("h.*.b[*]", 2)
+    assert places(["e[0]", "h.0.a[0]", "h.0.a[1]", "e[1]"])["h.0.a[1]"] == Place("h.*.a[1]", 0)
     assert by_role(["e", "h.0.a", "h.0.b", "h.1.a"]) == {"e": ["e"], "h.*.a": ["h.0.a", "h.1.a"], "h.*.b": ["h.0.b"]}

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 from families import FAMILIES, classifier_of, language_model
 from torch import nn
 
@@ -236,6 +237,23 @@ def test_a_model_that_cannot_be_run_is_an_error_that_says_what_to_pass() -> None
     with pytest.raises(SiteError, match=r"does not run on a batch of input_ids.*pass inputs="):
         find_sites(model)
     assert not model.training
+
+
+@pytest.mark.parametrize("family", ["canine", "clip"])
+def test_a_model_without_one_table_of_tokens_says_what_to_pass(family: str) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    if family == "canine":
+        model, given = hf.CanineModel(hf.CanineConfig(**size)), {"input_ids": torch.full((1, 8), 60)}
+    else:
+        parts = {
+            "text_config": {**size, "vocab_size": 64},
+            "vision_config": {**size, "image_size": 8, "patch_size": 4, "attention_dropout": 0.1},
+        }
+        model = hf.CLIPModel(hf.CLIPConfig(**parts))
+        given = {"input_ids": torch.full((1, 8), 60), "pixel_values": torch.zeros(1, 3, 8, 8)}
+    with pytest.raises(SiteError, match=rf"no batch can be made for {type(model).__name__}; .*: pass inputs="):
+        find_sites(model)
+    assert find_sites(model, given)
 
 
 def test_a_rate_that_does_not_arrive_is_an_error() -> None:

@@ -173,6 +173,8 @@ class ChosenArm:
         }
         object.__setattr__(self, "parameters", values)
         self._regularizer()  # refuses values out of range
+        if "seed" in values:
+            controls.check_seed(int(values["seed"]))
 
 
 def choose_arm(arm: str, parameters: Mapping[str, Any] | Iterable[str] = ()) -> ChosenArm:

@@ -26,7 +26,7 @@ from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
 from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, new_axes, percent, plain, series
 from guided_dropout.schedule import DropoutSchedule, rates_from_scores
-from guided_dropout.schedule.places import by_role, place_of
+from guided_dropout.schedule.places import by_role, places
 
 _KINDS = {"module": ("#56B4E9", ""), "attention": ("#F0E442", "////"), "attribute": ("#CC79A7", "xx")}
 
@@ -115,7 +115,7 @@ def plot_schedule(schedule: DropoutSchedule, ax: Axes | None = None) -> Axes:
         f"mean {schedule.mean_rate:.4g}", (1, schedule.mean_rate), xycoords=ax.get_yaxis_transform(),
         xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK, annotation_clip=False,
     )  # fmt: skip
-    layers = [place_of(path).layer for path in paths]
+    layers = [place.layer for place in places(paths).values()]
     starts = [i for i, layer in enumerate(layers) if layer is not None and (i == 0 or layers[i - 1] != layer)]
     ax.set_xticks(starts, [str(layers[i]) for i in starts])
     ax.set_xlabel("dropout sites in the order of the forward pass; numbers: first site of each layer")

@@ -34,11 +34,12 @@ def tiny_batch(model: nn.Module) -> dict[str, Tensor]:
     config, accepted = getattr(inner, "config", None), inspect.signature(inner.forward).parameters
     main = getattr(inner, "main_input_name", "input_ids")
     makers = {"pixel_values": _picture, "input_features": _mel, "input_values": _sound, "input_ids": None}
+    cannot = SiteError(
+        f"no batch can be made for {type(model).__name__}; expected a transformers model that takes "
+        f"{', '.join(makers)}: pass inputs= that it runs on"
+    )
     if config is None or main not in accepted or main not in makers:
-        raise SiteError(
-            f"no batch can be made for {type(model).__name__}; expected a transformers model that takes "
-            f"{', '.join(makers)}: pass inputs= that it runs on"
-        )
+        raise cannot
     first = next(inner.parameters())
     batch: dict[str, Tensor] = {}
     if (maker := makers[main]) is not None:
@@ -46,8 +47,11 @@ def tiny_batch(model: nn.Module) -> dict[str, Tensor]:
         checks = torch.arange(math.prod(shape), device=first.device) % 2
         batch[main] = checks.reshape(shape).to(first.dtype)
     if main == "input_ids" or getattr(config, "is_encoder_decoder", False):
-        vocabulary = len(inner.get_input_embeddings().weight)
-        ids = torch.tensor([_ordinary_tokens(config, vocabulary)], device=inner.get_input_embeddings().weight.device)
+        try:
+            table = inner.get_input_embeddings().weight
+        except (NotImplementedError, AttributeError) as e:  # CANINE hashes its tokens; CLIP has two models in it
+            raise cannot from e
+        ids = torch.tensor([_ordinary_tokens(config, len(table))], device=table.device)
         tokens = {"decoder_input_ids": ids} if main != "input_ids" else _text(config, ids)
         batch.update({name: tensor for name, tensor in tokens.items() if name in accepted})
     return batch

@@ -9,8 +9,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
 
-from guided_dropout.errors import SiteError
+from guided_dropout.errors import ModelError, SiteError
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
 from guided_dropout.regularizers.forwards import wrap_forward
 from guided_dropout.regularizers.layers import parameters_in_order
@@ -25,8 +28,11 @@ class Mixout(Regularizer):
 
     so that :math:`E[\tilde W]=W`; :math:`\tilde W=W^*` at p = 1 (Lee, Cho & Kang, 2020, *Mixout: Effective
     Regularization to Finetune Large-scale Pretrained Language Models*, arXiv 1909.11299). As in the authors' code, it
-    acts on the pretrained weight matrices of linear layers, not on embeddings, biases, norms or new parameters, and
-    takes the place of dropout in the backbone.
+    acts on the pretrained weights of linear layers, and takes the place of dropout in the backbone. Those are the
+    weights of ``nn.Linear`` and of transformers' ``Conv1D``, and parameters of three or more dimensions with more than
+    one slice in the first, which hold several matrices (stacked experts; XLNet's projections, and its table of
+    segments), unless they belong to a convolution or a parametrization. All else stays as it is: embeddings of tokens
+    and positions, biases, norms, convolutions, new parameters.
 
     Attributes:
         p: share of the weights that is replaced, in [0, 1].
@@ -43,8 +49,13 @@ class Mixout(Regularizer):
         mixed = {
             name: parameter
             for name, parameter in pretrained.items()
-            if parameter.dim() > 1 and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+            if _is_linear(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], parameter)
         }
+        if not mixed:
+            raise ModelError(
+                f"none of the trainable pretrained parameters of {type(model).__name__} is the weight of a linear "
+                "layer, so that mixout mixes nothing; expected at least one: unfreeze a layer, or choose another arm"
+            )
         handle = Handle({"mixed": len(mixed), "untouched": len(pretrained) - len(mixed)})
         by_module: dict[str, dict[str, Tensor]] = {}
         targets = {id(parameter): parameter.detach().clone() for parameter in mixed.values()}
@@ -68,6 +79,13 @@ def mixout(weight: Tensor, target: Tensor, p: float) -> Tensor:
     # In this form the weights stay what they are, bit for bit, where they have not moved.
     kept = torch.empty_like(weight).bernoulli_(1 - p) / (1 - p)
     return target + kept * (weight - target)
+
+
+def _is_linear(owner: nn.Module, name: str, parameter: Tensor) -> bool:
+    if isinstance(owner, nn.Linear | Conv1D):
+        return name == "weight"
+    # One slice alone is an embedding that broadcasts over the batch, as a ViT's positions.
+    return parameter.dim() > 2 and len(parameter) > 1 and not isinstance(owner, _ConvNd | ParametrizationList)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,9 @@ class RDrop(Regularizer):
     averaged over the batch (Wu et al., 2021, *R-Drop: Regularized Dropout for Neural Networks*, arXiv 2106.14448).
     Their eq. 4, and their code for GLUE, have the sum of the two losses, the outline in their repository has the mean,
     as here: eq. 4 is twice this loss at twice this :math:`\alpha`. For a regression the mean squared difference takes
-    the place of the divergences, as in their code. A step takes twice the time.
+    the place of the divergences, as in their code. A step takes twice the time. Other models than classifiers of whole
+    examples into one of several classes, and regressions, are refused: several labels at once are no distribution, and
+    a prediction for each token would count padding.
 
     Attributes:
         alpha: :math:`\alpha`, at least 0.
@@ -37,6 +39,7 @@ class RDrop(Regularizer):
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Acts on the loss; see `Regularizer.apply` and `Handle.loss`."""
+        _check_one_label(model)
         return _RDrop(self.alpha)
 
 
@@ -46,6 +49,7 @@ class _RDrop(Handle):
         self._alpha = alpha
 
     def _loss(self, loss: Tensor, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+        _check_one_label(model)  # transformers sees from the first labels what kind of a problem it is
         again = model(**inputs)
         first, second = _logits(outputs), _logits(again)
         other = again["loss"] if isinstance(again, Mapping) else again[0]
@@ -69,8 +73,21 @@ def disagreement(first: Tensor, second: Tensor) -> Tensor:
     return 0.5 * ((a - b) * (a.exp() - b.exp())).sum(-1).mean()
 
 
+def _check_one_label(model: nn.Module) -> None:
+    if getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification":
+        raise ModelError(
+            f"R-Drop on {type(model).__name__} whose problem_type is multi_label_classification, where the predictions "
+            "are no distribution over the labels; expected one label an example: choose another regularizer"
+        )
+
+
 def _logits(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
     if logits is None:
         raise ModelError("R-Drop found no logits in the model's outputs; expected a classifier that returns a dict")
+    if logits.dim() != 2:
+        raise ModelError(
+            f"R-Drop found logits of shape {list(logits.shape)}; expected [batch, labels], one prediction an example: "
+            "choose another regularizer for a model that predicts each token"
+        )
     return logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from torch import nn
@@ -41,15 +42,15 @@ class Surgical(Regularizer):
         layers = find_layers(model, context.inputs)
         scores = {}
         for path in layers.blocks:
-            held = {there for name, there in names.items() if name.startswith(f"{path}.")}
+            held = {there for name, there in names.items() if layers.block_of.get(name) == path}
             sizes = {there: math.prod(profile.shapes[there]) for there in held.difference(profile.noise)}
             total = math.fsum(size * profile.tensor_means[there] for there, size in sizes.items())
             scores[path] = total / max(1, sum(sizes.values()))
-        number = math.ceil(self.share * len(scores))
+        number = math.ceil(Fraction(str(self.share)) * len(scores))  # in floats .28 of 25 is a little above 7
         trained = sorted(sorted(scores, key=lambda path: -scores[path])[:number])
         handle = Handle({"trained": trained, "scores": scores})
         for name, parameter in model.named_parameters():
-            kept = is_new(model, name, context) or name.startswith(tuple(f"{path}." for path in trained))
+            kept = is_new(model, name, context) or layers.block_of.get(name) in trained
             if parameter.requires_grad and not kept:  # what is frozen already is not this handle's to give back
                 handle.on_remove(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)

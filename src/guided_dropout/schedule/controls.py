@@ -15,7 +15,7 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.identity import backbone_name, model_identity, relative_name
-from guided_dropout.schedule.places import by_role, place_of
+from guided_dropout.schedule.places import by_role
 from guided_dropout.schedule.schedule import DropoutSchedule
 from guided_dropout.schedule.scores import weight_scores
 from guided_dropout.schedule.shapes import place_rates, with_mean
@@ -32,12 +32,12 @@ def uniform(schedule: DropoutSchedule) -> DropoutSchedule:
 def role_mean(schedule: DropoutSchedule) -> DropoutSchedule:
     """Each role's mean rate in all of its layers: guidance knows the kind of site, but no longer the layer.
 
-    A role is the same place in each layer, such as the dropout on attention probabilities; see `places.place_of`.
+    A role is the same place in each layer, such as the dropout on attention probabilities; see `places.places`.
     Fisher scores often differ more between roles than between layers, so that much of a schedule is this control.
     """
     roles = by_role(schedule.rates)
     means = {role: math.fsum(schedule.rates[path] for path in paths) / len(paths) for role, paths in roles.items()}
-    rates = {path: means[place_of(path).role] for path in schedule.rates}
+    rates = {path: means[role] for role, paths in roles.items() for path in paths}
     return schedule.derive("role_mean", rates)
 
 
@@ -60,12 +60,21 @@ def shuffled(schedule: DropoutSchedule, seed: int = 0) -> DropoutSchedule:
     Raises:
         ScheduleError: a seed below 0.
     """
-    if seed < 0:
-        raise ScheduleError(f"seed {seed} of the control shuffled; expected a whole number from 0")
+    check_seed(seed)
     paths = list(_scored(schedule) or schedule.rates)
     drawn = np.random.default_rng(seed).permutation(len(paths))
     rates = {path: schedule.rates[paths[i]] for path, i in zip(paths, drawn, strict=True)}
     return schedule.derive("shuffled", {**schedule.rates, **rates}, derived_from={"seed": seed})
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that `shuffled` cannot draw with.
+
+    Raises:
+        ScheduleError: it is below 0.
+    """
+    if seed < 0:
+        raise ScheduleError(f"seed {seed} of the control shuffled; expected a whole number from 0")
 
 
 def depth_linear(schedule: DropoutSchedule) -> DropoutSchedule:

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from guided_dropout.artefacts import read_json, write_json
-from guided_dropout.errors import ArtefactError
+from guided_dropout.errors import ArtefactError, describe
 
 if TYPE_CHECKING:
     from guided_dropout.schedule.schedule import DropoutSchedule
@@ -58,10 +59,12 @@ def arguments_of(facts: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The arguments of `DropoutSchedule` from what `facts_of` gave, now or in schema 1, and `source` kept.
 
     Raises:
-        ArtefactError: something is missing in it.
+        ArtefactError: something is missing in it, or is of a wrong type.
     """
     try:
-        return _from_schema_1(facts) if facts["schema"] == 1 else _from_schema_2(facts)
+        arguments = _from_schema_1(facts) if facts["schema"] == 1 else _from_schema_2(facts)
+        _check_types(arguments)
+        return arguments
     except KeyError as e:
         raise ArtefactError(f"{source} has no {e}; expected a whole {KIND} file: make it again") from e
     except (AttributeError, TypeError) as e:
@@ -81,6 +84,35 @@ def _from_schema_2(facts: Mapping[str, Any]) -> dict[str, Any]:
         "scores": {path: site["score"] for path, site in sites},
         "kinds": {path: site["kind"] for path, site in sites if site["kind"]},
     }
+
+
+def _check_types(arguments: Mapping[str, Any]) -> None:
+    """Refuse, as a TypeError or KeyError, what would fail only where the schedule is used; rates are checked there."""
+    model = _a(dict, "model", arguments["model"])
+    for name in ("shape", "grouping", "aggregate"):
+        _a(str, name, arguments.get(name, ""))
+    for name in ("upper", "lower"):
+        _a((int, float), name, arguments[name])
+    for name in ("profile", "derived_from"):
+        _a(dict, name, arguments.get(name, {}))
+    _a(dict, "rates", arguments["rates"])
+    for path, score in _a(dict, "scores", arguments["scores"]).items():
+        _a((int, float, NoneType), f"the score of {path}", score)
+    for path, kind in arguments.get("kinds", {}).items():
+        _a(str, f"the kind of {path}", kind)
+    _a((str, NoneType), "the model's model_type", model["model_type"])
+    _a(str, "the model's backbone_prefix", model["backbone_prefix"])
+    for name, shape in _a(dict, "the model's shapes", model["shapes"]).items():
+        for side in _a(list, f"the shape of {name}", shape):
+            _a(int, f"a side of {name}", side)
+
+
+def _a(kind: type | tuple[type, ...], what: str, value: Any) -> Any:
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join("null" if k is NoneType else k.__name__ for k in kinds)
+        raise TypeError(f"{what} is {describe(value)}, not {wanted}")
+    return value
 
 
 def _from_schema_1(facts: Mapping[str, Any]) -> dict[str, Any]:
