@@ -454,7 +454,10 @@ def test_a_script_sees_that_runs_failed(folder, in_process, monkeypatch):
         (["--learning-rate", "2e-3"], "0.001 there, 0.002 given"),
         (["--fractions", "many"], "many; expected numbers, such as"),
         (["--recipe", "control"], "did you mean 'controls'"),
-        (["--models", "demo"], "found 1 --profile for 2 models"),
+        (
+            ["--models", "demo"],
+            "found 1 --profile for 2 models; expected the option once for each model, in their order: --profile … ",
+        ),
     ],
 )
 def test_errors_of_the_command_line_are_one_line(finished, in_process, more, message):
