@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import language_model, profile_of
+from families import language_model, measured_on, profile_of
 from test_cli import run
 from tiny import save, save_tiny_bert
 
 from guided_dropout import add_residual_sites
-from guided_dropout.identity import weights_digest
 from guided_dropout.models import load_lm
 from guided_dropout.schedule import DropoutSchedule, controls
 
@@ -175,8 +174,7 @@ def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, com
 
 def test_make_says_whether_the_profile_was_measured_on_the_models_weights(folder, command, tmp_path):
     model = load_lm(str(folder / "model"))
-    digest = weights_digest(dict(model.named_parameters()))
-    measured = replace(profile_of(model), model={**profile_of(model).model, "digest": digest})
+    measured = measured_on(model)
     measured.save_pretrained(tmp_path / "measured")
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight.mul_(2)

@@ -116,7 +116,7 @@ def run(
         console.print(out)
         return
     # A mistake that each run would make is found here, before anything is written.
-    plan.rehearse()
+    plan.rehearse(lambda note: console.print(note, style="dim", highlight=False))
     if experiment is not None:
         check_joining(plan, experiment, missing)
     clock = _clock(plan, experiment)

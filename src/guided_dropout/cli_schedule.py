@@ -94,8 +94,7 @@ def make(
     path = planned.save(out)
     console.print(schedule_table(planned))
     console.print(schedule_origin(planned), highlight=False)
-    if measured is not None and measured.has_weights_of(loaded) is False:
-        note = f"note: the profile was measured on other weights ({measured.title}) than those of {source}"
+    if measured is not None and (note := measured.weights_note(loaded)):
         console.print(note, style="dim", highlight=False)
     console.print(path)
 
