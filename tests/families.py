@@ -7,6 +7,7 @@ non-zero dropout wherever the family has any.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import model_identity
+from guided_dropout.identity import model_identity, weights_identity
 
 VOCAB = 64
 _TOKENS = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -246,3 +247,9 @@ def profile_of(model: nn.Module, **means: float) -> FisherProfile:
         reduction="mean",
         model=model_identity(model),
     )
+
+
+def measured_on(model: nn.Module) -> FisherProfile:
+    """Likewise, and it knows the weights of `model`, as a profile that was measured does."""
+    known = weights_identity(model, [name for name, _ in model.named_parameters()])
+    return replace(profile_of(model), model={**model_identity(model), **known})

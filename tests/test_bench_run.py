@@ -15,12 +15,13 @@ from dataclasses import asdict, replace
 
 import psutil
 import pytest
+from families import measured_on
 from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import cli
 from guided_dropout.arms import ARMS
-from guided_dropout.artefacts import write_json
+from guided_dropout.artefacts import read_json, write_json
 from guided_dropout.bench import run as bench_run
 from guided_dropout.bench.folder import Experiment, Failure, Run, shared_facts
 from guided_dropout.bench.grid import Grid, RunKey
@@ -411,6 +412,26 @@ def test_a_second_call_makes_nothing_and_says_so(folder, finished, in_process):
     assert (folder / "finished" / "experiment.json").read_bytes() == before
 
 
+def test_a_profile_of_other_weights_is_told_once_and_noted(folder, in_process, monkeypatch):
+    save_tiny_bert(folder / "wider", initializer_range=0.05)
+    measured_on(load_lm(folder / "model")).save_pretrained(folder / "measured")
+    monkeypatch.setattr(bench_run, "run_experiment", lambda *_, **__: None)
+    more = ["--models", "wider", "--profile", "measured"]
+    note = f"note: the profile was measured on other weights ({folder / 'model'}) than those of wider"
+    code, text, err = in_process("noted", *more)
+    assert code == 0, err
+    assert " ".join(text.split()).count("other weights") == 1
+    assert note in " ".join(text.split())
+    file = folder / "noted" / "experiment.json"
+    facts = read_json(file, kind="bench-experiment", schema=1)
+    noted = {label: model.pop("profile_of_these_weights") for label, model in facts["models"].items()}
+    assert noted == {"model": None, "wider": False}  # the first profile does not say
+    write_json(file, facts)  # as of an experiment that was begun before this was noted: it goes on
+    code, text, err = in_process("noted", *more)
+    assert code == 0, err
+    assert Experiment(folder / "noted").facts["models"]["wider"]["profile_of_these_weights"] is False
+
+
 def test_failures_are_forgotten_only_to_be_made_again(folder, in_process, monkeypatch):
     plan = plan_of(folder)
     experiment = Experiment.start(folder / "retried", plan.check())
@@ -454,7 +475,10 @@ def test_a_script_sees_that_runs_failed(folder, in_process, monkeypatch):
         (["--learning-rate", "2e-3"], "0.001 there, 0.002 given"),
         (["--fractions", "many"], "many; expected numbers, such as"),
         (["--recipe", "control"], "did you mean 'controls'"),
-        (["--models", "demo"], "found 1 --profile for 2 models"),
+        (
+            ["--models", "demo"],
+            "found 1 --profile for 2 models; expected the option once for each model, in their order: --profile … ",
+        ),
     ],
 )
 def test_errors_of_the_command_line_are_one_line(finished, in_process, more, message):

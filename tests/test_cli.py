@@ -20,7 +20,7 @@ from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
 from guided_dropout import cli, fisher
 from guided_dropout.arms import ARMS
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.models import quiet
+from guided_dropout.models import load_lm, quiet
 from guided_dropout.results import RunResult
 from guided_dropout.schedule import DropoutSchedule
 
@@ -136,6 +136,34 @@ def test_an_arm_with_a_parameter_and_a_profile(chain, command):
     assert "cola ewc:strength=5 seed 0" in out
     result = RunResult.load(chain / "run-ewc")
     assert (result.arm_parameters, result.recipe["weight_decay"]) == ({"strength": 5.0}, 0.01)
+
+
+def test_a_profile_of_other_weights_is_told(chain, command, tmp_path):
+    other = load_lm(str(chain / "model"))
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight.mul_(2)
+    save(other, tmp_path / "other")
+    for model, told in (("model", False), (tmp_path / "other", True)):
+        note = f"note: the profile was measured on other weights (model) than those of {model}"
+        code, out, err = command("inspect", model, "--profile", "profile")
+        assert code == 0, err
+        assert (note in " ".join(out.split())) == told
+        code, out, err = command(
+            "finetune", model, "--task", "cola", "--data", "glue", "--arm", "ewc", "--profile", "profile",
+            "--epochs", 1, "--out", tmp_path / f"run-{told}",
+        )  # fmt: skip
+        assert code == 0, err
+        assert (note in " ".join(out.split())) == told
+        assert ("other weights" in out) == told
+
+
+def test_a_length_beyond_the_models_is_told_where_it_was_given(chain, command, tmp_path):
+    for more, told in (("", False), ("--max-length 99", True)):
+        code, out, err = command(
+            *f"finetune model --task cola --data glue --arm none --epochs 1 {more} --out".split(), tmp_path / f"{told}"
+        )
+        assert code == 0, err
+        assert ("texts are cut at 24 tokens, all that the model has positions for" in " ".join(out.split())) == told
 
 
 def test_a_file_of_ones_own_by_its_columns(chain, command):
@@ -300,6 +328,8 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (f"{FISHER} --max-characters 0", "at most 0 characters; expected at least 1"),
         (f"{FISHER} --task cola", "--task cola, --data None; expected --text, or --task with its --data"),
         (FISHER.replace("--text text.txt", "--task cola --data glue"), "BertForMaskedLM has no classes"),
+        (f"{FISHER} --checkpoint-every -1", "checkpoint every -1 seconds; expected 0 (after each batch) or more"),
+        (f"{FISHER} --checkpoint-every nan", "checkpoint every nan seconds; expected 0"),
         (f"{FISHER} --batch-size 0", "batch size 0; expected at least 1"),
         (f"{FISHER} --tokens-per-batch 0", "tokens per batch 0; expected at least 1"),
         (f"{FISHER} --objective causal", "choose another objective or model"),
@@ -335,6 +365,7 @@ FINETUNE = "finetune model --task cola --data glue --out new --arm guided --sche
         (f"{FINETUNE} --arm-param p=1", "the arm 'guided' has no parameters; found 'p'"),
         (FINETUNE.replace(" --schedule schedule.json", ""), "schedule"),
         (f"{FINETUNE} --train-fraction 0", "fraction"),
+        (f"{FINETUNE} --metrics accuracy,accuracy", "has the metric accuracy twice; expected each once"),
         (f"{FINETUNE} --split papr", "did you mean 'paper'"),
         (f"{FINETUNE} --columns text=a:label=b", "found --columns text=a:label=b with the task cola; expected none"),
         (FINETUNE.replace("--data glue", "--data text.csv"), "expected a GLUE folder, or --columns"),

@@ -73,6 +73,16 @@ def test_lines_numbers_and_figure(chain, command, tmp_path):
     assert numbers["masks"][1]["numbers"]["rise at 1"]["values"] == pytest.approx(made.rises("top:0.5")[0].tolist())
 
 
+def test_a_profile_of_other_weights_is_told(chain, command, tmp_path):
+    save_tiny_bert(tmp_path / "other", initializer_range=0.05)
+    for model, told in (("model", False), (tmp_path / "other", True)):
+        line = [*BASE.replace("model", str(model), 1).split(), "--mask", "top:0.5", "--profile", "profile"]
+        code, out, err = command(*line, "--dims", 1, "--points", 3, "--out", tmp_path / f"{told}")
+        assert code == 0, err
+        note = f"note: the profile was measured on other weights (model) than those of {model}"
+        assert (note in " ".join(out.split())) == told
+
+
 def test_a_plane_by_default_make_left_out(command, folder, tmp_path):
     line = f"{BASE} --points 3 --vectors moved --normalise tensor --keep-directions --seed 5"
     code, _, err = command(*line.split(), "--out", tmp_path / "plane", "--plot", tmp_path / "plane.png")

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import language_model, profile_of
+from families import language_model, measured_on, profile_of
 from test_cli import run
 from tiny import save, save_tiny_bert
 
 from guided_dropout import add_residual_sites
-from guided_dropout.identity import weights_digest
 from guided_dropout.models import load_lm
 from guided_dropout.schedule import DropoutSchedule, controls
 
@@ -27,6 +26,8 @@ def folder(tmp_path_factory):
     planned.save(folder / "a.json")
     planned.at_uniform().save(folder / "flat.json")
     (folder / "rates.csv").write_text("path,rate\n" + "".join(f"{path},0.25\n" for path in planned.rates))
+    (folder / "nested.json").write_text('{"bert": {"embeddings": {"dropout": 0.1}}}')
+    (folder / "listed.json").write_text('{"bert": [0.1]}')
     return folder
 
 
@@ -44,6 +45,13 @@ def test_make_is_what_schedule_does_by_default(folder, command, tmp_path, line):
     assert DropoutSchedule.load(tmp_path / "new.json").rates == DropoutSchedule.load(folder / "a.json").rates
     assert "encoder.layer.1.output.dropout" in out
     assert "7 sites, mean rate 0.0500, from 0 to 0.1" in out
+
+
+def test_the_help_calls_the_profile_what_the_usage_does(command):
+    for line in ("schedule --help", "schedule make --help"):
+        _, out, _ = command(*line.split())
+        assert "PROFILE" in out
+        assert "DIR" not in out
 
 
 def test_every_choice_arrives(command, tmp_path):
@@ -166,8 +174,7 @@ def test_inspect_says_whether_the_schedule_was_made_on_these_weights(folder, com
 
 def test_make_says_whether_the_profile_was_measured_on_the_models_weights(folder, command, tmp_path):
     model = load_lm(str(folder / "model"))
-    digest = weights_digest(dict(model.named_parameters()))
-    measured = replace(profile_of(model), model={**profile_of(model).model, "digest": digest})
+    measured = measured_on(model)
     measured.save_pretrained(tmp_path / "measured")
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.weight.mul_(2)
@@ -199,6 +206,11 @@ def test_diff_prints_both_rates_the_means_and_the_order(command):
         ("schedule make profile --rates rates.csv --out new", "expected one of the two: leave one out"),
         ("schedule make --rates rates.csv --model model --shape step --out new", "leave out --upper"),
         ("schedule make --rates a.json --model model --out new", "holds 'dropout-schedule'; expected a plain object"),
+        (
+            "schedule make --rates nested.json --model model --out new",
+            "nested.json gives bert an object; expected a number in [0, 1)",
+        ),
+        ("schedule make --rates listed.json --model model --out new", "listed.json gives bert an array; expected"),
         ("schedule profile --shape paper-code --out new", "paper_code for 7 sites; expected 37"),
         ("schedule profile --aggregate maximum --out new", "unknown aggregate 'maximum'"),
         ("schedule profile --mean-rate 0.7 --out new", "choose a mean rate below 0.5"),

@@ -272,7 +272,16 @@ def test_further_splits_are_evaluated_after_the_last_epoch_and_change_nothing(
 
 def test_long_texts_are_cut_at_the_models_own_limit(bert: Path) -> None:
     long = Examples([("the cat sees " * 20 + "red",), ("a dog " * 30,)] * 4, [0, 1] * 4)
-    assert finetune(bert, COLOUR, arm="none", **{**SHORT, "data": (long, long)}).recipe["max_length"] == 24
+    options = {**SHORT, "data": (long, long), "epochs": 1}
+    for given, told in (
+        (None, []),
+        (24, []),
+        (25, ["note: max length 25; texts are cut at 24 tokens, all that the model has positions for"]),
+    ):
+        said: list[str] = []
+        result = finetune(bert, COLOUR, arm="none", told=said.append, **{**options, "max_length": given})
+        assert result.recipe["max_length"] == 24
+        assert said == told
 
 
 # --- what can go wrong

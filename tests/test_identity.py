@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from families import classifier_of, language_model, profile_of
+from families import classifier_of, language_model, measured_on, profile_of
 from torch import nn
 
 from guided_dropout import apply_dropout, estimate_fisher, find_sites
@@ -71,6 +73,41 @@ def test_a_schedule_knows_the_weights_that_it_was_made_on_under_any_head() -> No
     with torch.no_grad():
         classifier.bert.encoder.layer[1].output.dense.weight *= 1.1
     assert schedule.has_weights_of(classifier) is False
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "t5"])
+def test_a_profile_knows_the_weights_that_it_was_measured_on_under_any_head(family: str) -> None:
+    """T5's language model is its own backbone, so that its output layer has no prefix to be known by."""
+    changes = {"tie_word_embeddings": False} if family == "t5" else {}
+    model, classifier = language_model(family, **changes), classifier_of(family, **changes)
+    profile = measured_on(model)
+    assert profile.has_weights_of(model) is True
+    assert profile.weights_note(model) is None
+    assert profile.has_weights_of(classifier) is False
+    here, there = (getattr(m, m.base_model_prefix, m) for m in (model, classifier))
+    lacking = there.load_state_dict(
+        {k: v for k, v in here.state_dict().items() if k in there.state_dict()}, strict=False
+    )
+    assert all("pooler" in name for name in lacking.missing_keys)
+    assert profile.has_weights_of(classifier) is True
+    assert profile.weights_note(classifier) is None
+    assert measured_on(classifier).has_weights_of(model) is (None if family == "bert" else True)  # BERT's pooler
+    with torch.no_grad():
+        next(p for p in there.parameters() if p.dim() == 2).add_(0.5)
+    assert profile.has_weights_of(classifier) is False
+    assert profile.weights_note(classifier) == (
+        f"note: the profile was measured on other weights ({profile.title}) than those of {type(classifier).__name__}"
+    )
+
+
+def test_a_profile_of_an_earlier_version_knows_its_own_model_alone_or_nothing() -> None:
+    model, classifier = language_model("bert"), classifier_of("bert")
+    profile = measured_on(model)
+    without = {key: value for key, value in profile.model.items() if key != "backbone"}
+    assert replace(profile, model=without).has_weights_of(model) is True
+    assert replace(profile, model=without).has_weights_of(classifier) is None
+    assert profile_of(model).has_weights_of(model) is None
+    assert profile_of(model).weights_note(model) is None
 
 
 def test_a_schedule_of_an_earlier_version_does_not_say() -> None:

@@ -112,6 +112,10 @@ def test_the_weights_decide_what_is_one_model_and_where_they_are_unknown_the_nam
     assert (
         merge(with_weights(0, "aaaa"), with_weights(1)).model == with_weights(0).model
     )  # not all that is in it is known
+    known = {"digest": "aaaa", "backbone": {"digest": "bbbb", "tensors": 2}}
+    newer = [profile(seed, model={**with_weights(0).model, **known}) for seed in (0, 1)]
+    assert merge(*newer).model == newer[0].model
+    assert merge(newer[0], with_weights(1, "aaaa")).model == with_weights(0, "aaaa").model
     with pytest.raises(ArtefactError, match="name_or_path is 'someone/toy' in profile 1, 'a/copy' in profile 2"):
         merge(with_weights(0, "aaaa"), with_weights(1, name="a/copy"))
     message = (

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from guided_dropout.errors import ScheduleError
 from guided_dropout.schedule.shapes import (
     SHAPES,
+    check_rate,
     paper_code_rates,
     place_rates,
     rates_from_scores,
@@ -228,3 +229,11 @@ def test_a_score_that_is_not_finite_is_refused() -> None:
 def test_rates_are_placed_by_score() -> None:
     assert place_rates({"x": 3.0, "y": 1.0, "z": 2.0}, [0.3, 0.2, 0.1]) == {"x": 0.1, "y": 0.3, "z": 0.2}
     assert rates_from_scores({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("rate", "found"), [(1.0, "1.0"), ("a", "'a'"), (None, "None"), ({"x": 0.1}, "a dict"), ([0.1] * 99, "a list")]
+)
+def test_a_rate_that_is_none_is_told_by_its_value_or_its_kind(rate: object, found: str) -> None:
+    with pytest.raises(ScheduleError, match=rf"dropout rate of site is {found}; expected a number in \[0, 1\)"):
+        check_rate("site", rate)

@@ -10,8 +10,8 @@ from scipy.stats import kendalltau
 
 from guided_dropout import estimate_fisher, find_sites
 from guided_dropout.errors import ArtefactError, DataError
-from guided_dropout.fisher.ranking import MIN_SAMPLES, RankingTest
-from guided_dropout.fisher.stability import StabilityTest
+from guided_dropout.fisher import RankingTest, StabilityTest
+from guided_dropout.fisher.ranking import MIN_SAMPLES
 
 SITES = [f"s{i}" for i in range(16)]
 GROUPS = {site: [f"{site}.weight"] for site in SITES}

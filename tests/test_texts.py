@@ -55,14 +55,38 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_again(tmp_path):
     (tmp_path / "d.txt").write_text("")
     (tmp_path / "notes.md").write_text("no text")
     (tmp_path / "e.tar.gz").write_bytes(b"no text")
+    (tmp_path / "f.csv.gz").write_bytes(gzip.compress(b"a,b\n1,2\n"))
     text = stream_text(tmp_path)
     assert list(text) == list(text) == ["one", "two", "three", "Élan"]
-    assert text.ignored == ("e.tar.gz", "notes.md")
+    assert text.ignored == ("e.tar.gz", "f.csv.gz", "notes.md")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "x.bz2").write_bytes(bz2.compress(b"words"))
     with pytest.raises(DataError, match=r"no text in the folder .*; expected .txt, .jsonl, .gz or .xz"):
         stream_text(empty)
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.TSV", "t.json", "t.parquet", "t.csv.gz", "t.tar"])
+def test_tables_and_archives_are_not_taken_for_prose(tmp_path, name):
+    path = tmp_path / name
+    write = gzip.open if name.endswith(".gz") else open
+    with write(path, "wt", encoding="utf-8") as f:
+        f.write('{"a": 1}\n')
+    with pytest.raises(DataError, match=rf"{name} is a \.\w+ file, whose lines .*expected text: write it to a \.txt"):
+        stream_text(path)
+
+
+@pytest.mark.parametrize("name", ["words", "words.md", "words.text", "v1.csv.words", "words.v2.gz"])
+def test_any_other_ending_or_none_is_text(tmp_path, name):
+    write = gzip.open if name.endswith(".gz") else open
+    with write(tmp_path / name, "wt", encoding="utf-8") as f:
+        f.write("one\ntwo\n")
+    assert list(stream_text(tmp_path / name)) == ["one", "two"]
+
+
+def test_lines_of_json_are_known_by_an_ending_in_capitals_too(tmp_path):
+    (tmp_path / "a.JSONL").write_text('{"text": "one"}\n')
+    assert list(stream_text(tmp_path / "a.JSONL")) == ["one"]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +95,10 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_again(tmp_path):
         ("{", r"bad.jsonl:2 is not valid JSON"),
         ("1" * 5000, r"bad.jsonl:2 is not valid JSON \(Exceeds the limit"),
         ('{"body": "words"}', r"bad.jsonl:2 holds body; expected a text named 'text'"),
-        ('["words"]', r"bad.jsonl:2 holds list; expected a text named 'text'"),
+        ('["words"]', r"bad.jsonl:2 holds an array; expected a text named 'text'"),
+        ('{"text": 1, "id": 2}', r"bad.jsonl:2 holds a number named 'text'; expected a text of that name"),
+        ('{"text": ["a"]}', r"bad.jsonl:2 holds an array named 'text'"),
+        ('{"text": null}', r"bad.jsonl:2 holds null named 'text'"),
         (r'{"text": "half \ud83d a pair"}', r"bad.jsonl:2 holds '\\ud83d', which is no character"),
     ],
 )

@@ -99,6 +99,8 @@ def inspect(
         console.print(f"set but never used in training: {', '.join(dead)}", style="dim")
     if measured and measured.noise:
         console.print(f"rounding noise alone, left out of the scores: {', '.join(measured.noise)}", style="dim")
+    if measured and (note := measured.weights_note(loaded)):
+        console.print(note, style="dim", highlight=False)
     if planned and (note := planned.weights_note(loaded)):
         console.print(note, style="dim", highlight=False)
 

@@ -57,11 +57,14 @@ def run(
         ),
     ] = None,
     profile: Annotated[
-        list[str] | None, typer.Option(help="Fisher profile of the model; for several models in their order.")
+        list[str] | None,
+        typer.Option(help="Fisher profile of the model; for several models, the option once for each, in their order."),
     ] = None,
     schedule: Annotated[
         list[Path] | None,
-        typer.Option(help="Its schedule. \\[default: the paper's linear one from 0.1 to 0, made from the profile]"),
+        typer.Option(
+            help="Its schedule, likewise. \\[default: the paper's linear one from 0.1 to 0, made from the profile]"
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, each in a process with a model of its own.")] = 1,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training data. \\[default: 3]")] = None,
@@ -113,7 +116,7 @@ def run(
         console.print(out)
         return
     # A mistake that each run would make is found here, before anything is written.
-    plan.rehearse()
+    plan.rehearse(lambda note: console.print(note, style="dim", highlight=False))
     if experiment is not None:
         check_joining(plan, experiment, missing)
     clock = _clock(plan, experiment)
@@ -250,7 +253,8 @@ def _plan(
     for option, values in (("profile", profiles), ("schedule", schedules)):
         if values and len(values) != len(models):
             raise GuidedDropoutError(
-                f"found {len(values)} --{option} for {len(models)} models; expected one for each, in their order"
+                f"found {len(values)} --{option} for {len(models)} models; expected the option once for each model, in "
+                f"their order: {' '.join(f'--{option} …' for _ in models)}"
             )
     known = [
         BenchModel(m, profiles[i] if profiles else None, str(schedules[i]) if schedules else None, residual_sites)

@@ -88,7 +88,12 @@ def finetune(
     epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    max_length: Annotated[int, typer.Option(help="Tokens at which an example is cut.")] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens at which an example is cut, or the model's limit where that is less.", show_default="128"
+        ),
+    ] = None,
     rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = "epoch",
@@ -111,6 +116,10 @@ def finetune(
                 f"--{what} {file} with the arm {name!r}, which uses no {what}; expected one that does ({able}), or no "
                 f"--{what}"
             )
+
+    def told(note: str) -> None:
+        console.print(note, style="dim", highlight=False)
+
     planned = DropoutSchedule.load(schedule) if schedule else None
     measured = FisherProfile.from_pretrained(profile) if profile else None
     with progress_bar(f"{task or data} {arm}", None) as update:
@@ -139,7 +148,7 @@ def finetune(
             precision=precision,
             residual_sites=residual_sites,
             out=out,
-            told=console.print,
+            told=told,
             progress=update,
         )
     value = "diverged" if result.value is None else f"{result.value:.4f}"

@@ -123,6 +123,8 @@ def make(
             masks = list(dict.fromkeys(m for own in masks for m in _both(own)))
         measured = FisherProfile.from_pretrained(profile) if profile else None
         loaded, inputs = given.load(shown=world.is_main)
+        if measured is not None and world.is_main and (note := measured.weights_note(loaded)):
+            console.print(note, style="dim", highlight=False)
         directions = direction if to is None else [toward(loaded, load_model(to, given.precision))]
         loaded = to_device(loaded, device or world.device)
     share = "points" if world.count == 1 else f"points of process 1 of {world.count}"

@@ -44,7 +44,9 @@ TokensPerBatch = Annotated[
 Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:1; default: a GPU if any.")]
 Dtype = Annotated[str, typer.Option(help="Of the weights while measuring: float32, bfloat16, float16, float64.")]
 Resume = Annotated[bool | None, typer.Option(help="Go on with an unfinished run from OUT.checkpoint, or start afresh.")]
-CheckpointEvery = Annotated[float, typer.Option(help="Seconds between two writes of OUT.checkpoint.")]
+CheckpointEvery = Annotated[
+    float, typer.Option(help="Seconds between two writes of OUT.checkpoint; 0 is after each batch.")
+]
 
 # Of dropout sites
 Grouping = Annotated[str, typer.Option(help="Which parameters feed a site: owner or dataflow.")]

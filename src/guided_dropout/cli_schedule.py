@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 schedule_app = typer.Typer(
     cls=MakeByDefault,
-    help="Make, show and compare schedules, and the controls that they have to beat. `schedule DIR --out FILE` is "
-    "short for `schedule make DIR --out FILE`.",
+    help="Make, show and compare schedules, and the controls that they have to beat. `schedule PROFILE --out FILE` "
+    "is short for `schedule make PROFILE --out FILE`.",
     short_help="Turn a profile into a dropout rate for each site; derive controls; show and compare schedules.",
     no_args_is_help=True,
 )
@@ -46,7 +46,7 @@ def make(
     ] = None,
     rates: Annotated[
         Path | None,
-        typer.Option(help="Rates one by one, in place of DIR: JSON or CSV of path and rate; needs --model."),
+        typer.Option(help="Rates one by one, in place of PROFILE: JSON or CSV of path and rate; needs --model."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Take the sites from this model, not from the profile's own.")
@@ -94,8 +94,7 @@ def make(
     path = planned.save(out)
     console.print(schedule_table(planned))
     console.print(schedule_origin(planned), highlight=False)
-    if measured is not None and measured.has_weights_of(loaded) is False:
-        note = f"note: the profile was measured on other weights ({measured.title}) than those of {source}"
+    if measured is not None and (note := measured.weights_note(loaded)):
         console.print(note, style="dim", highlight=False)
     console.print(path)
 

@@ -31,6 +31,8 @@ from guided_dropout.workbench import Workbench
 
 __all__ = ["ARMS", "RunResult", "Seeds", "finetune"]
 
+MAX_LENGTH = 128
+
 
 def finetune(
     model: str | Path | Workbench,
@@ -54,7 +56,7 @@ def finetune(
     learning_rate: float = 2e-5,
     warmup_ratio: float = 0.1,
     weight_decay: float = 0.0,
-    max_length: int = 128,
+    max_length: int | None = None,
     rate: float = 0.1,
     device: str = "auto",
     precision: str = "auto",
@@ -96,7 +98,8 @@ def finetune(
         learning_rate: its peak.
         warmup_ratio: share of the steps until the peak.
         weight_decay: AdamW's, on all but biases and norms.
-        max_length: tokens at which a text is cut, or the model's own limit where that is less.
+        max_length: tokens at which a text is cut, or the model's own limit where that is less, which is told; None is
+            128 or that limit.
         rate: of plain dropout, in all arms that do not set the rates themselves.
         device: ``"auto"`` or ``"cpu"``.
         precision: ``"float32"``, ``"bfloat16"`` (autocast), or ``"auto"``: bfloat16 on a GPU that has it.
@@ -104,7 +107,8 @@ def finetune(
         residual_sites: give the model dropout on what its blocks write to the residual stream, where it is built
             without (`add_residual_sites`); the schedule must have been made for these sites.
         out: folder for ``result.json``, checked before training and written after it; None writes nothing.
-        told: called, before training, with each sentence that a person should know of the data and the schedule.
+        told: called, before training, with each sentence that a person should know: of the data, of a schedule or
+            profile of other weights, of a `max_length` that is cut.
         progress: called after each step with the steps done and the steps in all.
 
     Raises:
@@ -119,9 +123,10 @@ def finetune(
     chosen.check(context)
     if out is not None:
         check_output_folder(out, marker=JSON_NAME)
+    length = MAX_LENGTH if max_length is None else max_length
     recipe = Recipe(
-        train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, max_length, rate, device,
-        precision, evaluate, residual_sites,
+        train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, length, rate, device, precision,
+        evaluate, residual_sites,
     )  # fmt: skip
     seeds = seeds or Seeds.derive(seed)
 
@@ -142,9 +147,14 @@ def finetune(
     task = given.task
     train = subset(given.train, train_fraction, seeds.subset)
     classifier = bench.classifier(task.num_labels, head_seed=seeds.head)
-    if told and schedule is not None and (note := schedule.weights_note(classifier)):
-        told(note)
-    recipe = replace(recipe, max_length=fitting_length(max_length, bench.tokenizer, classifier))
+    for known in (schedule, profile):
+        if told and known is not None and (note := known.weights_note(classifier)):
+            told(note)
+    fitting = fitting_length(length, bench.tokenizer, classifier)
+    if told and max_length is not None and fitting < max_length:
+        all_that = "the model has positions for" if fitting == positions_of(classifier) else "its tokenizer takes"
+        told(f"note: max length {max_length}; texts are cut at {fitting} tokens, all that {all_that}")
+    recipe = replace(recipe, max_length=fitting)
     encoded, held_out, *rest = (
         bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -78,6 +78,41 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {list(weights[name].shape)} ".encode())
         digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def weights_identity(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
+    """What is written into artefacts about the weights that something was measured on.
+
+    Args:
+        model: it was measured on this.
+        names: of its parameters that were measured, as in ``model.named_parameters()``.
+
+    Returns:
+        ``"digest"`` of all its weights; and of those of its backbone that were measured, so that they are known again
+        under another head, ``"backbone"``: their ``"digest"`` and how many ``"tensors"`` they are.
+    """
+    own = {backbone_name(model, name) for name in names}
+    measured = backbone_weights(model, own)
+    return {
+        "digest": weights_digest(dict(model.named_parameters())),
+        "backbone": {"digest": weights_digest(measured), "tensors": len(measured)},
+    }
+
+
+def backbone_weights(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """Those of these names, relative to the backbone: the same under another head or with adapters.
+
+    The output layer of a language model that is its own backbone (T5's) is a head all the same.
+    """
+    inner: Any = unwrapped(model)
+    output = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    heads = tuple(f"{path}." for path, module in model.named_modules() if output is not None and module is output)
+    found: dict[str, nn.Parameter] = {}
+    for full, parameter in model.named_parameters():
+        name = backbone_name(model, full)
+        if name in names and not in_head(model, full) and not full.startswith(heads):
+            found.setdefault(name, parameter)  # a layer comes before an adapter's copy of it
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

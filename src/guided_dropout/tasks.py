@@ -62,7 +62,7 @@ class Task:
         empty_second: whether the second of two texts may be empty in `files` and `hub`, as two of QQP's questions are.
 
     Raises:
-        DataError: a metric that does not exist or does not suit the labels.
+        DataError: a metric that does not exist, stands twice or does not suit the labels.
     """
 
     name: str
@@ -79,6 +79,8 @@ class Task:
         for metric in self.metrics:
             if metric not in METRICS:
                 raise DataError(unknown("metric", metric, METRICS))
+            if self.metrics.count(metric) > 1:
+                raise DataError(f"task {self.name!r} has the metric {metric} twice; expected each once: leave one out")
             if not METRICS[metric].suits(self.labels):
                 wants = METRICS[metric].wants
                 raise DataError(f"task {self.name!r} has the metric {metric}, which expects {wants}: choose another")

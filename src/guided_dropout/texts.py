@@ -12,11 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from guided_dropout.errors import DataError
+from guided_dropout.errors import DataError, describe
 
 HUB = "hub:"
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 _SUFFIXES = {".txt", ".jsonl", *_OPENERS}
+# UTF-8 though some of them are, their lines are no prose: commas, braces and file headers would be measured.
+_NO_PROSE = (".csv", ".tsv", ".json", ".parquet", ".tar")
+# What JSON calls the values that are no text.
+_KINDS = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object",
+}  # fmt: skip
 # A line longer than this counts as several: memory does not depend on where a text has its line ends.
 _LONGEST_LINE = 1 << 18
 
@@ -69,7 +75,7 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
         max_characters: see `Text`.
 
     Raises:
-        DataError: no such source, not readable, not UTF-8, nothing in it, or a limit below 1.
+        DataError: no such source, not readable, not UTF-8, nothing in it, a table or an archive, or a limit below 1.
     """
     if max_characters is not None and max_characters < 1:
         raise DataError(f"at most {max_characters} characters; expected at least 1")
@@ -78,7 +84,7 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
         text = Text(str(source), _hub_lines(str(source)), max_characters)
     elif path.is_dir():
         files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-        readable = sorted(name for name in files if files[name].suffix in _SUFFIXES and ".tar." not in name)
+        readable = sorted(n for n, p in files.items() if p.suffix in _SUFFIXES and _inner_suffix(p) not in _NO_PROSE)
         if not readable:
             raise DataError(f"no text in the folder {source}; expected .txt, .jsonl, .gz or .xz files: add some")
         text = Text(
@@ -88,14 +94,24 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
             tuple(sorted(set(files) - set(readable))),
         )
     else:
+        if path.exists() and (inner := _inner_suffix(path)) in _NO_PROSE:
+            raise DataError(
+                f"{path} is a {inner} file, whose lines are no prose; expected text: write it to a .txt, a paragraph a "
+                "line, or to a .jsonl with a field 'text' in each line"
+            )
         text = Text(str(source), lambda: _file_lines(path), max_characters)
     next(iter(text))
     return text
 
 
+def _inner_suffix(path: Path) -> str:
+    """Its ending before that of the compression."""
+    return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix.lower()
+
+
 def _file_lines(path: Path) -> Iterator[str]:
     opener = _OPENERS.get(path.suffix, open)
-    inner = path.with_suffix("").suffix if path.suffix in _OPENERS else path.suffix
+    inner = _inner_suffix(path)
     done = 0
     try:
         with opener(path, "rt", encoding="utf-8-sig") as f:
@@ -160,7 +176,10 @@ def _hub_lines(source: str) -> Callable[[], Iterator[str]]:
 def _lines_of(row: Any, column: str, where: str) -> Iterator[str]:
     value = row.get(column) if isinstance(row, dict) else None
     if not isinstance(value, str):
-        found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        if isinstance(row, dict) and column in row:
+            kind = _KINDS.get(type(value)) or describe(value)
+            raise DataError(f"{where} holds {kind} named {column!r}; expected a text of that name")
+        found = ", ".join(map(str, row)) if isinstance(row, dict) else _KINDS.get(type(row)) or describe(row)
         raise DataError(f"{where} holds {found or 'nothing'}; expected a text named {column!r}")
     if not value.isascii():
         try:

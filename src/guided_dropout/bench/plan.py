@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,10 @@ class BenchModel:
         classifier = load_classifier(self.source, 2, head_seed=0)
         with added_sites(classifier, self.residual_sites):
             return profile, DropoutSchedule.from_profile(profile, classifier)
+
+    def has_weights_of(self, profile: FisherProfile) -> bool | None:
+        """Whether the model has the weights that `profile` was measured on; None where that cannot be told."""
+        return profile.has_weights_of(load_classifier(self.source, 2, head_seed=0))
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Plan:
                 "source": label,
                 "residual_sites": model.residual_sites,
                 "profile": None if schedule is None else dict(schedule.profile),
+                "profile_of_these_weights": None if profile is None else model.has_weights_of(profile),
                 "schedule": None
                 if schedule is None
                 else {
@@ -172,8 +177,11 @@ class Plan:
             **asdict(self.training),
         )
 
-    def rehearse(self) -> None:
+    def rehearse(self, told: Callable[[str], Any] = lambda note: None) -> None:
         """Put each arm on each model, and take it off again: what cannot be put on would fail in every run.
+
+        Args:
+            told: called with each sentence that a person should know of a model's profile and schedule.
 
         Raises:
             GuidedDropoutError: a schedule or profile of another model, or something that an arm lacks.
@@ -181,6 +189,9 @@ class Plan:
         for model in self.models.values():
             profile, schedule = model.known()
             classifier = load_classifier(model.source, 2, head_seed=0)
+            for known in (profile, schedule if model.schedule is not None else None):
+                if known is not None and (note := known.weights_note(classifier)):
+                    told(note)
             context = Context(
                 rate=self.training.rate, schedule=schedule, profile=profile, new=drawn_parameters(classifier)
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from guided_dropout.artefacts import read_tensors, write_tensors
+from guided_dropout.errors import DataError
 from guided_dropout.fisher.stream import Item
 from guided_dropout.unfinished import RunFiles
 
@@ -45,14 +46,19 @@ class Checkpoint:
     Args:
         folder: where the files of all processes lie.
         run: what makes a run what it is; a file of another run is refused.
-        every: seconds between two writes.
+        every: seconds between two writes; 0 is after each batch.
         process: this process's number, from 0.
         processes: how many there are.
+
+    Raises:
+        DataError: a time below 0.
     """
 
     def __init__(
         self, folder: str | Path, run: Mapping[str, Any], *, every: float, process: int = 0, processes: int = 1
     ):
+        if not every >= 0:  # NaN too
+            raise DataError(f"checkpoint every {every:g} seconds; expected 0 (after each batch) or more")
         self.folder, self.run, self.every = Path(folder), json.loads(json.dumps(run)), every
         self.path = FILES.file(folder, process, processes)
         self._last = time.monotonic()

@@ -26,7 +26,7 @@ from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
-from guided_dropout.identity import model_identity, weights_digest
+from guided_dropout.identity import model_identity, weights_identity
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
 from guided_dropout.undisturbed import evaluating
@@ -311,7 +311,7 @@ def profile_of(
         objective=goal.name,
         reduction=goal.reduction,
         labels=goal.labels,
-        model={**model_identity(model), "digest": weights_digest(dict(model.named_parameters()))},
+        model={**model_identity(model), **weights_identity(model, [*sums.parameters])},
         coverage=covered,
         noise=sorted(set().union(*noises)),
         shapes={n: tuple(p.shape) for n, p in sums.parameters.items()},

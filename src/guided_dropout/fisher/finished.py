@@ -12,7 +12,7 @@ from guided_dropout.fisher.estimate import check_devices
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.selection import Choice, select_parameters
 from guided_dropout.fisher.site_scores import StoppingRule
-from guided_dropout.identity import model_identity, weights_digest
+from guided_dropout.identity import model_identity, weights_identity
 from guided_dropout.provenance import provenance
 from guided_dropout.unfinished import check_finished
 
@@ -53,7 +53,7 @@ def finished_profile(
     found = FisherProfile.from_pretrained(Path(folder))
     check_devices(model)
     chosen = select_parameters(model, parameters)
-    identity = {**model_identity(model), "digest": weights_digest(dict(model.named_parameters()))}
+    identity = {**model_identity(model), **weights_identity(model, [*chosen])}
     run = {
         "model": {key: value for key, value in identity.items() if key in found.model},  # earlier ones have no digest
         "parameters": len(chosen),

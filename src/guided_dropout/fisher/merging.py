@@ -12,6 +12,7 @@ from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.provenance import provenance
 
+_WEIGHTS = ("digest", "backbone")  # of the model's facts; earlier profiles lack them
 _SAME = 1e-4  # a batch size moves a mean by 1e-6 of it, other samples by far more
 
 
@@ -59,7 +60,7 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
         num_skipped=sum(p.num_skipped for p in profiles),
         objective=first.objective,
         reduction=first.reduction,
-        model={key: v for key, v in first.model.items() if key != "digest" or all(key in p.model for p in profiles)},
+        model={k: v for k, v in first.model.items() if k not in _WEIGHTS or all(k in p.model for p in profiles)},
         coverage={"fallback": fallback, "parameters_by_rule": 1 - slow / sum(sizes.values())},
         provenance=_provenance(profiles),
         labels=first.labels,
@@ -87,7 +88,7 @@ def _check_same_measurement(a: FisherProfile, b: FisherProfile, number: int) -> 
     facts += [
         (f"the model's {key}", a.model.get(key), b.model.get(key))
         for key in {**a.model, **b.model}
-        if key != "digest" and not (key == "name_or_path" and by_digest)
+        if key not in _WEIGHTS and not (key == "name_or_path" and by_digest)
     ]
     facts += [
         (f"the shape of {name}", a.shapes.get(name, "missing"), b.shapes.get(name, "missing"))

@@ -25,7 +25,7 @@ from guided_dropout.errors import ArtefactError, DataError, describe, unknown
 from guided_dropout.fisher import hub
 from guided_dropout.fisher.card import card
 from guided_dropout.fisher.topk import Selection, select
-from guided_dropout.identity import model_identity, weights_digest
+from guided_dropout.identity import backbone_weights, model_identity, relative_name, weights_digest
 
 KIND = "fisher-profile"
 SCHEMA = 2
@@ -53,8 +53,8 @@ class FisherProfile:
         num_skipped: samples without a target, which do not count.
         objective: ``"mlm"``, ``"causal"``, ``"seq2seq"``, ``"classification"`` or ``"regression"``.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
-        model: what `identity.model_identity` says of the model, and ``"digest"`` of its weights, see
-            `identity.weights_digest`; earlier files have no digest.
+        model: what `identity.model_identity` says of the model, and `identity.weights_identity` of its weights, of
+            which earlier files have less or nothing.
         coverage: ``{"fallback": [names], "parameters_by_rule": share}``: which parameters needed the slow loop.
         provenance: versions, machine, date, seed, text.
         labels: ``"data"`` for the empirical Fisher, ``"model"`` where they were drawn from the model's prediction.
@@ -132,13 +132,31 @@ class FisherProfile:
     def has_weights_of(self, model: nn.Module) -> bool | None:
         """Whether `model` has the weights that this was measured on; None where that cannot be told.
 
-        It cannot where the profile does not say, or the model has another head.
+        Under another head the backbones are compared. It cannot be told where the profile does not say, or the model
+        lacks some of the backbone that was measured.
         """
         made_on, here = self.model.get("digest"), model_identity(model)
-        same_kind = all(here[key] == self.model.get(key) for key in ("architecture", "num_parameters"))
-        if made_on is None or not same_kind:
+        if made_on is not None and all(here[key] == self.model.get(key) for key in ("architecture", "num_parameters")):
+            return made_on == weights_digest(dict(model.named_parameters()))
+        backbone, prefix = self.model.get("backbone"), self.model.get("backbone_prefix", "")
+        if backbone is None:
             return None
-        return made_on == weights_digest(dict(model.named_parameters()))
+        names = {relative_name(name, prefix) for name in self.shapes if name.startswith(prefix)}
+        found = backbone_weights(model, names)
+        return backbone["digest"] == weights_digest(found) if len(found) == backbone["tensors"] > 0 else None
+
+    def weights_note(self, model: nn.Module) -> str | None:
+        """What to tell a person whose `model` has other weights than this was measured on; None where there is nothing.
+
+        Other weights are no error: fine-tuning changes them.
+        """
+        if self.has_weights_of(model) is not False:
+            return None
+        here = model_identity(model)
+        return (
+            f"note: the profile was measured on other weights ({self.title}) than those of "
+            f"{here['name_or_path'] or here['architecture']}"
+        )
 
     def save_pretrained(self, folder: str | Path, *, dtype: str | torch.dtype | None = None) -> Path:
         """Write `folder` (``fisher.safetensors``, ``profile.json``, ``README.md``), all or nothing; return its path.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from guided_dropout.errors import ScheduleError, unknown
+from guided_dropout.errors import ScheduleError, describe, unknown
 
 Scores = npt.NDArray[np.float64]
 Shape = Callable[[Scores], npt.ArrayLike]
@@ -238,7 +238,8 @@ def check_rate(name: str, rate: Any) -> None:
     """
     number = isinstance(rate, int | float) and not isinstance(rate, bool)
     if not (number and 0 <= rate < 1):
-        raise ScheduleError(f"dropout rate of {name} is {rate!r}; expected a number in [0, 1)")
+        found = repr(rate) if rate is None or isinstance(rate, int | float | str) else describe(rate)
+        raise ScheduleError(f"dropout rate of {name} is {found}; expected a number in [0, 1)")
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> None:

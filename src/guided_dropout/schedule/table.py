@@ -35,6 +35,12 @@ def read_rates(path: str | Path) -> dict[str, float]:
         ) from e
     rates: dict[str, float] = {}
     for site, rate in readers[path.suffix.lower()](path, text):
+        if isinstance(rate, list):
+            kind = "an object" if isinstance(rate, _Object) else "an array"
+            raise ScheduleError(
+                f'{path} gives {site} {kind}; expected a number in [0, 1), as in {{"{site}": 0.1}}: give each site its '
+                "rate, by its whole path"
+            )
         check_rate(site, rate)
         if site in rates:
             raise ScheduleError(f"{path} gives {site} twice; expected one rate a site")
@@ -46,19 +52,22 @@ def read_rates(path: str | Path) -> dict[str, float]:
     return rates
 
 
+class _Object(list[tuple[str, Any]]):
+    """A JSON object's pairs, so that a name that stands twice is seen; an array is a plain list."""
+
+
 def _from_json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
     try:
-        pairs = json.loads(text, object_pairs_hook=list)
+        pairs = json.loads(text, object_pairs_hook=_Object)
     except ValueError as e:
         raise ArtefactError(f"{path} is not valid JSON ({e}); expected an object of path and rate") from e
-    is_object = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
-    if is_object and "kind" in dict(pairs):
+    if not isinstance(pairs, _Object):
+        raise ArtefactError(f"{path} holds no object; expected one of path and rate")
+    if "kind" in dict(pairs):
         raise ArtefactError(
             f"{path} holds {dict(pairs)['kind']!r}; expected a plain object of path and rate: a dropout-schedule file "
             "is used as it is"
         )
-    if not is_object:
-        raise ArtefactError(f"{path} holds no object; expected one of path and rate")
     return pairs
 
 
