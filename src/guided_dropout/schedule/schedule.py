@@ -13,7 +13,7 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile, check_profile
-from guided_dropout.identity import backbone_name, in_head, model_identity, weights_digest
+from guided_dropout.identity import backbone_name, backbone_weights, model_identity, weights_digest
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
 from guided_dropout.schedule.shapes import Shape, check_rate, rates_from_scores, shape_name, with_mean
@@ -318,13 +318,7 @@ def _model_facts(model: nn.Module, sites: list[DropoutSite], grouping: str) -> d
 
 
 def _backbone_digest(model: nn.Module, names: Collection[str]) -> str:
-    """Of the backbone's parameters of these names, relative to it: the same under another head or with adapters."""
-    found: dict[str, nn.Parameter] = {}
-    for full, parameter in model.named_parameters():
-        name = backbone_name(model, full)
-        if name in names and not in_head(model, full):
-            found.setdefault(name, parameter)  # a layer comes before an adapter's copy of it
-    return weights_digest(found)
+    return weights_digest(backbone_weights(model, names))
 
 
 def _weights_facts(profile: FisherProfile, model: nn.Module) -> dict[str, Any]:
