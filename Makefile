@@ -8,7 +8,7 @@ quickstart: $(VENV)/.installed
 	$(VENV)/bin/guided-dropout quickstart --out $(OUT)
 
 test: $(VENV)/.installed-dev
-	$(VENV)/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
