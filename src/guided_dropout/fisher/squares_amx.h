@@ -213,18 +213,6 @@ static inline __attribute__((always_inline)) void add_block(float *total, double
   }
 }
 
-/* In left panels. Each block packs its panels itself, so that they are few; but no thread should wait for another's. */
-static int64_t height_of_blocks(int64_t tall, int64_t columns, int64_t threads) {
-  const int64_t fewest = (tall + TALLEST - 1) / TALLEST;
-  int64_t best = 0, shortest = 0;
-  for (int64_t down = fewest; down < fewest + threads; down++) {
-    const int64_t height = padded((tall + down - 1) / down, DOWN);
-    const int64_t rounds = ((tall + height - 1) / height * columns + threads - 1) / threads;
-    if (!best || rounds * height < shortest) best = height, shortest = rounds * height;
-  }
-  return best;
-}
-
 /* As square_accumulate, of matrices both float32, or both bfloat16 (half); once has_amx was asked. */
 int square_accumulate_amx(float *total, double *sums, const void *left, int64_t left_stride, const void *right,
                           int64_t right_stride, const int64_t *rows, const int64_t *offsets, int64_t samples, int64_t m,
@@ -236,7 +224,8 @@ int square_accumulate_amx(float *total, double *sums, const void *left, int64_t 
   const int64_t columns = (wide + across - 1) / across;
   const int64_t deepest = most_rows(offsets, samples);
   if (deepest == 0 || m == 0 || n == 0) return 0;
-  const int64_t height = height_of_blocks(tall, columns, threads);
+  /* Each block packs its panels itself, so that they are few; but one for each thread. */
+  const int64_t height = least(padded((tall * columns + threads - 1) / threads, DOWN), TALLEST);
   const int64_t blocks_down = (tall + height - 1) / height, chunk = padded(deepest, DEEP) / DEEP * (half ? 1 : 2) * 16 * 64;
   int failed = 0;
 #pragma omp parallel num_threads(threads)
