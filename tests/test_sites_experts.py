@@ -55,6 +55,15 @@ def test_sites_do_not_depend_on_where_tokens_are_routed() -> None:
         assert expert_rates(models[1]) == {0.2}
 
 
+@pytest.mark.parametrize("use_cache", [True, False])  # with one, a layer beyond its length does not run
+def test_layers_that_the_configuration_cuts_off_have_no_sites(use_cache: bool) -> None:
+    model = language_model("llama", num_hidden_layers=3, use_cache=use_cache)
+    model.config.num_hidden_layers = 2  # the forward goes through so many of them
+    assert [site.path for site in find_sites(model)] == [
+        f"model.layers.{k}.self_attn.attention_dropout" for k in range(2)
+    ]
+
+
 def test_modules_that_a_forward_exchanges_are_named_and_put_back() -> None:
     config = transformers.BigBirdConfig(
         vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, block_size=4,

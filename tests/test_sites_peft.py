@@ -171,3 +171,12 @@ def test_the_base_models_weights_are_found_again_under_the_adapters() -> None:
     with torch.no_grad():
         model.get_parameter("base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight").mul_(2)
     assert schedule.has_weights_of(model) is False
+
+
+def test_an_adapter_that_is_turned_off_has_no_site() -> None:
+    config = LoraConfig(target_modules=["query"], lora_dropout=0.1)
+    model = get_peft_model(language_model("bert"), config)
+    before = [site.path for site in find_sites(model)]
+    assert any(path.endswith("lora_dropout.default") for path in before)
+    model.add_adapter("off", config)
+    assert [site.path for site in find_sites(model)] == before

@@ -110,8 +110,9 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
     order = [by_rate[call.rate] for call in calls]
     like = idle_experts(model, [path for path in knobs if path not in heard], list(heard))
     if like:
-        for call in observe(model, inputs, run_beside(model, like), rates=probes, known=by_rate.keys()):
-            if (path := by_rate[call.rate]) in like:
+        cut: set[str] = set()
+        for call in observe(model, inputs, run_beside(model, like, cut), rates=probes, known=by_rate.keys()):
+            if (path := by_rate[call.rate]) in like and path not in cut:
                 heard.setdefault(path, []).append(call)
     sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
     holders: dict[str, nn.Module] = {}

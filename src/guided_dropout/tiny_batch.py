@@ -49,7 +49,7 @@ def tiny_batch(model: nn.Module) -> dict[str, Tensor]:
     if main == "input_ids" or getattr(config, "is_encoder_decoder", False):
         try:
             table = inner.get_input_embeddings().weight
-        except (NotImplementedError, AttributeError) as e:  # CANINE hashes its tokens; CLIP has two models in it
+        except (NotImplementedError, AttributeError) as e:  # transformers' answers where there is no table, or several
             raise cannot from e
         ids = torch.tensor([_ordinary_tokens(config, len(table))], device=table.device)
         tokens = {"decoder_input_ids": ids} if main != "input_ids" else _text(config, ids)
