@@ -1,7 +1,7 @@
 """The C kernel ``squares.c``, called by ctypes.
 
 Where it cannot be built (`build`), or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On
-processors with AMX products go through its units where that is faster (``squares_amx.h``), unless
+processors with AMX products go through its units where that is faster (``squares_amx.h``, ``products_amx.h``), unless
 ``GUIDED_DROPOUT_KERNEL=portable``.
 """
 
@@ -47,6 +47,20 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
             failed = kernel.square_accumulate(*outputs, *inputs)
     if failed:
         raise MemoryError("no memory for the kernel's buffers")
+
+
+def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ matrix + bias`` in AMX, where `has_amx`: [R, k] by [k, n], k > 0, all float32 on a CPU."""
+    kernel = _kernel()
+    assert kernel is not None
+    turned = matrix.stride(1) != 1
+    x, w = _dense_rows(x), _dense_rows(matrix.T if turned else matrix)
+    bias = None if bias is None else bias.contiguous()
+    out = x.new_empty(len(x), matrix.shape[1])
+    inputs = [x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), None if bias is None else bias.data_ptr()]
+    if kernel.multiply_amx(out.data_ptr(), *inputs, *x.shape, out.shape[1], turned, torch.get_num_threads()):
+        raise MemoryError("no memory for the kernel's buffers")
+    return out
 
 
 def products_time(left: Tensor, right: Tensor, layout: Layout) -> float:
@@ -139,6 +153,8 @@ def _declare(library: ctypes.CDLL) -> None:
     if library.has_amx():
         library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
         library.square_accumulate_amx.restype = ctypes.c_int
+        library.multiply_amx.argtypes = [p, p, i, p, i, p, i, i, i, ctypes.c_int, ctypes.c_int]
+        library.multiply_amx.restype = ctypes.c_int
 
 
 def release_memory() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.products import linear, times
 from guided_dropout.fisher.squares import Outer, Rows, Sums, Use
 
 
@@ -281,16 +282,16 @@ _ELEMENTWISE: dict[str, Any] = {
 _LINEAR = Rule(
     "linear",
     _bind_linear,
-    lambda c: F.linear(c.x, **c.parameters),
+    lambda c: linear(c.x, **c.parameters),
     _linear_uses,
-    lambda parameters, g: g @ parameters["weight"],
+    lambda parameters, g: times(g, parameters["weight"]),
 )
 _ADDMM = Rule(
     "addmm",
     _bind_addmm,
-    lambda c: torch.addmm(c.parameters["bias"], c.x, c.parameters["weight"]),
+    lambda c: times(c.x, c.parameters["weight"], c.parameters["bias"]),
     _addmm_uses,
-    lambda parameters, g: g @ parameters["weight"].T,
+    lambda parameters, g: times(g, parameters["weight"].T),
 )
 EMBEDDING = Rule(
     "embedding",

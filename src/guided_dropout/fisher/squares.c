@@ -240,6 +240,8 @@ void gram_sums(double *sums, double *sizes, const float *left, int64_t left_stri
 /* Clang once named the first two without the second line. */
 #if !defined(WITHOUT_AMX) && defined(__linux__) && (defined(__AMX_TILE__) || defined(__AMXTILE__)) && \
     (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include "amx.h"
+#include "products_amx.h"
 #include "squares_amx.h"
 int has_amx(void) { return amx_allowed(); }
 #else

@@ -1,66 +1,8 @@
-/* The same squares on processors with AMX: units that multiply tiles of bfloat16 and add the products up in float32.
- *
- * A float32 between 2^-110 and 3.39e38 is the sum of two bfloat16, to 2^-16 of it; of the four products of pieces the
- * one of the two small ones is left out, so that a product is off by 3 x 2^-16 of the sum of its terms' sizes at most.
- * Matrices that are bfloat16 have one piece, and lose nothing.
- *
- * Packed, a panel of 16 columns over 32 rows of a sample (a chunk) is one tile of 16 x 16 pairs for each piece. The pair
- * of rows 2k, 2k + 1 in column c lies in line k of a right tile and at place k of line c of a left one.
- */
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+/* The same squares in AMX: each block packs its panels itself, sample after sample. */
 
-#define SIDE 16    /* of a tile */
-#define DEEP 32    /* rows of a chunk */
 #define ACROSS 24  /* right panels of a block: of 128 rows they stay in the second cache with the block's squares */
 #define TALLEST 32 /* left panels of a block */
 #define DOWN 4     /* left panels at a time: of 128 rows they stay in the first */
-
-/* Asks the system for the use of tiles by this process. */
-static int amx_allowed(void) {
-  unsigned long features = 0;
-  return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) &&
-         !syscall(SYS_arch_prctl, 0x1022 /* ARCH_GET_XCOMP_PERM */, &features) && (features >> 18 & 1);
-}
-
-/* 16 numbers rounded to bfloat16, in the low halves. */
-static inline __attribute__((always_inline)) __m512i rounded(__m512 x) {
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x));
-}
-
-/* What rounding leaves of them. */
-static inline __attribute__((always_inline)) __m512 rest(__m512 x) {
-  return x - _mm512_castsi512_ps(_mm512_slli_epi32(rounded(x), 16));
-}
-
-static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-  }
-}
 
 struct side { /* one of the two matrices, of a sample */
   const void *x;
@@ -68,77 +10,37 @@ struct side { /* one of the two matrices, of a sample */
   int64_t stride, width, depth;
 };
 
-/* Line i of the tile of a piece: rows 2i and 2i + 1 of 16 columns; zero beyond the matrix. */
-static inline __attribute__((always_inline)) __m512i line(const struct side *s, int64_t row, int64_t column, int i,
-                                                          const int pieces, const int piece) {
-  const int64_t left = s->width - column, t = row + 2 * i;
-  const __mmask16 within = left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-  const __mmask16 even = t < s->depth ? within : 0, odd = t + 1 < s->depth ? within : 0;
-  const int64_t first = (even ? s->rows[t] : 0) * s->stride + column;
-  const int64_t second = (odd ? s->rows[t + 1] : 0) * s->stride + column;
-  __m512i low, high;
-  if (pieces == 1) {
-    const uint16_t *x = s->x;
-    low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, x + first));
-    high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, x + second));
-  } else {
-    const float *x = s->x;
-    const __m512 a = _mm512_maskz_loadu_ps(even, x + first), b = _mm512_maskz_loadu_ps(odd, x + second);
-    low = rounded(piece ? rest(a) : a);
-    high = rounded(piece ? rest(b) : b);
-  }
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-}
-
-/* Panels `from` to `to`: [panel][chunk][piece]. */
+/* Panels `from` to `to` of a sample; rows 2k and 2k + 1 are pairs. Zero beyond the matrix and the sample. */
 static inline __attribute__((always_inline)) void pack_panels(const struct side *s, int64_t from, int64_t to, const int pieces,
                                                               const int turned, __m512i *packed) {
   const int64_t chunks = (s->depth + DEEP - 1) / DEEP;
   for (int64_t k = 0; k < chunks; k++)
     for (int64_t p = from; p < to; p++) {
-      __m512i *out = packed + ((p - from) * chunks + k) * pieces * 16;
-#pragma GCC unroll 2
-      for (int piece = 0; piece < pieces; piece++, out += 16) {
-        __m512i tile[16];
+      __m512i *out = packed + ((p - from) * chunks + k) * pieces * 16, first[16], second[16];
+      const int64_t column = p * SIDE, left = s->width - column;
+      const __mmask16 within = left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) tile[i] = line(s, k * DEEP, p * SIDE, i, pieces, piece);
-        if (turned) transpose(tile);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) out[i] = tile[i];
+      for (int i = 0; i < 16; i++) {
+        const int64_t t = k * DEEP + 2 * i;
+        const __mmask16 even = t < s->depth ? within : 0, odd = t + 1 < s->depth ? within : 0;
+        const int64_t a = (even ? s->rows[t] : 0) * s->stride + column, b = (odd ? s->rows[t + 1] : 0) * s->stride + column;
+        if (pieces == 1) {
+          const uint16_t *x = s->x;
+          first[i] = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(even, x + a)),
+                                     _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(odd, x + b)), 16));
+        } else {
+          const float *x = s->x;
+          pairs(_mm512_maskz_loadu_ps(even, x + a), _mm512_maskz_loadu_ps(odd, x + b), first + i, second + i);
+        }
       }
+      if (turned) transpose(first);
+      if (turned && pieces == 2) transpose(second);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++) out[i] = first[i];
+      if (pieces == 2)
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) out[16 + i] = second[i];
     }
-}
-
-/* c = the products of two left panels with two right ones, over the chunks of a sample; `next` panel is so far away. */
-static inline __attribute__((always_inline)) void four_tiles(const __m512i *a, const __m512i *b, int64_t chunks, int64_t next,
-                                                             const int pieces, float c[4][256]) {
-#define LEFT(p) _tile_loadd(4, a + 16 * (p), 64); _tile_loadd(5, a + next + 16 * (p), 64)
-#define RIGHT(p) _tile_loadd(6, b + 16 * (p), 64); _tile_loadd(7, b + next + 16 * (p), 64)
-#define MULTIPLY _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7)
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < chunks; k++, a += 16 * pieces, b += 16 * pieces) {
-    RIGHT(0);
-    if (pieces == 2) {
-      LEFT(1);
-      MULTIPLY;
-    }
-    LEFT(0);
-    MULTIPLY;
-    if (pieces == 2) {
-      RIGHT(1);
-      MULTIPLY;
-    }
-  }
-  _tile_stored(0, c[0], 64);
-  _tile_stored(1, c[1], 64);
-  _tile_stored(2, c[2], 64);
-  _tile_stored(3, c[3], 64);
-#undef LEFT
-#undef RIGHT
-#undef MULTIPLY
 }
 
 /* The squares of one sample in a block of panels, added to total (from the block's corner on; NULL: not); their sum. */
@@ -180,11 +82,6 @@ static inline __attribute__((always_inline)) double block_of(float *total, int64
   for (int l = 0; l < 16; l++) whole += lanes[l];
   return whole;
 }
-
-struct shapes { uint8_t palette, start, unused[14]; uint16_t bytes[16]; uint8_t lines[16]; };
-
-/* Constant: to GCC the instruction that loads it reads 8 bytes, and it leaves out stores to the others. */
-static const struct shapes eight_whole_tiles = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 struct block { int64_t i0, i1, j0, j1; }; /* left panels i0 to i1 by right ones j0 to j1 */
 
