@@ -319,6 +319,14 @@ def test_each_arm_of_a_recipe_can_be_put_on(folder, name):
     replace(plan, training=Training(**recipe.training)).rehearse()
 
 
+@pytest.mark.parametrize(("length", "cut"), [(128, False), (24, False), (25, True)])
+def test_a_length_that_was_asked_for_and_is_not_to_be_had_is_told(folder, length, cut):
+    said = []
+    replace(plan_of(folder), training=Training(max_length=length)).rehearse(said.append)
+    note = f"note: max length {length}; texts are cut at 24 tokens, all that the model has positions for"
+    assert said == [note] * cut
+
+
 LINE = [
     *("--models", "model", "--profile", "profile", "--data", "glue", "--tasks", "cola", "--arms", "dropout,guided"),
     *("--fractions", "1.0,0.5", "--seeds", "2", "--epochs", "1", "--learning-rate", "1e-3", "--max-length", "16"),

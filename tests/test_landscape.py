@@ -212,6 +212,8 @@ def test_the_origin_is_a_point_and_no_point_stands_twice():
         ((3, 5, 1.0), "3 dimensions; expected 1"),
         ((1, 5, 0.0), "radius 0.0; expected a number above 0"),
         ((1, 5, math.inf), "radius inf; expected a number above 0"),
+        ((1, 5, math.nan), "radius nan; expected a number above 0"),
+        ((1, 5, 1e200), "radius 1e.200; expected a number above 0 and at most 1e.06"),
     ],
 )
 def test_points_that_make_no_grid_are_told(grid, message):

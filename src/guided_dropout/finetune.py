@@ -150,11 +150,9 @@ def finetune(
     for known in (schedule, profile):
         if told and known is not None and (note := known.weights_note(classifier)):
             told(note)
-    fitting = fitting_length(length, bench.tokenizer, classifier)
-    if told and max_length is not None and fitting < max_length:
-        all_that = "the model has positions for" if fitting == positions_of(classifier) else "its tokenizer takes"
-        told(f"note: max length {max_length}; texts are cut at {fitting} tokens, all that {all_that}")
-    recipe = replace(recipe, max_length=fitting)
+    if told and max_length is not None and (note := cut_note(max_length, bench.tokenizer, classifier)):
+        told(note)
+    recipe = replace(recipe, max_length=fitting_length(length, bench.tokenizer, classifier))
     encoded, held_out, *rest = (
         bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())
     )
@@ -198,6 +196,15 @@ def finetune(
 def fitting_length(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> int:
     """The tokens at which texts are cut: `max_length`, or the limit of the tokenizer or model where that is less."""
     return min(max_length, tokenizer.model_max_length, positions_of(model) or max_length)
+
+
+def cut_note(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> str | None:
+    """A sentence where texts are cut at fewer tokens than `max_length`."""
+    fitting = fitting_length(max_length, tokenizer, model)
+    if fitting == max_length:
+        return None
+    all_that = "the model has positions for" if fitting == positions_of(model) else "its tokenizer takes"
+    return f"note: max length {max_length}; texts are cut at {fitting} tokens, all that {all_that}"
 
 
 def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:

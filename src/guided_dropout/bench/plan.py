@@ -11,9 +11,9 @@ from guided_dropout.arms import choose_arm
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.encoding import order_name
 from guided_dropout.errors import GuidedDropoutError
-from guided_dropout.finetune import finetune, fitting_length
+from guided_dropout.finetune import cut_note, finetune, fitting_length
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.models import drawn_parameters, load_classifier
+from guided_dropout.models import drawn_parameters, load_classifier, load_tokenizer
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult, Seeds
@@ -181,7 +181,8 @@ class Plan:
         """Put each arm on each model, and take it off again: what cannot be put on would fail in every run.
 
         Args:
-            told: called with each sentence that a person should know of a model's profile and schedule.
+            told: called with each sentence that a person should know of a model's profile and schedule, and of a
+                length that was asked for.
 
         Raises:
             GuidedDropoutError: a schedule or profile of another model, or something that an arm lacks.
@@ -192,6 +193,9 @@ class Plan:
             for known in (profile, schedule if model.schedule is not None else None):
                 if known is not None and (note := known.weights_note(classifier)):
                     told(note)
+            length = self.training.max_length
+            if length != Training.max_length and (note := cut_note(length, load_tokenizer(model.source), classifier)):
+                told(note)
             context = Context(
                 rate=self.training.rate, schedule=schedule, profile=profile, new=drawn_parameters(classifier)
             )

@@ -13,6 +13,8 @@ from guided_dropout.errors import DataError
 
 # Points of a circle, so many that four of them lie on the axes.
 ANGLES = 16
+# In units of the filters' own norms: far beyond any loss that means something.
+_LARGEST = 1e6
 # The second derivative at the origin is taken with steps of this share of the radius.
 STENCIL_SHARE = 1 / 50
 _DIGITS = 12
@@ -40,8 +42,8 @@ class Grid:
             raise DataError(
                 f"{self.points} points along an axis; expected an odd number, so that the origin is one of them: {near}"
             )
-        if not (math.isfinite(self.radius) and self.radius > 0):
-            raise DataError(f"radius {self.radius}; expected a number above 0")
+        if not 0 < self.radius <= _LARGEST:
+            raise DataError(f"radius {self.radius}; expected a number above 0 and at most {_LARGEST:g}")
 
     @property
     def steps(self) -> npt.NDArray[np.float64]:
