@@ -13,7 +13,7 @@ from torch import Tensor
 from guided_dropout.fisher import native
 
 # Fewer rows do not make up for packing the matrix, measured; narrow matrices are padded to whole tiles.
-_LEAST_ROWS = 192
+_LEAST_ROWS = 128
 _LEAST_WIDTH = 64
 
 
