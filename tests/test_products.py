@@ -102,6 +102,25 @@ def test_whichever_way_it_goes_the_product_is_the_same(kernel, length, dtype):
         assert (got.double() - want).norm() <= precision * want.norm()
 
 
+class Elsewhere(torch.Tensor):
+    """A tensor whose own memory holds something else, as that of a quantised one does."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        args = [a.values if isinstance(a, cls) else a for a in args]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_matrices_that_do_not_hold_their_elements_are_left_to_torch():
+    torch.manual_seed(0)
+    x, weight = torch.randn(500, 200), torch.randn(90, 200)
+    wrapped = torch.zeros(90, 200).as_subclass(Elsewhere)
+    wrapped.values = weight
+    for matrix in (weight.to_sparse_csr(), wrapped):
+        torch.testing.assert_close(linear(x, matrix), F.linear(x, weight), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("kernel", ["", "portable", "off"])
 @pytest.mark.parametrize("function", [F.linear, torch.addmm])
 def test_the_inputs_gradient_is_autograds(kernel, function):

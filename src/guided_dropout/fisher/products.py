@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from guided_dropout.fisher import native
 
@@ -32,7 +32,13 @@ def times(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _goes_through_amx(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
-    if x[..., 0].numel() < _LEAST_ROWS or min(matrix.shape) < _LEAST_WIDTH:
+    if min(matrix.shape) < _LEAST_WIDTH or x.shape[:-1].numel() < _LEAST_ROWS:
         return False
     given = [x, matrix] if bias is None else [x, matrix, bias]
-    return {(t.device.type, t.dtype) for t in given} == {("cpu", torch.float32)} and native.has_amx()
+    return all(map(_is_plain, given)) and native.has_amx()
+
+
+def _is_plain(t: Tensor) -> bool:
+    # Others may hold their elements elsewhere: sparse ones, quantised ones, those spread over devices.
+    float32_here = t.dtype == torch.float32 and t.device.type == "cpu"
+    return float32_here and t.layout == torch.strided and type(t) in (Tensor, nn.Parameter)
