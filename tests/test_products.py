@@ -107,7 +107,7 @@ class Elsewhere(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        args = [a.values if isinstance(a, cls) else a for a in args]
+        args = [a.elements if isinstance(a, cls) else a for a in args]
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
@@ -116,7 +116,7 @@ def test_matrices_that_do_not_hold_their_elements_are_left_to_torch():
     torch.manual_seed(0)
     x, weight = torch.randn(500, 200), torch.randn(90, 200)
     wrapped = torch.zeros(90, 200).as_subclass(Elsewhere)
-    wrapped.values = weight
+    wrapped.elements = weight
     for matrix in (weight.to_sparse_csr(), wrapped):
         torch.testing.assert_close(linear(x, matrix), F.linear(x, weight), rtol=1e-5, atol=1e-4)
 
