@@ -32,6 +32,11 @@ static inline __attribute__((always_inline)) void pairs(__m512 a, __m512 b, __m5
   *second = _mm512_permutexvar_epi16(zip, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
+/* Of 16 lanes, those below `left`. */
+static inline __attribute__((always_inline)) __mmask16 first_of(int64_t left) {
+  return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+}
+
 static inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
   __m512i t[16];
 #pragma GCC unroll 8

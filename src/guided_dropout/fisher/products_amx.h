@@ -15,10 +15,6 @@ struct matrix { /* x [rows][depth], or W [depth][width], or, turned, W [width][d
   int64_t stride, rows, columns;
 };
 
-static inline __attribute__((always_inline)) __mmask16 first_of(int64_t left) {
-  return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
-}
-
 /* A panel of 16 rows, `chunks` of the columns from `column` on; numbers k and k + 16 of a chunk are pairs. Zero beyond the
  * matrix. */
 static inline __attribute__((always_inline)) void pack_rows(const struct matrix *x, int64_t panel, int64_t column,

@@ -17,8 +17,8 @@ static inline __attribute__((always_inline)) void pack_panels(const struct side 
   for (int64_t k = 0; k < chunks; k++)
     for (int64_t p = from; p < to; p++) {
       __m512i *out = packed + ((p - from) * chunks + k) * pieces * 16, first[16], second[16];
-      const int64_t column = p * SIDE, left = s->width - column;
-      const __mmask16 within = left >= SIDE ? 0xffff : left > 0 ? (1u << left) - 1 : 0;
+      const int64_t column = p * SIDE;
+      const __mmask16 within = first_of(s->width - column);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
         const int64_t t = k * DEEP + 2 * i;
@@ -67,7 +67,7 @@ static inline __attribute__((always_inline)) double block_of(float *total, int64
             _mm512_storeu_ps(out, _mm512_loadu_ps(out) + square);
           }
         else if (x < width) {
-          const __mmask16 within = width - x >= SIDE ? 0xffff : (1u << (width - x)) - 1;
+          const __mmask16 within = first_of(width - x);
           for (int r = 0; r < 16 && y + r < height; r++, out += n) {
             const __m512 v = _mm512_load_ps(c[q] + 16 * r), square = v * v;
             sum[0] += square; /* zero beyond the matrix */
