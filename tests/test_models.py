@@ -253,9 +253,9 @@ def test_a_real_masked_lm_loads_as_lm_and_as_classifier() -> None:
     assert load_tokenizer(folder).vocab_size == 30522
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "mpt"])
 def test_a_sample_of_all_positions_runs_and_a_longer_one_is_refused(family):
-    """RoBERTa's table of positions begins after its padding."""
+    """RoBERTa's table of positions begins after its padding; MPT's distances are a table of so many."""
     model = language_model(family).eval()
     longest = models.positions_of(model)
     models.check_length(model, longest)

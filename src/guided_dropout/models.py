@@ -214,7 +214,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
     Of a table of positions that sets some aside (RoBERTa's, which begins after its padding), what is left.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config, "max_position_embeddings", getattr(model.config, "max_seq_len", None))
     if not isinstance(limit, int) or limit <= 0:
         return None
     named: Any = model.named_modules()
