@@ -22,6 +22,7 @@ EXPERIMENTS = {
     "minilm-l6-sst2": "six-layer BERT",
     "minilm-l6-stsb": "six-layer BERT",
     "demo": "embedded model",
+    "demo-controls": "embedded model",
     "demo-sst2": "embedded model",
     "smollm2-135m": "SmolLM2-135M",
     "smollm2-135m-rate3": "SmolLM2-135M, rates up to 0.03",
