@@ -19,11 +19,11 @@ SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 100, 130]
 in_amx = pytest.mark.skipif(not native.has_amx(), reason="this processor, or this system, has no AMX")
 
 
-def check(got, x, matrix, bias, pieces):
+def check(got, x, matrix, bias):
     """Each element within what its factors' digits allow, of the sum of its terms' sizes."""
     x, matrix, bias = x.double(), matrix.double(), torch.zeros(1) if bias is None else bias.double()
     want, sizes = x @ matrix + bias, x.abs() @ matrix.abs() + bias.abs()
-    allowed = (3 * 2.0**-16 if pieces else 0) + (x.shape[1] + 2) * 2.0**-24
+    allowed = 3 * 2.0**-16 + (x.shape[1] + 2) * 2.0**-24
     assert got.dtype == torch.float32
     assert ((got.double() - want).abs() <= allowed * sizes).all()
 
@@ -45,7 +45,7 @@ def test_a_product_in_amx_is_as_exact_as_its_factors(data):
     before = torch.get_num_threads()
     torch.set_num_threads(draw(st.sampled_from([1, 2, 13])))
     try:
-        check(native.multiply(x, matrix, bias), x, matrix, bias, pieces=True)
+        check(native.multiply(x, matrix, bias), x, matrix, bias)
     finally:
         torch.set_num_threads(before)
 
@@ -58,7 +58,7 @@ def test_large_products_in_parts_are_too(sizes, turned):
     torch.manual_seed(0)
     x, bias = torch.randn(rows, depth), torch.randn(width)
     matrix = torch.randn(width, depth).T if turned else torch.randn(depth, width)
-    check(native.multiply(x, matrix, bias), x, matrix, bias, pieces=True)
+    check(native.multiply(x, matrix, bias), x, matrix, bias)
 
 
 @in_amx
@@ -100,6 +100,15 @@ def test_whichever_way_it_goes_the_product_is_the_same(kernel, length, dtype):
     for got, want in pairs:
         assert (got.dtype, got.shape) == (dtype, want.shape)
         assert (got.double() - want).norm() <= precision * want.norm()
+
+
+@in_amx
+def test_large_enough_ones_go_through_amx_unless_that_is_not_wanted():
+    torch.manual_seed(0)
+    weight, large, small = torch.randn(90, 200), torch.randn(128, 200), torch.randn(127, 200)
+    for kernel, same in (("", [False, True]), ("portable", [True, True]), ("off", [True, True])):
+        with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+            assert [torch.equal(linear(x, weight), F.linear(x, weight)) for x in (large, small)] == same
 
 
 class Elsewhere(torch.Tensor):
