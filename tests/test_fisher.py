@@ -270,6 +270,14 @@ def test_inference_mode_is_refused_and_no_grad_changes_nothing():
     assert found.tensor_means == estimate_fisher(model, samples).tensor_means
 
 
+@pytest.mark.parametrize("family", [bert, gpt2])
+def test_an_autocast_around_the_call_changes_nothing(family):
+    model, samples = family(4, 1, 2, seed=0), draw_samples([5, 7])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = estimate_fisher(model, samples)
+    assert found.tensor_means == estimate_fisher(model, samples).tensor_means
+
+
 def test_a_model_without_a_head_and_a_wrong_objective_are_refused():
     samples = draw_samples([5])
     with pytest.raises(ModelError, match="BertModel has no language-model head"):

@@ -147,6 +147,20 @@ BLOCKS = {
     ),
     "relative positions": lambda: Block(relative, table=nn.Embedding(7, 1)),
     "prelu": lambda: nn.PReLU(D),
+    "a bias of one number": lambda: Block(lambda m, x: F.linear(x, m.w, m.b), w=parameter(D, D), b=parameter(1)),
+    "a bias of one number, addmm": lambda: Block(
+        lambda m, x: torch.addmm(m.b, x.reshape(-1, D), m.w).view_as(x), w=parameter(D, D), b=parameter(1)
+    ),
+    "a bias of the samples": lambda: Block(
+        lambda m, x: F.linear(x.reshape(-1, D), m.w, x.reshape(-1, D)).view_as(x), w=parameter(D, D)
+    ),
+    "no features between": lambda: Block(
+        lambda m, x: F.linear(F.linear(x, m.w), m.o, m.b), w=parameter(0, D), o=parameter(D, 0), b=parameter(D)
+    ),
+    "columns of a larger weight": lambda: Block(
+        lambda m, x: F.linear(x, m.w, m.b), w=nn.Parameter(torch.randn(D, D + 2).double()[:, 1:-1]), b=parameter(D)
+    ),
+    "one number in many places": lambda: Block(lambda m, x: x * m.w, w=nn.Parameter(torch.randn(1).double().expand(D))),
     "attention module": lambda: Block(
         lambda m, x: m.a(x, x, x, attn_mask=torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), need_weights=False)[0],
         a=nn.MultiheadAttention(D, 2, batch_first=True),

@@ -111,6 +111,16 @@ def test_large_enough_ones_go_through_amx_unless_that_is_not_wanted():
             assert [torch.equal(linear(x, weight), F.linear(x, weight)) for x in (large, small)] == same
 
 
+@pytest.mark.parametrize("kernel", ["", "portable", "off"])
+@pytest.mark.parametrize("shape", [(1,), (), (130, 90), (1, 90), (130, 1)])
+def test_a_bias_is_broadcast_as_torch_does_wherever_it_may_be(kernel, shape):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(130, 200), torch.randn(90, 200), torch.randn(shape)
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+        for got in (linear(x, weight, bias), times(x, weight.T, bias)):
+            torch.testing.assert_close(got, F.linear(x, weight, bias), rtol=1e-5, atol=1e-3)
+
+
 class Elsewhere(torch.Tensor):
     """A tensor whose own memory holds something else, as that of a quantised one does."""
 

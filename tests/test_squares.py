@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from guided_dropout.fisher import kernels
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.layout import Layout
-from guided_dropout.fisher.rowwise import RowByRow
+from guided_dropout.fisher.rowwise import RowByRow, rows_with_gradient
 from guided_dropout.fisher.rules import RULES
 from guided_dropout.fisher.squares import Outer, Rows, Sums, add_squares
 
@@ -170,6 +170,20 @@ def test_gram_sums_equal_the_products_whatever_the_rows(data):
         want[b] = (layout.take(left, span).double().T @ layout.take(right, span).double()).square().sum()
     precise = dtype == torch.float64
     torch.testing.assert_close(sums, want, rtol=1e-10 if precise else 1e-4, atol=1e-10 if precise else 1e-4)
+
+
+@pytest.mark.parametrize("kernel", ["", "portable", "off"])
+def test_the_default_device_is_that_of_other_tensors(kernel):
+    left, right, layout = torch.randn(40, 8), torch.randn(40, 9), Layout.even(40, 4)
+    left[10:30] = 0
+    sums = torch.zeros(4, dtype=torch.float64)
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}), torch.device("meta"):
+        kernels.gram_sums(sums, left, right, layout)
+        kept = rows_with_gradient(left)
+    want = (left.double().unflatten(0, (4, 10)).mT @ right.double().unflatten(0, (4, 10))).square().sum((1, 2))
+    torch.testing.assert_close(sums, want, rtol=1e-4, atol=0)
+    assert kept is not None
+    assert kept.tolist() == [*range(10), *range(30, 40)]
 
 
 @pytest.mark.parametrize("kernel", ["", "off"])

@@ -60,6 +60,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """Within, no autocast of the caller's has a part in what the model computes."""
+    with contextlib.ExitStack() as stack:
+        for kind in {p.device.type for p in model.parameters()}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Within, `parameters` require gradients; after, they do not."""
     parameters = list(parameters)

@@ -29,7 +29,7 @@ from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
 from guided_dropout.identity import model_identity, weights_identity
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
-from guided_dropout.undisturbed import evaluating
+from guided_dropout.undisturbed import evaluating, own_precision
 
 CHECKPOINT_EVERY = 300.0
 # Of so many samples one must have a finite loss: the objective is found on it.
@@ -62,7 +62,8 @@ def estimate_fisher(
 
     Eq. 3 of Sharma et al. (2024). The result is exact up to rounding: it does not depend on the batch size, on
     the order of the samples, on padding, on the number of processes or on having been interrupted and resumed. The
-    model is run in evaluation mode, on whatever devices it is, and comes back as it was. Memory does not grow with the
+    model is run in evaluation mode and its own precision (an autocast around the call is off), on whatever devices it
+    is, and comes back as it was. Memory does not grow with the
     number of samples: a bounded number is read ahead and grouped by length.
 
     Args:
@@ -118,7 +119,7 @@ def estimate_fisher(
     """
     world = current_processes() if distributed else Processes()
     chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
-    with evaluating(model), torch.enable_grad(), experts_apart(model):
+    with evaluating(model), own_precision(model), torch.enable_grad(), experts_apart(model):
         with world.together():
             _check_gradients()
             _check_arguments(batch_size, tokens_per_batch, objective)

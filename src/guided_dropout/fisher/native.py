@@ -55,7 +55,7 @@ def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     assert kernel is not None
     turned = matrix.stride(1) != 1
     x, w = _dense_rows(x), _dense_rows(matrix.T if turned else matrix)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.expand(matrix.shape[1]).contiguous()
     out = x.new_empty(len(x), matrix.shape[1])
     inputs = [x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), None if bias is None else bias.data_ptr()]
     if kernel.multiply_amx(out.data_ptr(), *inputs, *x.shape, out.shape[1], turned, torch.get_num_threads()):
@@ -86,7 +86,7 @@ def gram_sums(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tens
     """By the Gram identity of `kernels`, for what `takes` takes: each sample's sum of squares, and of terms' sizes."""
     kernel = _kernel()
     assert kernel is not None
-    found, sizes = torch.zeros(2, layout.num_samples, dtype=torch.float64)
+    found, sizes = left.new_zeros(2, layout.num_samples, dtype=torch.float64)
     with _inputs(left, right, layout) as inputs:
         kernel.gram_sums(found.data_ptr(), sizes.data_ptr(), *inputs)
     return found, sizes

@@ -140,7 +140,7 @@ class ParameterOperations(TorchFunctionMode):
         self._seen: Counter[tuple[tuple[str, ...], str]] = Counter()
         self.leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
         self._parameters = parameters
-        self._origins = {id(p): Origin((name,), p, self.leaves[name], View.of(p, p)) for name, p in parameters.items()}
+        self._origins = {id(p): Origin((name,), p, self.leaves[name], _whole(p)) for name, p in parameters.items()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -251,6 +251,11 @@ def replaced(tree: Any, new: Callable[[Tensor], Any]) -> Any:
         parts = [replaced(part, new) for part in tree]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     return tree
+
+
+def _whole(p: Tensor) -> View | None:
+    """All elements of a parameter; None where sums of its shape would not lie in memory as it does, which has gaps."""
+    return View.of(p, p) if torch.empty_like(p, device="meta").stride() == p.stride() else None
 
 
 def _shares_memory(a: Tensor, b: Tensor) -> bool:

@@ -32,7 +32,7 @@ def times(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _goes_through_amx(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
-    if min(matrix.shape) < _LEAST_WIDTH or x.shape[:-1].numel() < _LEAST_ROWS:
+    if min(matrix.shape) < _LEAST_WIDTH or x.shape[:-1].numel() < _LEAST_ROWS or (bias is not None and bias.dim() > 1):
         return False
     given = [x, matrix] if bias is None else [x, matrix, bias]
     return all(map(_is_plain, given)) and native.has_amx()

@@ -78,10 +78,10 @@ def rows_with_gradient(rows: Tensor) -> Tensor | None:
     Padding has none, nor what only idle positions of the last layer depend on. Exact: a row is left out only if each of
     its elements is zero.
     """
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or not rows.shape[1]:
         return None
     doubtful = (rows[:, 0] == 0).nonzero()[:, 0]
     if len(doubtful) * 8 < len(rows):
         return None
     idle = doubtful[~rows[doubtful].any(1)]
-    return torch.ones(len(rows), dtype=torch.bool).index_fill_(0, idle, False).nonzero()[:, 0]
+    return rows.new_ones(len(rows), dtype=torch.bool).index_fill_(0, idle, False).nonzero()[:, 0]

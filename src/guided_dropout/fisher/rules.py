@@ -75,8 +75,8 @@ class Rule:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., d] → [R, d]."""
-    return x.reshape(-1, x.shape[-1])
+    """[..., d] → [R, d]; d may be 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -85,7 +85,9 @@ def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
 
 # F.linear(x, weight [out, in], bias [out])
 def _bind_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:  # noqa: A002
-    return Call(input, _given(weight=weight, bias=bias)) if weight.dim() == 2 and input.dim() > 1 else None
+    if weight.dim() != 2 or input.dim() < 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    return Call(input, _given(weight=weight, bias=bias))
 
 
 def _linear_uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
@@ -94,7 +96,7 @@ def _linear_uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
 
 # torch.addmm(bias [out], x [R, in], weight [in, out]): transformers' Conv1D
 def _bind_addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Call | None:  # noqa: A002
-    return Call(mat1, {"bias": input, "weight": mat2}) if beta == alpha == 1 and input.dim() == 1 else None
+    return Call(mat1, {"bias": input, "weight": mat2}) if beta == alpha == 1 and input.shape == mat2.shape[1:] else None
 
 
 def _addmm_uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
