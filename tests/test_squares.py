@@ -105,6 +105,21 @@ def test_vectors_sum_their_uses_before_squaring():
     check([Sums(a), Sums(b)], (7,), 3, dtype=torch.float32, rtol=1e-5)
 
 
+def test_a_lookup_that_cancels_a_product_leaves_no_square_below_zero():
+    """What is left of either is rounding, of either sign; a sum of squares has one, and rankings refuse the other."""
+    g = torch.Generator().manual_seed(0)
+    left, right = torch.randn(160, 64, generator=g), torch.randn(160, 96, generator=g)
+    product = left.double().T @ right.double()
+    uses = [
+        Outer(left, right, Layout.even(160, 1)),
+        Rows(torch.arange(64), -product.float(), Layout.even(64, 1)),
+    ]
+    total = torch.zeros(64, 96)
+    add_squares(total, uses)
+    assert total.min() >= 0
+    assert total.max() <= 1e-4 * product.square().max()
+
+
 @pytest.mark.parametrize("kept_share", [0.1, 0.5])
 def test_listed_rows_by_the_thousand_add_up(kept_share):
     torch.manual_seed(0)

@@ -165,6 +165,9 @@ def _add_tied_squares(total: Tensor | None, outer: Outer | Squared, rows: Sequen
         left, right = outer.layout.take(outer.left, span).to(dtype), outer.layout.take(outer.right, span).to(dtype)
         torch.mm(left.index_select(1, columns[mine]).T, right, out=crossed[mine])
     _add_touched(total, sums, samples, ids, grads, crossed.mul_(2).add_(grads))
+    if total is not None:  # where E is almost -D, what is left is the rounding of D², of either sign
+        touched = torch.unique(ids)
+        total[touched] = total[touched].clamp_(min=0)
 
 
 def _add_touched(
