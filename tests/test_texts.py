@@ -1,10 +1,13 @@
 """Text from files, folders and data sets, read as it is asked for."""
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
+import os
 import sys
+import threading
 import tracemalloc
 
 import pytest
@@ -66,6 +69,57 @@ def test_a_folder_is_read_in_the_order_of_its_paths_and_again(tmp_path):
         stream_text(empty)
 
 
+def test_a_folder_is_read_through_links_to_folders_each_once(tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder, name in ((inside / "b", "1.txt"), (outside, "2.txt"), (inside, "c.TXT")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    (inside / "a").symlink_to(inside / "b")
+    (inside / "b" / "up").symlink_to(inside)
+    (inside / "z").symlink_to(outside)
+    text = stream_text(inside)
+    assert list(text) == ["1.txt", "c.TXT", "2.txt"]
+    assert text.ignored == ()
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("words\n")
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"cannot read the folder .*closed: Permission denied"):
+        stream_text(tmp_path)
+
+
+def test_compression_is_known_by_an_ending_in_capitals_too(tmp_path):
+    (tmp_path / "a.TXT.GZ").write_bytes(gzip.compress(b"one\n"))
+    assert list(stream_text(tmp_path / "a.TXT.GZ")) == list(stream_text(tmp_path)) == ["one"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name")
+def test_a_pipe_is_refused_since_its_beginning_would_be_lost(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_text("words\n" * 10), daemon=True)
+    writer.start()
+    with pytest.raises(DataError, match="is no file but a pipe or a device, which can be read only once"):
+        stream_text(tmp_path / "pipe")
+    assert (tmp_path / "pipe").read_text() == "words\n" * 10
+
+
+def test_no_name_is_not_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("words\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="a text without a name"):
+        stream_text("")
+    assert list(stream_text(".")) == ["words"]
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.TSV", "t.json", "t.parquet", "t.csv.gz", "t.tar"])
 def test_tables_and_archives_are_not_taken_for_prose(tmp_path, name):
     path = tmp_path / name
@@ -94,6 +148,7 @@ def test_lines_of_json_are_known_by_an_ending_in_capitals_too(tmp_path):
     [
         ("{", r"bad.jsonl:2 is not valid JSON"),
         ("1" * 5000, r"bad.jsonl:2 is not valid JSON \(Exceeds the limit"),
+        ("[" * 100_000, r"bad.jsonl:2 is not valid JSON \(maximum recursion depth"),
         ('{"body": "words"}', r"bad.jsonl:2 holds body; expected a text named 'text'"),
         ('["words"]', r"bad.jsonl:2 holds an array; expected a text named 'text'"),
         ('{"text": 1, "id": 2}', r"bad.jsonl:2 holds a number named 'text'; expected a text of that name"),

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -69,22 +70,28 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
 
     Args:
         source: a UTF-8 file (a paragraph a line; ``.jsonl`` with a ``text`` in each line; either may be ``.gz`` or
-            ``.xz``), a folder (all its ``.txt``, ``.jsonl``, ``.gz`` and ``.xz`` files, however deep, sorted by path),
+            ``.xz``), a folder (all its ``.txt``, ``.jsonl``, ``.gz`` and ``.xz`` files, however deep and behind links
+            too, sorted by path),
             or ``hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]``: a data set of the hub, or in a folder laid out like one, streamed
             by `datasets` (split ``train``, column ``text`` where not given).
         max_characters: see `Text`.
 
     Raises:
-        DataError: no such source, not readable, not UTF-8, nothing in it, a table or an archive, or a limit below 1.
+        DataError: no such source, not readable, not UTF-8, nothing in it, a table or an archive, a pipe, which can be
+            read only once, or a limit below 1.
     """
     if max_characters is not None and max_characters < 1:
         raise DataError(f"at most {max_characters} characters; expected at least 1")
+    if not str(source):
+        raise DataError(f"a text without a name; expected a file, a folder, or {HUB}NAME")
     path = Path(source)
     if str(source).startswith(HUB):
         text = Text(str(source), _hub_lines(str(source)), max_characters)
     elif path.is_dir():
-        files = {p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()}
-        readable = sorted(n for n, p in files.items() if p.suffix in _SUFFIXES and _inner_suffix(p) not in _NO_PROSE)
+        files = _files_below(path)
+        readable = sorted(
+            n for n, p in files.items() if p.suffix.lower() in _SUFFIXES and _inner_suffix(p) not in _NO_PROSE
+        )
         if not readable:
             raise DataError(f"no text in the folder {source}; expected .txt, .jsonl, .gz or .xz files: add some")
         text = Text(
@@ -99,18 +106,47 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
                 f"{path} is a {inner} file, whose lines are no prose; expected text: write it to a .txt, a paragraph a "
                 "line, or to a .jsonl with a field 'text' in each line"
             )
+        if path.exists() and not path.is_file():
+            raise DataError(
+                f"{path} is no file but a pipe or a device, which can be read only once; expected a text that can be "
+                "read again: write it to a file first"
+            )
         text = Text(str(source), lambda: _file_lines(path), max_characters)
     next(iter(text))
     return text
 
 
+def _files_below(folder: Path) -> dict[str, Path]:
+    """Path relative to `folder` → file. Each folder is read once, whatever links lead to it."""
+
+    def failed(e: OSError) -> None:
+        raise DataError(
+            f"cannot read the folder {e.filename}: {e.strerror}; expected one whose text can be read: change its "
+            "permissions, or leave it out"
+        ) from e
+
+    found, seen = {}, {os.path.realpath(folder)}
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=failed):
+        below = []
+        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(place, name)), name)):
+            real = os.path.realpath(os.path.join(place, name))
+            if real not in seen:
+                seen.add(real)
+                below.append(name)
+        folders[:] = below
+        for path in (Path(place, name) for name in files):
+            if path.is_file():
+                found[path.relative_to(folder).as_posix()] = path
+    return found
+
+
 def _inner_suffix(path: Path) -> str:
     """Its ending before that of the compression."""
-    return (path.with_suffix("") if path.suffix in _OPENERS else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in _OPENERS else path).suffix.lower()
 
 
 def _file_lines(path: Path) -> Iterator[str]:
-    opener = _OPENERS.get(path.suffix, open)
+    opener = _OPENERS.get(path.suffix.lower(), open)
     inner = _inner_suffix(path)
     done = 0
     try:
@@ -130,7 +166,7 @@ def _json_texts(lines: Iterator[str], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line) if line.strip() else {"text": ""}
-        except ValueError as e:  # a number of too many digits is JSON, but not to Python
+        except (ValueError, RecursionError) as e:  # too many digits or brackets are JSON, but not to Python
             reason = getattr(e, "msg", e)
             raise DataError(f"{path}:{number} is not valid JSON ({reason}); expected an object with a text") from e
         yield from _lines_of(row, "text", f"{path}:{number}")
