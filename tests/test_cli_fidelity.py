@@ -87,6 +87,10 @@ def test_until_stable_says_how_many_samples_it_took(command):
         (LINE.replace("0.33,0.05", "2"), "fraction 2 of the samples; expected a number between 0 and 1"),
         (LINE.replace("f.json", "model"), "model is a folder; expected a file"),
         (f"{LINE} --max-memory 0.0001", "expected no more than the 0.1 MB allowed: lower the number of draws"),
+        (f"{LINE} --max-memory nan", "--max-memory nan; expected gigabytes, a number above 0"),
+        (f"{LINE} --max-memory inf", "--max-memory inf; expected gigabytes"),
+        (f"{LINE} --max-memory -1", "--max-memory -1; expected gigabytes"),
+        (LINE.replace("f.json", "text.txt/f.json"), "cannot write text.txt/f.json"),
         (f"{LINE} --profile-out model", "model holds other files and no profile.json"),
         (LINE.replace("text.txt", "nowhere"), "cannot read the text nowhere"),
         ("plot fidelity text.txt --out a.png", "text.txt is not valid JSON"),
@@ -103,9 +107,10 @@ def test_until_stable_says_how_many_samples_it_took(command):
     ],
 )
 def test_mistakes_are_one_line(command, line, message):
-    code, _, err = command(line)
+    code, out, err = command(line)
     assert code == 2
     assert message in " ".join(err.split())
+    assert "samples in one pass" not in out
 
 
 def test_what_is_finished_is_not_measured_again(folder, command):

@@ -269,6 +269,8 @@ def test_the_papers_figures_stand_beside_their_like(model):
         ({"tau": 0}, "tau 0; expected"),
         ({"grouping": "owners"}, "did you mean 'owner'"),
         ({"seed": -1}, "seed -1; expected 0 or more"),
+        ({"batch_size": 0}, "batch size 0; expected at least 1"),
+        ({"tokens_per_batch": -5}, "tokens per batch -5; expected at least 1"),
     ],
 )
 def test_bad_settings_are_refused(model, changes, message):

@@ -145,6 +145,17 @@ def scores(number, spread, seed=0):
     return true * np.exp(0.4 * rng.standard_normal((number, 1)) + 0.3 * rng.standard_normal((number, 12)))
 
 
+def test_sub_samples_that_order_nothing_agree_with_nothing():
+    """A sample that the model predicts to the last digit has a gradient of zero everywhere."""
+    scores = np.random.default_rng(0).random((10, 4))
+    scores[:7] = 0
+    found = curve(scores, seed=0)
+    assert found["lower"][0] <= found["lowest"][0] + 1 <= 1
+    assert np.isfinite([*found["mean"], *found["lower"], *found["lowest"]]).all()
+    assert recommended(found, 0.95) > 1
+    assert np.isfinite(list(bootstrap(scores[6:8], seed=0).values())).all()
+
+
 def test_the_curve_is_that_of_drawing_each_sub_sample():
     x = scores(60, 0.03)
     found = curve(x, seed=3)

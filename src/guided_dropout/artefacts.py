@@ -160,6 +160,22 @@ def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Pa
     return path
 
 
+def check_output_file(path: str | Path) -> Path:
+    """Make sure, before any long work, that a file can be written to `path`.
+
+    Raises:
+        ArtefactError: its folder cannot be made or written to.
+    """
+    path = Path(path)
+    folder = _followed(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    return path
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8, all or nothing."""
     with staged_file(path) as tmp:

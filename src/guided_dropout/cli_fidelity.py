@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,7 +55,7 @@ def fidelity(
     seed: options.Seed = 0,
 ) -> None:
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
-    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.artefacts import check_output_file, check_output_folder
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fidelity import Fidelity
     from guided_dropout.fidelity import fidelity as run
@@ -66,6 +67,9 @@ def fidelity(
     shares, tops = _numbers("--fractions", fractions), _numbers("--top", top)
     if out.is_dir():
         raise DataError(f"{out} is a folder; expected a file for the result, as {out / 'fidelity.json'}")
+    if max_memory is not None and not 0 < max_memory < math.inf:
+        raise DataError(f"--max-memory {max_memory:g}; expected gigabytes, a number above 0")
+    check_output_file(out)
     if profile_out:
         check_output_folder(profile_out, marker=profile.JSON_NAME)
     if resume is None:

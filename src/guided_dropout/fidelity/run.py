@@ -19,7 +19,7 @@ from guided_dropout.fidelity.schedules import bootstrap, curve, order_metrics, r
 from guided_dropout.fidelity.subsamples import Subsamples, draw_subsamples
 from guided_dropout.fidelity.sums import SubsampleSums
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
-from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_devices, profile_of
+from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_arguments, check_devices, profile_of
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.processes import Processes
@@ -95,6 +95,7 @@ def fidelity(
         ArtefactError: a checkpoint of another run or damaged, or one that was not expected; what was finished is of
             another run.
     """
+    check_arguments(batch_size, tokens_per_batch, objective)
     for top in tops:
         check_top(top)
     if not tops or len(set(tops)) < len(tops):

@@ -79,7 +79,8 @@ def curve(scores: _Array, seed: int) -> dict[str, Any]:
 
     Returns:
         ``samples``: the sizes; ``mean``, ``lower`` (what a share `CONFIDENCE` of the sub-samples reaches) and
-        ``lowest`` tau of each; ``subsamples``: how many.
+        ``lowest`` tau of each; ``subsamples``: how many. A sub-sample that orders nothing, since its scores are all
+        equal, counts as a tau of 0.
     """
     number = len(scores)
     sizes = np.unique(np.geomspace(1, number, min(_SIZES, number)).round().astype(int))
@@ -87,7 +88,7 @@ def curve(scores: _Array, seed: int) -> dict[str, Any]:
     taus = np.empty((SUBSAMPLES, len(sizes)))
     for r in range(SUBSAMPLES):
         order = np.random.default_rng([seed, _CURVE, r]).permutation(number)
-        taus[r] = kendall_taus(full, scores[order].cumsum(axis=0)[sizes - 1])
+        taus[r] = np.nan_to_num(kendall_taus(full, scores[order].cumsum(axis=0)[sizes - 1]))
     taus[:, -1] = kendall_taus(full, full)  # all of them: not the rounding of another order
     return {
         "samples": sizes.tolist(),
@@ -104,7 +105,7 @@ def bootstrap(scores: _Array, seed: int) -> dict[str, Any]:
     What the whole text itself is worth: another text of its length would have given an order about as far from it.
 
     Returns:
-        ``mean`` and ``lower`` tau; ``replicates``: how many.
+        ``mean`` and ``lower`` tau; ``replicates``: how many. As in `curve`, no order counts as a tau of 0.
     """
     number = len(scores)
     full = scores.sum(axis=0)
@@ -114,7 +115,7 @@ def bootstrap(scores: _Array, seed: int) -> dict[str, Any]:
             for r in range(SUBSAMPLES)
         ]
     )
-    taus = kendall_taus(full, weights @ scores)
+    taus = np.nan_to_num(kendall_taus(full, weights @ scores))
     return {"mean": float(taus.mean()), "lower": float(_lower(taus)), "replicates": SUBSAMPLES}
 
 

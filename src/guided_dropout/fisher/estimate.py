@@ -122,7 +122,7 @@ def estimate_fisher(
     with evaluating(model), own_precision(model), torch.enable_grad(), experts_apart(model):
         with world.together():
             _check_gradients()
-            _check_arguments(batch_size, tokens_per_batch, objective)
+            check_arguments(batch_size, tokens_per_batch, objective)
             check_devices(model)
             if until_ranked is not None and method == "reference":
                 raise DataError(
@@ -218,7 +218,12 @@ def _check_gradients() -> None:
         )
 
 
-def _check_arguments(batch_size: int, tokens_per_batch: int | None, objective: str) -> None:
+def check_arguments(batch_size: int, tokens_per_batch: int | None, objective: str) -> None:
+    """Refuse what no measurement can go by.
+
+    Raises:
+        DataError: a batch of less than 1, or an unknown objective.
+    """
     if batch_size < 1:
         raise DataError(f"batch size {batch_size}; expected at least 1")
     if tokens_per_batch is not None and tokens_per_batch < 1:
