@@ -1,5 +1,7 @@
 """Curvature, sharpness and comparisons against plain computations in float64."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -154,6 +156,20 @@ def test_numbers_of_a_bowl():
         assert by["all", "curvature per length²"].summary.mean == pytest.approx(
             by["all", "curvature"].summary.mean / 9
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("points", [7, 9])
+def test_half_the_radius_has_its_rise_whether_or_not_it_is_a_step(points):
+    found = bowl({"all": 2.0}, dims=1, points=points)
+    by = {n.measure: n.values for n in numbers(found)}
+    assert by["rise at 0.5"] == pytest.approx([rise / 4 for rise in by["rise at 1"]])
+
+
+def test_all_numbers_are_json_also_where_the_weights_have_no_finite_loss():
+    assert as_json(bowl({"all": 2.0}))["origin_loss"] == 4.0
+    found = as_json(bowl({"all": 2.0}, origin=np.nan))
+    assert found["origin_loss"] is None
+    json.dumps(found, allow_nan=False)
 
 
 def test_intervals_and_verdicts_are_paired_by_seed():

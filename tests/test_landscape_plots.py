@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 from landscapes import bowl
+from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from guided_dropout.errors import ArtefactError, DataError
@@ -40,6 +41,30 @@ def test_curves_are_means_in_a_band_of_all_seeds():
     assert (band.min(), band.max()) == pytest.approx((values.min(), values.max()))
     assert "all parameters" in texts(ax)
     assert "loss (nats)" in texts(ax)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["all", "top:0.5", "top:0.5=", "random:0.5", "random:0.5="],
+        ["all", "top:0.5", "top:0.1", "random:0.5", "random:0.1"],
+        ["top:0.5", "top:0.5=", "top:0.1", "top:0.1="],
+    ],
+)
+def test_each_curve_of_a_panel_looks_its_own(names):
+    lines = bowl({name: 1.0 + i for i, name in enumerate(names)}, dims=1).plot().lines[: len(names)]
+    assert len({(to_hex(line.get_color()), line.get_linestyle()) for line in lines}) == len(names)
+
+
+def test_curves_of_a_mask_that_is_not_there_are_no_empty_panel():
+    with pytest.raises(DataError, match=r"unknown mask 'top:0\.5'"):
+        plot_curves(bowl({"all": 2.0}, dims=1), masks=["top:0.5"])
+
+
+def test_any_number_of_planes_is_drawn():
+    figure = figure_planes(bowl({"all": 1.0, **{f"top:{i / 20:g}": float(i) for i in range(1, 12)}}, points=3, seeds=1))
+    titles = [ax.get_title() for ax in figure.axes if ax.name == "3d"]
+    assert (titles[0], titles[-1]) == ("a  all parameters", "l  top 55 %")
 
 
 def test_planes_are_drawn_on_the_axes_given():

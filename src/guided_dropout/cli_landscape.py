@@ -117,7 +117,7 @@ def make(
         )  # fmt: skip
         if seeds < 1:
             raise DataError(f"--seeds {seeds}; expected at least 1")
-        _check_drawings(plot, html, dims)
+        _check_shown(plot, html, dims, level)
         masks = [Mask.parse(name, equal_norm=equal_norm) for name in mask or ["all"]]
         if both_norms:
             masks = list(dict.fromkeys(m for own in masks for m in _both(own)))
@@ -186,7 +186,7 @@ def show(
     from guided_dropout.landscape import Landscape
 
     found = Landscape.from_pretrained(folder)
-    _check_drawings(plot, html, found.grid.dims)
+    _check_shown(plot, html, found.grid.dims, level)
     if as_json:
         import json
 
@@ -206,7 +206,10 @@ def _both(mask: Any) -> list[Any]:
     return [replace(mask, equal_norm=False), replace(mask, equal_norm=True)]
 
 
-def _check_drawings(plot: Path | None, html: Path | None, dims: int) -> None:
+def _check_shown(plot: Path | None, html: Path | None, dims: int, level: float) -> None:
+    from guided_dropout.landscape.compare import check_level
+
+    check_level(level)
     if plot is not None:
         from guided_dropout.plots import check_figure_name
 

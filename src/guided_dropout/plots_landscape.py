@@ -7,6 +7,7 @@ which are read alike by the colour-blind and in grey.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 from typing import Any
 
 import matplotlib
@@ -56,6 +57,8 @@ def plot_curves(
     """
     _require(landscape, 1)
     ax = ax or new_axes(6.4, 4.0)
+    for name in masks or ():
+        landscape.surface(name)  # an unknown one is an error
     shown = [m for m in landscape.masks if masks is None or m.name in masks]
     steps = landscape.grid.steps
     for number, mask in enumerate(shown):
@@ -258,7 +261,8 @@ def figure_planes(landscape: Landscape, *, masks: Sequence[str] | None = None, s
     for column, name in enumerate(names):
         upper: Any = figure.add_subplot(grid[0, column], projection="3d")
         plot_surface(landscape, upper, mask=name, seed=seed, limits=limits)
-        upper.set_title(f"{'abcdefghij'[column]}  {titles.get(name, name)}", fontsize=11, y=1.03)
+        letter = ascii_lowercase[column : column + 1] or column + 1
+        upper.set_title(f"{letter}  {titles.get(name, name)}", fontsize=11, y=1.03)
         lower = figure.add_subplot(grid[1, column])
         plot_contours(landscape, lower, mask=name, seed=seed, limits=limits, bar=False)
         if column:
@@ -339,15 +343,17 @@ def _shown(landscape: Landscape, whole: Sequence[str], masks: Sequence[Mask]) ->
 
 
 def _line(masks: Sequence[Mask], number: int) -> tuple[Any, Any]:
-    """Colour and line: black for all parameters; for shares the lighter the fewer."""
+    """Colour and line, different for each: black for all parameters; for shares of one kind the lighter the fewer."""
     mask = masks[number]
     if mask.kind == "all":
         return INK, "-"
-    shares = sorted({m.share for m in masks if m.kind == mask.kind}, reverse=True)
-    if len(shares) == 1:
+    own = sorted((m for m in masks if m.kind == mask.kind), key=lambda m: (-m.share, m.equal_norm))
+    if len(own) == 1:
         return _KINDS[mask.kind][0], _KINDS[mask.kind][2]
-    place = shares.index(mask.share)
-    return matplotlib.colormaps["viridis"](0.8 * place / (len(shares) - 1)), series(place)[2]
+    place = own.index(mask)
+    if len({m.kind for m in masks} - {"all"}) > 1:
+        return _KINDS[mask.kind][0], series(place)[2]
+    return matplotlib.colormaps["viridis"](0.8 * place / (len(own) - 1)), series(place)[2]
 
 
 def _levels(low: float, high: float) -> _Array:

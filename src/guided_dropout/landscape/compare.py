@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from guided_dropout.bench.stats import ArmSummary, PairedComparison, paired_comparison, summarise, verdict
+from guided_dropout.errors import DataError
 from guided_dropout.landscape.landscape import Landscape
 from guided_dropout.landscape.masks import Mask
 
@@ -75,9 +76,14 @@ def measures(landscape: Landscape, *, level: float = 1.0) -> list[Measure]:
     Args:
         landscape: of a line or plane.
         level: nats above the origin's loss below which the area is taken.
+
+    Raises:
+        DataError: a level that is not above 0.
     """
+    check_level(level)
     half, whole = landscape.grid.radii
-    known = [
+    return [
+        Measure(f"rise at {half:g}", f"loss rise at {half:g} (nats)", lambda s, m: s.rises(m, half)[0]),
         Measure(f"rise at {whole:g}", f"loss rise at radius {whole:g} (nats)", lambda s, m: s.rises(m)[0]),
         Measure(f"largest rise at {whole:g}", f"largest rise at {whole:g} (nats)", lambda s, m: s.rises(m)[1]),
         Measure("curvature", "curvature at the origin (nats)", lambda s, m: s.curvatures(m)[0]),
@@ -92,9 +98,16 @@ def measures(landscape: Landscape, *, level: float = 1.0) -> list[Measure]:
             lambda s, m: s.areas(m, level)[0],
         ),
     ]
-    if landscape.grid.dims == 2 or landscape.grid.points % 4 == 1:  # otherwise half the radius is no point of a line
-        known.insert(0, Measure(f"rise at {half:g}", f"loss rise at {half:g} (nats)", lambda s, m: s.rises(m, half)[0]))
-    return known
+
+
+def check_level(level: float) -> None:
+    """Refuse a level below which there is no area.
+
+    Raises:
+        DataError: it is not above 0, or not finite.
+    """
+    if not 0 < level < np.inf:
+        raise DataError(f"level {level:g}; expected a number of nats above 0, as 1")
 
 
 def numbers(landscape: Landscape, *, level: float = 1.0) -> list[Number]:
@@ -127,7 +140,7 @@ def differences(landscape: Landscape, *, level: float = 1.0) -> list[Difference]
 def as_json(landscape: Landscape, *, level: float = 1.0) -> dict[str, Any]:
     """`numbers` and `differences` as JSON."""
     return {
-        "origin_loss": landscape.origin_loss,
+        "origin_loss": landscape.origin_loss if np.isfinite(landscape.origin_loss) else None,
         "level": level,
         "masks": [
             {

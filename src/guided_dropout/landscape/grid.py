@@ -15,6 +15,8 @@ from guided_dropout.errors import DataError
 ANGLES = 16
 # In units of the filters' own norms: far beyond any loss that means something.
 _LARGEST = 1e6
+# Coordinates have twelve decimals: below, points would no longer be equally spaced, or fall together.
+_SMALLEST = 1e-6
 # The second derivative at the origin is taken with steps of this share of the radius.
 STENCIL_SHARE = 1 / 50
 _DIGITS = 12
@@ -42,8 +44,8 @@ class Grid:
             raise DataError(
                 f"{self.points} points along an axis; expected an odd number, so that the origin is one of them: {near}"
             )
-        if not 0 < self.radius <= _LARGEST:
-            raise DataError(f"radius {self.radius}; expected a number above 0 and at most {_LARGEST:g}")
+        if not _SMALLEST <= self.radius <= _LARGEST:
+            raise DataError(f"radius {self.radius}; expected a number above 0, from {_SMALLEST:g} to {_LARGEST:g}")
 
     @property
     def steps(self) -> npt.NDArray[np.float64]:
