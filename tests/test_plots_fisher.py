@@ -1,5 +1,6 @@
 """The figures of profiles and fidelity show the numbers they were given."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -157,6 +158,22 @@ def test_fidelity_shows_the_curve_the_draws_and_the_number_recommended():
     assert errors.get_yscale() == "log"
     assert list(overlap.lines[1].get_ydata()) == pytest.approx([0.6, 0.6])
     assert figure_svg(draw_fidelity(made_up())) == figure_svg(draw_fidelity(made_up()))
+
+
+def test_few_samples_are_named_on_the_axis_as_numbers_side_by_side():
+    few = {"samples": [1, 2, 5, 12], "mean": [0.5, 0.7, 0.9, 1], "lower": [0.3, 0.6, 0.8, 1]}
+    made = made_up()
+    orders = tuple(replace(o, samples=n) for o, n in zip(made.orders, (6, 2), strict=False))
+    result = replace(made, curve={**made.curve, **few}, orders=orders, num_samples=12, recommended=5, cells=())
+    figure = draw_fidelity(result)
+    figure.draw_without_rendering()
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    ticks = [t for minor in (False, True) for t in axis.get_ticklabels(minor=minor) if t.get_text()]
+    shown = sorted((t for t in ticks if low <= t.get_position()[0] <= high), key=lambda t: t.get_position())
+    assert [t.get_text() for t in shown] == ["2", "5", "10"]
+    boxes = [t.get_window_extent() for t in shown]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def test_fidelity_of_schedules_or_parameters_alone():

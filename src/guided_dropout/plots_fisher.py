@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fidelity.result import Fidelity
@@ -191,7 +191,10 @@ def draw_fidelity(result: Fidelity) -> Figure:
     for ax in figure.axes:
         ax.set_xscale("log")
         ax.set_xlim(0.8 * min([o.samples for o in result.orders] or [1]), 1.25 * result.num_samples)
+        low, high = ax.get_xlim()
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(f"samples, of {result.num_samples:,}")
         plain(ax)
     return figure
