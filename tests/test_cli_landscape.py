@@ -121,7 +121,7 @@ def test_toward_a_model_and_along_the_hessian(command, folder, tmp_path):
         ("--seeds 0", "--seeds 0; expected at least 1"),
         ("--level nan", "level nan; expected a number of nats above 0"),
         ("--level -1", "level -1; expected a number of nats above 0"),
-        ("--radius 1e-12", "radius 1e-12; expected a number above 0, from 1e-06 to 1e+06"),
+        ("--radius 1e-12", "radius 1e-12; expected a number above 0 and at most 1e+06, 1e-06 at least"),
         ("--direction uphill", "unknown directions 'uphill'"),
         ("--task cola", "--text text.txt, --task cola"),
         ("--mask-level layer", "unknown mask level 'layer'"),

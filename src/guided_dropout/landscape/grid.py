@@ -45,7 +45,9 @@ class Grid:
                 f"{self.points} points along an axis; expected an odd number, so that the origin is one of them: {near}"
             )
         if not _SMALLEST <= self.radius <= _LARGEST:
-            raise DataError(f"radius {self.radius}; expected a number above 0, from {_SMALLEST:g} to {_LARGEST:g}")
+            raise DataError(
+                f"radius {self.radius}; expected a number above 0 and at most {_LARGEST:g}, {_SMALLEST:g} at least"
+            )
 
     @property
     def steps(self) -> npt.NDArray[np.float64]:
