@@ -200,6 +200,26 @@ def test_names_of_runs_tell_them_apart():
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=_-") for name in names)
 
 
+@pytest.mark.parametrize("other", [{"model": "my bert"}, {"fraction": 0.1234568}])
+def test_a_run_is_never_taken_for_another_whose_file_has_its_name(tmp_path, finished, other):
+    experiment = Experiment.start(tmp_path / "out", finished[0].check())
+    key = RunKey("my-bert", "cola", 0.1234567, "none", 0)
+    experiment.write(Run(key, failure=Failure("A", "b", "")))
+    assert experiment.is_done(key)
+    with pytest.raises(ArtefactError, match=r"holds the run .*my-bert.*; expected .* another name"):
+        experiment.is_done(replace(key, **other))
+    assert experiment.read(experiment.file(key)).key == key
+
+
+def test_data_have_one_name_however_their_path_is_spelled(folder, monkeypatch):
+    facts = replace(plan_of(folder), data=str(folder / "glue")).check()
+    assert facts["recipe"]["data"] == "glue"
+    monkeypatch.chdir(folder / "glue" / "CoLA")
+    assert replace(plan_of(folder), data="..").check() == facts
+    monkeypatch.chdir(folder / "glue")
+    assert replace(plan_of(folder), data=".").check() == facts
+
+
 @pytest.mark.parametrize("source", [".", "..", ".hidden"])
 def test_a_models_name_hides_no_runs(tmp_path, monkeypatch, finished, source):
     (tmp_path / "inner" / ".hidden").mkdir(parents=True)

@@ -47,6 +47,13 @@ def test_any_two_arms_can_be_compared(command, tmp_path):
     assert f"10 % of the training data, rte: uniform − dropout = {sum(expected) / 4:+.4f}" in out
 
 
+def test_arms_are_compared_as_they_were_asked_for(command, tmp_path):
+    write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], arms=["mixout", "l2-sp:alpha=0.5"], seeds=3)
+    code, out, err = command("bench", "compare", "e", "mixout:p=0.7", "l2-sp:alpha=0.50")
+    assert code == 0, err
+    assert "mixout − l2-sp:alpha=0.5 = " in out
+
+
 def test_of_a_damaged_run_it_says_what_to_do(command, tmp_path):
     experiment = write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=2)
     file = experiment.file(experiment.runs()[0].key)

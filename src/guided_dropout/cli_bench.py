@@ -190,6 +190,7 @@ def compare(
 
     What nobody asked before the runs were made is a hint, not a test: an experiment has many pairs.
     """
+    from guided_dropout.arms import choose_arm
     from guided_dropout.bench.analysis import analyse, compare_two
     from guided_dropout.bench.csv_files import OVERALL, write_comparisons
     from guided_dropout.bench.folder import Experiment
@@ -197,6 +198,7 @@ def compare(
 
     there = Experiment(experiment)
     analysis = analyse(there.runs(), there.grids, margin=margin)
+    arm, other = (name if name in analysis.arms else choose_arm(name).label for name in (arm, other))
     found = compare_two(analysis, arm, other)
     for c in found:
         place = f"{c.model}, {of_the_data(c.fraction)}, {c.task or OVERALL}"

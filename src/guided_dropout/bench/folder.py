@@ -159,8 +159,18 @@ class Experiment:
         return [Grid(**g) for g in facts.get("grids", [axes])]
 
     def is_done(self, key: RunKey) -> bool:
-        """Whether the run is there, be it as a failure; not where its file is damaged."""
-        return self._whole(self.file(key)) is not None
+        """Whether the run is there, be it as a failure; not where its file is damaged.
+
+        Raises:
+            ArtefactError: the file holds another run, whose key spells the same name.
+        """
+        run = self._whole(self.file(key))
+        if run is not None and run.key != key:
+            raise ArtefactError(
+                f"{self.file(key)} holds the run {run.key}; expected {key}: give the model's folder another name, "
+                "choose fractions that differ by more, or choose another --out"
+            )
+        return run is not None
 
     def damaged(self, keys: Iterable[RunKey]) -> list[Path]:
         """The files of these runs that are there and cannot be read."""
@@ -273,7 +283,7 @@ class Experiment:
         try:
             yield True
         finally:
-            if self.is_done(key):
+            if self._whole(self.file(key)):
                 _remove_held(lock)
             lock.release()
 

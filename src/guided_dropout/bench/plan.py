@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -163,7 +164,7 @@ class Plan:
                     "rates": dict(schedule.rates),
                 },
             }
-        data = None if self.data is None else Path(self.data).name
+        data = None if self.data is None else Path(os.path.abspath(self.data)).name
         recipe = {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"}
         return {"recipe": recipe, "models": models}
 
