@@ -166,6 +166,17 @@ def test_a_known_task_gives_files_its_classes_and_metrics(tmp_path: Path) -> Non
         load_data("stsb", train, eval_data=train, columns=PAIRS)
 
 
+def test_a_known_tasks_labels_are_written_as_any_classes(tmp_path: Path) -> None:
+    rows = [("a", "b", 0.0), ("c", "d", 1), ("e", "f", " not_entailment "), ("g", "h", "1.0")]
+    for kind in ("jsonl", "csv"):
+        train = write(tmp_path, f"train.{kind}", rows)
+        assert load_data("rte", train, eval_data=train, columns=PAIRS).train.labels == [0, 1, 1, 1]
+    for label in (0.5, 2.0, -1, None, True):
+        train = write(tmp_path, "train.jsonl", [("a", "b", label)])
+        with pytest.raises(DataError, match=rf"train\.jsonl:1: found label {label}; expected"):
+            load_data("rte", train, eval_data=train, columns=PAIRS)
+
+
 def test_evaluation_data_are_needed_and_the_error_says_what_to_give(tmp_path: Path) -> None:
     train = write(tmp_path, "train.csv", ROWS)
     with pytest.raises(DataError, match=r"no evaluation data beside .*--eval-data FILE, or --split holdout:0\.2"):

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from guided_dropout.columns import class_name
 from guided_dropout.errors import DataError
 from guided_dropout.hub_tables import read_hub_table
 from guided_dropout.tables import Table, read_tsv, table_kind
@@ -194,8 +195,9 @@ def label_reader(labels: tuple[str, ...] | None) -> Callable[[Any, str], float]:
     spelled = ", ".join(f"{i} ({name})" for i, name in enumerate(labels[:10])) + (", …" if len(labels) > 10 else "")
 
     def read(value: Any, where: str) -> int:
-        index = indices.get(value) if isinstance(value, str) else None
-        index = numbers.get(str(value)) if index is None else index
+        name = class_name(value, where)
+        index = indices.get(value, indices.get(name)) if isinstance(value, str) else None
+        index = numbers.get(name) if index is None else index
         if index is None:
             raise DataError(f"{where}: found label {value!r}; expected one of {spelled}: mend or remove the example")
         return index

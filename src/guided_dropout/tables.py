@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -201,7 +202,7 @@ def _read_jsonl(file: Path, wanted: Sequence[str], advice: str) -> Table:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as e:  # a number of too many digits is JSON, but not to Python
+        except (ValueError, RecursionError) as e:  # too many digits or brackets are JSON, but not to Python
             reason = getattr(e, "msg", e)
             raise DataError(
                 f"{file}:{number}: not valid JSON ({reason}); expected an object: mend or remove the line"
@@ -210,6 +211,11 @@ def _read_jsonl(file: Path, wanted: Sequence[str], advice: str) -> Table:
             raise DataError(f"{file}:{number}: found {line[:40]!r}; expected an object: mend or remove the line")
         check_columns(row, wanted, f"{file}:{number}", advice)
         for name, values in columns.items():
+            if isinstance(row[name], str) and (half := re.search("[\ud800-\udfff]", row[name])):
+                raise DataError(
+                    f"{file}:{number}: found {half[0]!r}, half a character, in {name!r}; expected whole ones: mend or "
+                    "remove the line"
+                )
             values.append(row[name])
     return Table(str(file), columns, range(1, len(lines) + 1))
 
