@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shlex
 
 import pytest
 from samples_of_experiments import accuracy_like, write_experiment
@@ -238,4 +239,12 @@ def test_names_are_escaped(tmp_path):
         value=lambda k: ValueError("<script>alert(1)</script> | *x*") if k.seed == 0 else 0.5 + 0.01 * k.seed,
     )  # fmt: skip
     assert "<script" not in (folder / "report.html").read_text()
+    latex = (folder / "tables.tex").read_text()
+    assert r"e: a\textbar{}b\textless{}script\textgreater{}, 100 \%" in latex  # plain ones are other signs in OT1
     assert not re.search(r"(?<!\\)<script", re.sub(r"`[^`]*`", "", text))
+
+
+def test_its_command_can_be_pasted_whatever_the_folder_is_called(tmp_path):
+    _, text, folder = report(tmp_path / "my $runs", arms=["dropout", "guided"], tasks=["cola"], seeds=1)
+    (line,) = [line for line in text.splitlines() if line.startswith("guided-dropout bench report")]
+    assert shlex.split(line)[-1] == str(folder.parent)

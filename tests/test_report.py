@@ -7,6 +7,7 @@ import pytest
 from samples_of_results import profile, run, site
 
 from guided_dropout.bench.arms import compare_arms, group_by_arm
+from guided_dropout.bench.document import Paragraph, to_markdown
 from guided_dropout.bench.report import verdict_sentence, write_report
 from guided_dropout.errors import DataError
 
@@ -162,6 +163,10 @@ def test_report_escapes_what_it_is_given(tmp_path):
     assert not re.search(r"(?<!\\)<script", outside_code)
     row = next(line for line in markdown.read_text().splitlines() if "1.000e+00" in line)
     assert len(re.findall(r"(?<!\\)\|", row)) == 6
+
+
+def test_markdown_shows_signs_as_they_are():
+    assert to_markdown([Paragraph("a&lt;b ~c~ $d$ `$e$`")]) == "a\\&lt;b \\~c\\~ \\$d\\$ `$e$`\n"
 
 
 def test_report_without_guided_runs_compares_nothing(tmp_path):

@@ -189,4 +189,4 @@ def _inline(text: str) -> str:
 def _md(text: str) -> str:
     """Escape what Markdown would take for markup, outside of code."""
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))
-    return "".join(p if p.startswith("`") and len(p) > 1 else re.sub(r"([\\*_<\[\]])", r"\\\1", p) for p in parts)
+    return "".join(p if p.startswith("`") and len(p) > 1 else re.sub(r"([\\*_~$&<\[\]])", r"\\\1", p) for p in parts)

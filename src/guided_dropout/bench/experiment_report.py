@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -115,7 +116,7 @@ def _again(analysis: Analysis, experiment: Experiment) -> list[Block]:
     margin = f" --margin {analysis.margin:g}" if analysis.margin is not None else ""
     return [
         Heading("How to make it again"),
-        Code(f"guided-dropout bench report {experiment.path}{margin}"),
+        Code(f"guided-dropout bench report {shlex.quote(str(experiment.path))}{margin}"),
         Bullets(
             [
                 *origins([r.provenance for r in results]),

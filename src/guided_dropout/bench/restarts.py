@@ -154,7 +154,8 @@ def _latex(t: Restarts, experiment: str) -> str:
 
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$",
-    "−": "$-$", **{c: f"\\{c}" for c in "&%$#_{}"},
+    "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    **{c: f"\\{c}" for c in "&%$#_{}"},
 }  # fmt: skip
 
 
