@@ -47,6 +47,15 @@ def test_any_two_arms_can_be_compared(command, tmp_path):
     assert f"10 % of the training data, rte: uniform − dropout = {sum(expected) / 4:+.4f}" in out
 
 
+@pytest.mark.parametrize("left", ["", '{"kind": "bench-grid", "schema": 1, "grids": [{"models": ["demo"]}]}'])
+def test_of_a_damaged_grid_it_says_what_to_do(command, tmp_path, left):
+    write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=2)
+    (tmp_path / "e" / "grid.json").write_text(left)
+    code, _, err = command("bench", "report", "e")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "delete the file, and ask `guided-dropout bench run` again for all that was asked for" in err
+
+
 def test_arms_are_compared_as_they_were_asked_for(command, tmp_path):
     write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], arms=["mixout", "l2-sp:alpha=0.5"], seeds=3)
     code, out, err = command("bench", "compare", "e", "mixout:p=0.7", "l2-sp:alpha=0.50")

@@ -2,12 +2,14 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import COLOUR, colour_examples, save_tiny_bert
 
 from guided_dropout.encoding import LengthGroups, encode, order_name
+from guided_dropout.errors import DataError
 from guided_dropout.models import load_tokenizer
 from guided_dropout.tasks import Examples
 
@@ -72,6 +74,21 @@ def test_a_cache_changes_nothing_and_tokenises_each_text_once(tmp_path, monkeypa
     assert [whole[i] for i in range(30)] == [plain[i] for i in range(30)]
     assert set(seen) == {t[0] for t in examples.texts} - {t[0] for t in examples.take(range(10)).texts}
     assert len(seen) == len(set(seen))
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "message"),
+    [
+        (("red",), "green", r"memory: found the label 'green'; expected a class index below \d"),
+        (("red",), None, r"memory: found the label None"),
+        ((None,), 0, r"memory: found the text \(None,\); expected strings"),
+        (("red \ud83d",), 0, r"memory: found the text \('red .ud83d',\); expected strings of whole characters"),
+    ],
+)
+def test_what_is_no_text_or_label_is_named(tmp_path, text, label, message):
+    tokenizer = load_tokenizer(save_tiny_bert(tmp_path))
+    with pytest.raises(DataError, match=message):
+        encode(Examples([("the car",), text], [0, label]), COLOUR, tokenizer, 32)
 
 
 def test_a_pair_may_lack_its_second_text(tmp_path):

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from guided_dropout.errors import DataError
+from guided_dropout.tables import HALF_CHARACTER
 from guided_dropout.tasks import Examples, Task
 
 TokenCache = dict[tuple[str, ...], dict[str, Any]]
@@ -92,10 +93,16 @@ def _check_examples(examples: Examples, task: Task) -> None:
     sizes = {len(text) for text in examples.texts}
     if sizes not in ({1}, {2}):
         raise DataError(f"{examples.source}: found examples of {sorted(sizes)} texts; expected 1 or 2 in all of them")
-    for label in examples.labels:
-        if not math.isfinite(label) or (not task.is_regression and label not in range(task.num_labels)):
+    for text, label in examples:
+        if not all(isinstance(part, str) and not HALF_CHARACTER.search(part) for part in text):
+            raise DataError(f"{examples.source}: found the text {text!r}; expected strings of whole characters")
+        try:
+            finite = math.isfinite(label)
+        except TypeError:
+            finite = False
+        if not finite or (not task.is_regression and label not in range(task.num_labels)):
             wanted = "a finite number" if task.is_regression else f"a class index below {task.num_labels}"
-            raise DataError(f"{examples.source}: found the label {label}; expected {wanted}, as {task.name} has")
+            raise DataError(f"{examples.source}: found the label {label!r}; expected {wanted}, as {task.name} has")
 
 
 def order_name(examples: int, batch_size: int) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 from guided_dropout.errors import DataError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""What JSON and Python let pass in a string, and UTF-8 and tokenizers do not."""
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
@@ -211,7 +213,7 @@ def _read_jsonl(file: Path, wanted: Sequence[str], advice: str) -> Table:
             raise DataError(f"{file}:{number}: found {line[:40]!r}; expected an object: mend or remove the line")
         check_columns(row, wanted, f"{file}:{number}", advice)
         for name, values in columns.items():
-            if isinstance(row[name], str) and (half := re.search("[\ud800-\udfff]", row[name])):
+            if isinstance(row[name], str) and (half := HALF_CHARACTER.search(row[name])):
                 raise DataError(
                     f"{file}:{number}: found {half[0]!r}, half a character, in {name!r}; expected whole ones: mend or "
                     "remove the line"

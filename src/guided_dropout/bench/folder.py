@@ -150,13 +150,23 @@ class Experiment:
 
     @property
     def grids(self) -> list[Grid]:
-        """All that was asked for."""
+        """All that was asked for.
+
+        Raises:
+            ArtefactError: it cannot be read.
+        """
         file = self.path / GRID
         if not file.exists():
             return []
-        facts = read_json(file, kind=GRID_KIND, schema=SCHEMA)
-        axes = {k: v for k, v in facts.items() if k not in ("kind", "schema")}  # as of when there was only one
-        return [Grid(**g) for g in facts.get("grids", [axes])]
+        mend = "delete the file, and ask `guided-dropout bench run` again for all that was asked for"
+        try:
+            facts = read_json(file, kind=GRID_KIND, schema=SCHEMA)
+            axes = {k: v for k, v in facts.items() if k not in ("kind", "schema")}  # as of when there was only one
+            return [Grid(**g) for g in facts.get("grids", [axes])]
+        except ArtefactError as e:
+            raise ArtefactError(f"{e} ({mend})") from e
+        except TypeError as e:
+            raise ArtefactError(f"{file} is damaged ({e}); expected what `bench run` wrote: {mend}") from e
 
     def is_done(self, key: RunKey) -> bool:
         """Whether the run is there, be it as a failure; not where its file is damaged.
