@@ -168,6 +168,13 @@ BLOCKS = {
 }  # fmt: skip
 
 
+WIDE = (
+    "linear", "conv1d of transformers", "shift in place", "weight twice", "weight and its transpose", "fused",
+    "part of a weight", "columns of a larger weight", "flat, time major", "a bias of one number",
+    "a bias of one number, addmm", "a bias of the samples",
+)  # fmt: skip
+
+
 class PReLUOverFeatures(nn.Module):
     def __init__(self, module):
         super().__init__()
@@ -213,6 +220,15 @@ def test_each_operation_is_exact(kind):
     assert_exact(profile.diagonal, own_loss_oracle(model, samples))
     assert bool(profile.coverage["fallback"]) == (kind == "attention module")  # which gives a tuple
     assert set(profile.coverage["reasons"]) == set(profile.coverage["fallback"])
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_wide_layers_over_many_rows_are_exact_in_float32(kind, monkeypatch):
+    """Where the processor's own products come in; the plan was proved on fewer rows."""
+    monkeypatch.setitem(globals(), "D", 64)
+    model, samples = TinyLM([kind], seed=1, tied=False).float(), draw_samples([LENGTH] * 9)
+    found = estimate_fisher(model, samples, batch_size=9).diagonal
+    assert_exact(found, own_loss_oracle(model.double(), samples), rtol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
