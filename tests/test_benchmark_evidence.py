@@ -2,10 +2,13 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 from scipy import stats
+
+from guided_dropout.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "evidence"
@@ -54,3 +57,25 @@ def test_each_row_is_drawn_once_for_each_control(summary):
     assert sorted(name.rpartition(" (")[0] for name in named) == sorted(row.label for row in rows)
     not_run = sum(text.get_text() == "not run" for ax in axes for text in ax.texts)
     assert not_run == sum(len(summary.CONTROLS) - len(row.effects) for row in rows)
+
+
+def test_arms_of_two_experiments_are_compared_by_seed(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.evidence.across import across
+
+    folder = RESULTS / "demo-controls"
+    found = across(str(folder), "guided", str(folder), "uniform")
+    for task in ("cola", "rte", "mrpc", "stsb"):
+        pair = found[task, 0.25]
+        expected = from_runs("demo-controls", task, "uniform")
+        assert (pair.mean, *pair.t_interval, pair.n) == pytest.approx(expected)
+    name = "demo_cola_0.25_uniform_003.json"
+    run = json.loads((folder / "runs" / name).read_text(encoding="utf-8"))
+    run["result"]["pairing"]["batches"] = "others"
+    (tmp_path / "runs").mkdir()
+    shutil.copy(folder / "experiment.json", tmp_path)
+    (tmp_path / "runs" / name).write_text(json.dumps(run), encoding="utf-8")
+    with pytest.raises(DataError, match=r"cola, seed 3: found .* expected one pairing"):
+        across(str(folder), "guided", str(tmp_path), "uniform")
+    with pytest.raises(DataError, match="share no seed"):
+        across(str(folder), "guided", str(tmp_path), "none")
