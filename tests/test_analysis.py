@@ -17,7 +17,7 @@ from guided_dropout.bench.restarts import restarts, to_latex
 from guided_dropout.bench.stats import holm
 from guided_dropout.errors import DataError
 
-SAME_MEAN = ("uniform", "role-mean", "shuffled", "reversed", "depth-linear", "magnitude")
+SAME_MEAN = ("uniform", "top-only", "role-mean", "shuffled", "reversed", "depth-linear", "magnitude")
 
 
 def runs(values, *, tasks=("cola",), seeds=8, fraction=1.0, **changes):

@@ -20,7 +20,7 @@ from guided_dropout.finetune import RunResult, finetune
 from guided_dropout.models import drawn_parameters, load_classifier, load_lm
 from guided_dropout.regularizers import Context
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.schedule.controls import role_mean
+from guided_dropout.schedule.controls import role_mean, top_only
 
 DATA = (colour_examples(32, seed=1), colour_examples(20, seed=2))
 DECAY = 0.5
@@ -96,8 +96,9 @@ def test_rates_of_the_arms(runs: dict[str, RunResult], context: Context) -> None
     spread = pytest.approx((0.01, mean, 0.3))
     guided = dict.fromkeys(("guided", "guided-gaussian", "reversed", "shuffled", "depth-linear", "magnitude"), spread)
     flat = {"uniform": (pytest.approx(mean),) * 3, **dict.fromkeys(("none", "mixout"), (0.0, 0.0, 0.0))}
-    between = list(role_mean(context.schedule).rates.values())
-    flat["role-mean"] = pytest.approx((min(between), mean, max(between)))
+    for name, control in (("role-mean", role_mean), ("top-only", top_only)):
+        between = list(control(context.schedule).rates.values())
+        flat[name] = pytest.approx((min(between), mean, max(between)))
     for arm, result in runs.items():
         found = tuple(result.rates[key] for key in ("min", "mean", "max"))
         assert found == {**guided, **flat}.get(arm, (pytest.approx(0.1),) * 3), arm
@@ -202,6 +203,7 @@ def test_an_arm_is_read_as_people_write_it(arm: str, parameters: Any, label: str
         ("shuffled:seed=1.5", (), ScheduleError, "arm parameter seed is '1.5'; expected a whole number"),
         ("mixout:p=0.1", ["p=0.2"], ScheduleError, "the parameter 'p' of the arm 'mixout' twice"),
         ("shuffled:seed=-1", (), ScheduleError, "seed -1 of the control shuffled; expected a whole number from 0"),
+        ("top-only:k=0", (), ScheduleError, "k 0 of the control top-only; expected at least 1"),
         ("mixout:p=2", (), GuidedDropoutError, "p is 2.0; expected a number from 0 to 1"),
         ("mixout", {"p": True}, ScheduleError, "p is True; expected a number"),
     ],
@@ -229,7 +231,7 @@ def test_what_an_arm_needs_is_asked_for_before_any_work(arm: str, context: Conte
             assert message.startswith(f"the arm '{arm}' has no {what}; expected ")
             assert f"`guided-dropout {command}`" in message
             needs.append(what)
-    guided = ("guided", "uniform", "role", "reversed", "shuffled", "depth", "magnitude")
+    guided = ("guided", "uniform", "top", "role", "reversed", "shuffled", "depth", "magnitude")
     assert needs == (
         ["schedule"] if arm.startswith(guided) else ["profile"] if arm in ("ewc", "child-tuning", "surgical") else []
     )

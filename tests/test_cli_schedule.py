@@ -105,7 +105,7 @@ def test_show_a_control_and_a_file_of_schema_1(folder, command, tmp_path):
     assert "embeddings.dropout" in out
 
 
-KINDS = ["uniform", "role-mean", "reversed", "shuffled", "depth-linear", "magnitude"]
+KINDS = ["uniform", "top-only", "role-mean", "reversed", "shuffled", "depth-linear", "magnitude"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,11 +123,13 @@ def test_control_writes_what_the_library_derives(folder, command, tmp_path, kind
     assert "other weights" not in out
 
 
-def test_control_takes_a_seed_and_a_model(folder, command, tmp_path):
+def test_control_takes_a_seed_a_number_of_sites_and_a_model(folder, command, tmp_path):
     new = tmp_path / "control.json"
     planned = DropoutSchedule.load(folder / "a.json")
     command("schedule", "control", "a.json", "--kind", "shuffled", "--seed", 7, "--out", new)
     assert DropoutSchedule.load(new) == controls.shuffled(planned, 7)
+    command("schedule", "control", "a.json", "--kind", "top-only", "--k", 3, "--out", new)
+    assert DropoutSchedule.load(new) == controls.top_only(planned, 3)
     trained = load_lm(str(folder / "model"))
     with torch.no_grad():
         for k, parameter in enumerate(trained.parameters()):

@@ -15,6 +15,7 @@ from guided_dropout.sites import find_sites
 def every_control(schedule: DropoutSchedule, model: object) -> dict[str, DropoutSchedule]:
     return {
         "uniform": controls.uniform(schedule),
+        "top_only": controls.top_only(schedule, k=2),
         "role_mean": controls.role_mean(schedule),
         "reversed": controls.reversed(schedule),
         "shuffled": controls.shuffled(schedule, seed=5),
@@ -37,6 +38,30 @@ def test_every_control_has_the_same_sites_and_mean_and_says_what_it_is(family: s
         assert control.derived_from["digest"] == schedule.digest
         assert control.derived_from["shape"] == shape
         assert (control.model, control.kinds) == (schedule.model, schedule.kinds)
+
+
+def test_top_only_keeps_the_sites_of_the_highest_scores_and_levels_the_others() -> None:
+    model = language_model("bert")
+    schedule = DropoutSchedule.from_profile(random_profile(model), model)
+    by_score = sorted(schedule.rates, key=lambda path: -schedule.scores[path])
+    for k in (1, 3):
+        kept, levelled = by_score[:k], by_score[k:]
+        control = controls.top_only(schedule, k)
+        assert [control.rates[path] for path in kept] == [schedule.rates[path] for path in kept]
+        mean = sum(schedule.rates[path] for path in levelled) / len(levelled)
+        assert [control.rates[path] for path in levelled] == pytest.approx([mean] * len(levelled))
+        assert control.derived_from["k"] == k
+    assert controls.top_only(schedule, len(by_score)).rates == schedule.rates
+    with pytest.raises(ScheduleError, match="k 0 of the control top-only; expected at least 1"):
+        controls.top_only(schedule, 0)
+
+
+def test_top_only_goes_by_the_rates_where_there_are_no_scores() -> None:
+    model = language_model("bert")
+    paths = [site.path for site in find_sites(model)]
+    table = DropoutSchedule.from_rates({path: (k + 2) % 7 / 10 for k, path in enumerate(paths)}, model)
+    rates = controls.top_only(table).rates
+    assert list(rates.values()) == pytest.approx([*[2.1 / 6] * 5, 0, 2.1 / 6])
 
 
 def test_role_mean_gives_the_same_place_in_each_layer_the_mean_of_its_rates() -> None:

@@ -73,6 +73,10 @@ def _shuffled(model: nn.Module, context: Context, *, seed: int = 0) -> DropoutSc
     return controls.shuffled(_guided(model, context), seed)
 
 
+def _top_only(model: nn.Module, context: Context, *, k: int = 1) -> DropoutSchedule:
+    return controls.top_only(_guided(model, context), k)
+
+
 def _control(function: Callable[[DropoutSchedule], DropoutSchedule]) -> Callable[..., DropoutSchedule]:
     return lambda model, context: function(_guided(model, context))
 
@@ -85,6 +89,9 @@ ARMS = {
     "guided": Arm("the schedule's rates: vital layers are dropped less", _guided, needs=_SCHEDULE),
     "guided-gaussian": Arm("Gaussian noise at the schedule's rates", _guided, GaussianDropout, _SCHEDULE),
     "uniform": Arm("control: the schedule's mean rate at each site", _control(controls.uniform), needs=_SCHEDULE),
+    "top-only": Arm(
+        "control: the most vital site has its rate, all others the mean of theirs", _top_only, needs=_SCHEDULE
+    ),
     "role-mean": Arm(
         "control: each kind of site has its mean rate in all layers", _control(controls.role_mean), needs=_SCHEDULE
     ),
@@ -175,6 +182,8 @@ class ChosenArm:
         self._regularizer()  # refuses values out of range
         if "seed" in values:
             controls.check_seed(int(values["seed"]))
+        if self.name == "top-only":
+            controls.check_top(int(values["k"]))
 
 
 def choose_arm(arm: str, parameters: Mapping[str, Any] | Iterable[str] = ()) -> ChosenArm:

@@ -105,7 +105,8 @@ def control(
     kind: Annotated[
         str,
         typer.Option(
-            help="uniform (the mean rate everywhere), role-mean (each kind of site has its mean rate in all layers), "
+            help="uniform (the mean rate everywhere), top-only (the most informative site has its rate, all others the "
+            "mean of theirs), role-mean (each kind of site has its mean rate in all layers), "
             "reversed (the most informative site gets the highest rate), "
             "shuffled (dealt out by chance), depth-linear (rising from the first call to the last) or magnitude (by "
             "the squares of the weights)."
@@ -113,6 +114,9 @@ def control(
     ],
     out: Annotated[Path, typer.Option(help="Schedule file (JSON) of the control.")],
     seed: Annotated[int | None, typer.Option(help="Of shuffled: which permutation.", show_default="0")] = None,
+    k: Annotated[
+        int | None, typer.Option(metavar="K", help="Of top-only: how many sites have theirs.", show_default="1")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Of magnitude: the pretrained model.", show_default="the one the schedule was made on"),
@@ -124,14 +128,16 @@ def control(
     name = kind.replace("-", "_")
     if name not in controls.CONTROLS:
         raise ScheduleError(unknown("control", kind, [known.replace("_", "-") for known in controls.CONTROLS]))
-    for option, value, user in (("--seed", seed, "shuffled"), ("--model", model, "magnitude")):
-        if value is not None and name != user:
+    for option, value, user in (("--seed", seed, "shuffled"), ("--k", k, "top-only"), ("--model", model, "magnitude")):
+        if value is not None and name != user.replace("-", "_"):
             raise ScheduleError(
                 f"{option} {value} with --kind {kind}; expected it with --kind {user} only: leave it out"
             )
     planned = DropoutSchedule.load(schedule)
     if name == "shuffled":
         derived = controls.shuffled(planned, seed or 0)
+    elif name == "top_only":
+        derived = controls.top_only(planned, 1 if k is None else k)
     elif name == "magnitude":
         derived = _by_magnitude(planned, schedule, model)
     else:

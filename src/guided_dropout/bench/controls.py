@@ -32,7 +32,9 @@ class Controls:
 
 
 GUIDED = {
-    "guided": Controls(("uniform",), ("shuffled", "reversed", "depth-linear", "magnitude"), ("role-mean",), None),
+    "guided": Controls(
+        ("uniform",), ("shuffled", "reversed", "depth-linear", "magnitude"), ("top-only", "role-mean"), None
+    ),
     "guided-gaussian": Controls((), others=("gaussian", "guided")),
     "guided-decay": Controls(("dropout",)),  # weight decay is the same in both, spread evenly there
     "guided-l2-sp": Controls(("l2-sp",)),

@@ -21,12 +21,43 @@ from guided_dropout.schedule.scores import weight_scores
 from guided_dropout.schedule.shapes import place_rates, with_mean
 from guided_dropout.sites import find_sites
 
-CONTROLS = ("uniform", "role_mean", "reversed", "shuffled", "depth_linear", "magnitude")
+CONTROLS = ("uniform", "top_only", "role_mean", "reversed", "shuffled", "depth_linear", "magnitude")
 
 
 def uniform(schedule: DropoutSchedule) -> DropoutSchedule:
     """The mean rate at each site: the same amount of dropout, no guidance."""
     return schedule.at_uniform()
+
+
+def top_only(schedule: DropoutSchedule, k: int = 1) -> DropoutSchedule:
+    """The k sites with the highest scores keep their rates, all others share the mean of theirs.
+
+    A model's embeddings often score far above all else. A schedule that beats uniform dropout but not this control
+    shows that these sites are best left alone, and nothing about the order of the others.
+
+    Args:
+        schedule: where the rates come from; where it has no scores, those with the lowest rates are kept.
+        k: how many. Sites of equal score are kept in the order of their first call.
+
+    Raises:
+        ScheduleError: k below 1.
+    """
+    check_top(k)
+    scores = _scored(schedule) or {path: -rate for path, rate in schedule.rates.items()}
+    others = sorted(scores, key=scores.__getitem__, reverse=True)[k:]
+    mean = math.fsum(schedule.rates[path] for path in others) / max(len(others), 1)
+    rates = {**schedule.rates, **dict.fromkeys(others, mean)}
+    return schedule.derive("top_only", rates, derived_from={"k": k})
+
+
+def check_top(k: int) -> None:
+    """Refuse a number of sites that `top_only` cannot keep.
+
+    Raises:
+        ScheduleError: it is below 1.
+    """
+    if k < 1:
+        raise ScheduleError(f"k {k} of the control top-only; expected at least 1")
 
 
 def role_mean(schedule: DropoutSchedule) -> DropoutSchedule:
