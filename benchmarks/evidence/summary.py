@@ -24,6 +24,7 @@ EXPERIMENTS = {
     "demo": "embedded model",
     "demo-controls": "embedded model",
     "demo-sst2": "embedded model",
+    "demo-sst2-mean10": "embedded model, rates up to 0.2",
     "smollm2-135m": "SmolLM2-135M",
     "smollm2-135m-rate3": "SmolLM2-135M, rates up to 0.03",
 }
@@ -86,7 +87,10 @@ def read(results: Path = RESULTS) -> list[Row]:
                 label = f"{model}: {TASKS[found['task']]}, {100 * float(found['fraction']):g} %"
                 row = rows.setdefault(label, Row(label, {}))
                 mean, low, high = (float(found[key]) for key in ("mean", "t_low", "t_high"))
-                row.effects[found["control"]] = Difference(mean, low, high, int(found["pairs"]))
+                # Plain dropout at the schedule's own mean is uniform dropout.
+                is_uniform = found["control"] == "dropout" and found["same_mean"] == "True"
+                control = "uniform" if is_uniform else found["control"]
+                row.effects[control] = Difference(mean, low, high, int(found["pairs"]))
     return list(rows.values())
 
 

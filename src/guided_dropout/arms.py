@@ -89,9 +89,7 @@ ARMS = {
     "guided": Arm("the schedule's rates: vital layers are dropped less", _guided, needs=_SCHEDULE),
     "guided-gaussian": Arm("Gaussian noise at the schedule's rates", _guided, GaussianDropout, _SCHEDULE),
     "uniform": Arm("control: the schedule's mean rate at each site", _control(controls.uniform), needs=_SCHEDULE),
-    "top-only": Arm(
-        "control: the most vital site has its rate, all others the mean of theirs", _top_only, needs=_SCHEDULE
-    ),
+    "top-only": Arm("control: the most vital site alone keeps its rate", _top_only, needs=_SCHEDULE),
     "role-mean": Arm(
         "control: each kind of site has its mean rate in all layers", _control(controls.role_mean), needs=_SCHEDULE
     ),
