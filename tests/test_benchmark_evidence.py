@@ -47,6 +47,13 @@ def test_it_holds_the_numbers_of_each_committed_experiment(summary):
             found = rows[label].effects[control]
             assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(from_runs(name, task, control))
             assert found.decided == (found.low * found.high > 0)
+    same_mean = rows[
+        "embedded model, rates up to 0.2: SST-2, 10 %"
+    ].effects  # of which plain dropout is the uniform one
+    found = same_mean["uniform"]
+    expected = from_runs("demo-sst2-mean10", "sst2", "dropout")
+    assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(expected)
+    assert "dropout" not in same_mean
 
 
 def test_each_row_is_drawn_once_for_each_control(summary):

@@ -37,19 +37,25 @@ class Arm:
         rates: (model, context, and its own parameters by name) → the rates of the backbone's sites.
         regularizer: what it adds to dropout; its fields are parameters of the arm too.
         needs: what `rates` must find in the context.
+        check: refuses values of the parameters of `rates`, which it is given by name.
     """
 
     summary: str
     rates: Callable[..., DropoutSchedule]
     regularizer: type[Regularizer] | None = None
     needs: tuple[str, ...] = ()
+    check: Callable[..., None] = lambda: None
+
+    @property
+    def of_rates(self) -> dict[str, Any]:
+        """Name of each parameter of `rates` → its default."""
+        own = inspect.signature(self.rates).parameters.values()
+        return {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY}
 
     @property
     def parameters(self) -> dict[str, Any]:
         """Name of each parameter → its default."""
-        own = inspect.signature(self.rates).parameters.values()
-        added = fields(self.regularizer) if self.regularizer else ()
-        return {p.name: p.default for p in own if p.kind is p.KEYWORD_ONLY} | {f.name: f.default for f in added}
+        return self.of_rates | {f.name: f.default for f in (fields(self.regularizer) if self.regularizer else ())}
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -89,12 +95,16 @@ ARMS = {
     "guided": Arm("the schedule's rates: vital layers are dropped less", _guided, needs=_SCHEDULE),
     "guided-gaussian": Arm("Gaussian noise at the schedule's rates", _guided, GaussianDropout, _SCHEDULE),
     "uniform": Arm("control: the schedule's mean rate at each site", _control(controls.uniform), needs=_SCHEDULE),
-    "top-only": Arm("control: the most vital site alone keeps its rate", _top_only, needs=_SCHEDULE),
+    "top-only": Arm(
+        "control: the most vital site alone keeps its rate", _top_only, needs=_SCHEDULE, check=controls.check_top
+    ),
     "role-mean": Arm(
         "control: each kind of site has its mean rate in all layers", _control(controls.role_mean), needs=_SCHEDULE
     ),
     "reversed": Arm("control: the schedule's rates the wrong way round", _control(controls.reversed), needs=_SCHEDULE),
-    "shuffled": Arm("control: the schedule's rates dealt out by chance", _shuffled, needs=_SCHEDULE),
+    "shuffled": Arm(
+        "control: the schedule's rates dealt out by chance", _shuffled, needs=_SCHEDULE, check=controls.check_seed
+    ),
     "depth-linear": Arm(
         "control: rates that rise with depth, without Fisher", _control(controls.depth_linear), needs=_SCHEDULE
     ),
@@ -149,13 +159,15 @@ class ChosenArm:
         Raises:
             ScheduleError: a schedule that is missing or of another model.
         """
-        own = inspect.signature(ARMS[self.name].rates).parameters
-        return ARMS[self.name].rates(model, context, **{n: v for n, v in self.parameters.items() if n in own})
+        return ARMS[self.name].rates(model, context, **self._of_rates())
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Put on what it adds to dropout, once its rates are on; see `Regularizer.apply`."""
         regularizer = self._regularizer()
         return regularizer.apply(model, context) if regularizer else Handle()
+
+    def _of_rates(self) -> dict[str, Any]:
+        return {name: self.parameters[name] for name in ARMS[self.name].of_rates}
 
     def _regularizer(self) -> Regularizer | None:
         kind = ARMS[self.name].regularizer
@@ -178,10 +190,7 @@ class ChosenArm:
         }
         object.__setattr__(self, "parameters", values)
         self._regularizer()  # refuses values out of range
-        if "seed" in values:
-            controls.check_seed(int(values["seed"]))
-        if self.name == "top-only":
-            controls.check_top(int(values["k"]))
+        ARMS[self.name].check(**self._of_rates())
 
 
 def choose_arm(arm: str, parameters: Mapping[str, Any] | Iterable[str] = ()) -> ChosenArm:

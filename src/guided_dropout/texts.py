@@ -71,9 +71,8 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
     Args:
         source: a UTF-8 file (a paragraph a line; ``.jsonl`` with a ``text`` in each line; either may be ``.gz`` or
             ``.xz``), a folder (all its ``.txt``, ``.jsonl``, ``.gz`` and ``.xz`` files, however deep and behind links
-            too, sorted by path),
-            or ``hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]``: a data set of the hub, or in a folder laid out like one, streamed
-            by `datasets` (split ``train``, column ``text`` where not given).
+            too, sorted by path), or ``hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]``: a data set of the hub, or in a folder laid
+            out like one, streamed by `datasets` (split ``train``, column ``text`` where not given).
         max_characters: see `Text`.
 
     Raises:

@@ -63,8 +63,8 @@ def estimate_fisher(
     Eq. 3 of Sharma et al. (2024). The result is exact up to rounding: it does not depend on the batch size, on
     the order of the samples, on padding, on the number of processes or on having been interrupted and resumed. The
     model is run in evaluation mode and its own precision (an autocast around the call is off), on whatever devices it
-    is, and comes back as it was. Memory does not grow with the
-    number of samples: a bounded number is read ahead and grouped by length.
+    is, and comes back as it was. Memory does not grow with the number of samples: a bounded number is read ahead and
+    grouped by length.
 
     Args:
         model: a transformers language model with its head, or a sequence classifier.
