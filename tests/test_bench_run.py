@@ -266,6 +266,42 @@ def test_a_failure_and_a_result_survive_the_disk(tmp_path, finished):
         experiment.runs()
 
 
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("key.seed", "3"),
+        ("key.fraction", 1.5),
+        ("key.arm", 7),
+        ("result.value", "0.7"),
+        ("result.value", True),
+        ("result.task", None),
+        ("result.collapsed", 1),
+        ("result.seeds.noise", 0.5),
+        ("result.metrics.matthews_correlation", [0.1]),
+        ("result.history", {}),
+        ("result.history.0", 3),
+        ("result.history.0.metrics", 0.4),
+        ("result.times.total", "fast"),
+        ("result.rates", []),
+    ],
+)
+def test_a_run_with_something_of_another_type_is_not_whole(tmp_path, finished, where, value):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+    file = experiment.write(finished[1].runs()[0])
+    assert experiment.runs()
+    facts = json.loads(file.read_text())
+    *path, last = [int(part) if part.isdigit() else part for part in where.split(".")]
+    place = facts
+    for part in path:
+        place = place[part]
+    place[last]
+    place[last] = value
+    file.write_text(json.dumps(facts))
+    with pytest.raises(ArtefactError, match=r"is not a whole run \(.*\); expected what `bench run` wrote: run"):
+        experiment.runs()
+    assert experiment.whole_runs() == []
+
+
 def test_a_claim_is_exclusive(tmp_path):
     experiment = Experiment.start(tmp_path / "out", {})
     key = RunKey("m", "cola", 0.1, "dropout", 3)

@@ -361,3 +361,13 @@ def test_samples_without_a_target_count_for_nothing_and_are_counted():
     assert (found.provenance["skipped"], expected.provenance["skipped"]) == (2, 0)
     with pytest.raises(DataError, match="none of the 2 samples has a target"):
         loss_landscape(model, [blank, blank], **LINE)
+
+
+def test_a_loss_that_is_no_number_at_the_weights_themselves_ends_it_at_the_first_point():
+    model = language_model("bert")
+    with torch.no_grad():  # the twelfth position: of one sample alone, and not the first
+        model.bert.embeddings.position_embeddings.weight[11] = math.nan
+    seen = []
+    with pytest.raises(ModelError, match="own weights is nan; expected a finite number: `guided-dropout fisher` names"):
+        loss_landscape(model, SAMPLES, **LINE, progress=lambda *done: seen.append(done))
+    assert not seen

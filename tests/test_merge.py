@@ -158,3 +158,9 @@ def test_what_is_no_profile_is_refused():
         merge([profile(), profile(1)])
     with pytest.raises(ArtefactError, match=r"given a str .*FisherProfile\.from_pretrained\('build/a'\)"):
         merge(profile(), "build/a")
+
+
+def test_of_profiles_that_are_all_noise_nothing_says_that_they_are_the_same():
+    noise = [*profile().tensor_means]
+    other = profile(1, noise=noise, num_samples=profile().num_samples)
+    assert merge(profile(noise=noise), other).num_samples == 2 * other.num_samples

@@ -439,6 +439,15 @@ def test_a_pair_in_memory_is_split_likewise() -> None:
     assert load_data(None, given) is given is load_data("own", given)
 
 
+def test_single_texts_and_pairs_do_not_mix() -> None:
+    single, pairs = Examples([("a",), ("b",)], [0, 1], "mine"), Examples([("a", "c"), ("b", "d")], [0, 1], "theirs")
+    task = Task("own", ("a", "b"), ("accuracy",))
+    with pytest.raises(DataError, match=r"own: texts of evaluation example 0 \(theirs\): 2, of training example 0 \(m"):
+        load_data(task, (single, pairs))
+    with pytest.raises(DataError, match=r"further example 1 \(memory\): 1, of training example 0 \(theirs\): 2"):
+        TaskData(task, pairs, pairs, more={"further": Examples([("a", "c"), ("b",)], [0, 1])})
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from guided_dropout.errors import ArtefactError, DataError
 KIND = "run-result"
 SCHEMA = 1
 JSON_NAME = "result.json"
+
+_FIELDS = {"str": str, "bool": bool, "list": list, "Mapping": dict}  # how an annotation begins → what JSON has for it
+_NUMBER_OR_NONE = (int, float, type(None))
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,36 @@ class RunResult:
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> RunResult:
-        """The result whose `dataclasses.asdict` is `facts`."""
-        return cls(**{**facts, "seeds": Seeds(**facts["seeds"])})
+        """The result whose `dataclasses.asdict` is `facts`.
+
+        Raises:
+            KeyError, TypeError: what is missing, unknown, or of another type than a run writes.
+        """
+        result = cls(**{**facts, "seeds": Seeds(**facts["seeds"])})
+        for name, value, wanted in result._typed():
+            # A truth value counts as a number in Python.
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+                raise TypeError(f"{name} is {value!r}")
+        return result
+
+    def _typed(self) -> Iterator[tuple[str, Any, tuple[type, ...]]]:
+        """What reports compute with, and of which types it must be."""
+        for f in fields(self):
+            kind = next((kind for begin, kind in _FIELDS.items() if str(f.type).startswith(begin)), None)
+            if kind:
+                yield f.name, getattr(self, f.name), (kind,)
+        for name, seed in vars(self.seeds).items():
+            yield f"seeds.{name}", seed, (int,)
+        yield "value", self.value, _NUMBER_OR_NONE
+        for n, epoch in enumerate(self.history):
+            yield f"history[{n}]", epoch, (dict,)
+        ends = [(f"history[{n}].", epoch.get("metrics", {})) for n, epoch in enumerate(self.history)]
+        for place, metrics in [("", self.metrics), *ends]:
+            yield f"{place}metrics", metrics, (dict,)
+            for name, value in metrics.items():
+                yield f"{place}metrics.{name}", value, _NUMBER_OR_NONE
+        for name, seconds in self.times.items():
+            yield f"times.{name}", seconds, (int, float)
 
     @classmethod
     def load(cls, path: str | Path) -> RunResult:

@@ -31,6 +31,9 @@ class TaskData:
         more: further evaluation splits by name, such as MNLI's ``"mismatched"``.
         split: how they were split; see `load_data`.
         notes: what a person should know, a sentence each.
+
+    Raises:
+        DataError: some examples have one text and others two.
     """
 
     task: Task
@@ -39,6 +42,18 @@ class TaskData:
     more: Mapping[str, Examples] = field(default_factory=dict)
     split: str = GLUE
     notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        first: tuple[int, str] | None = None
+        for name, examples in {"training": self.train, "evaluation": self.validation, **self.more}.items():
+            for i, text in enumerate(examples.texts):
+                if first is None:
+                    first = len(text), f"{name} example {i} ({examples.source})"
+                elif len(text) != first[0]:
+                    raise DataError(
+                        f"{self.task.name}: texts of {name} example {i} ({examples.source}): {len(text)}, of "
+                        f"{first[1]}: {first[0]}; expected as many in each: make all of them single texts, or all pairs"
+                    )
 
 
 @dataclass(frozen=True)

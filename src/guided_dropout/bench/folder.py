@@ -21,7 +21,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from guided_dropout.artefacts import check_output_folder, read_json, write_json
 from guided_dropout.bench.arms import evaluated_on
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.errors import ArtefactError
+from guided_dropout.errors import ArtefactError, GuidedDropoutError
 from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult
 
@@ -251,8 +251,10 @@ class Experiment:
         try:
             result = None if facts["result"] is None else RunResult.of(facts["result"])
             failure = None if facts["failure"] is None else Failure(**facts["failure"])
-            return Run(RunKey(**facts["key"]), result, failure)
-        except (KeyError, TypeError) as e:
+            key = RunKey(**facts["key"])
+            Grid([key.model], [key.task], [key.arm], [key.fraction], [key.seed])  # refuses what no run has
+            return Run(key, result, failure)
+        except (KeyError, TypeError, ValueError, GuidedDropoutError) as e:
             raise ArtefactError(f"{file} is not a whole run ({e}); expected what `bench run` wrote: {mend}") from e
 
     def runs(self) -> list[Run]:

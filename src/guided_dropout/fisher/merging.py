@@ -114,12 +114,9 @@ def _check_same_weights(profiles: Sequence[FisherProfile]) -> None:
 
 
 def _check_other_samples(a: FisherProfile, b: FisherProfile, first: int, second: int) -> None:
-    same = a.num_samples == b.num_samples and all(
-        math.isclose(mean, b.tensor_means[name], rel_tol=_SAME)
-        for name, mean in a.tensor_means.items()
-        if name not in a.noise
-    )
-    if same:
+    means = [(mean, b.tensor_means[name]) for name, mean in a.tensor_means.items() if name not in a.noise]
+    agree = bool(means) and all(math.isclose(*pair, rel_tol=_SAME) for pair in means)  # of noise alone nothing is known
+    if agree and a.num_samples == b.num_samples:
         raise ArtefactError(
             f"profiles {first} and {second} were measured on the same {a.num_samples:,} samples: their tensor means "
             "agree; expected samples that do not overlap: measure on other text or with another --seed"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from guided_dropout.errors import ModelError
 from guided_dropout.fisher.processes import Processes
 from guided_dropout.landscape.directions import Direction
 from guided_dropout.landscape.losses import Evaluation
@@ -46,6 +48,7 @@ def walk(
         `record` with the points of all processes.
 
     Raises:
+        ModelError: the loss at the weights as they are is no finite number, which is looked at first.
         ProcessError: another process failed.
     """
     world = world or Processes()
@@ -75,10 +78,16 @@ def _steps(
                 directions = rays[ray]()
                 record.begin(ray, [d.norm for d in directions], max(d.num_moved for d in directions))
                 with walking(evaluation.model, directions) as walker:
-                    for number in numbers:
+                    for number in sorted(numbers, key=lambda n: points[n % len(points)].any()):  # the origin first
                         point = number % len(points)
                         walker.move(*points[point].tolist())
-                        record.add(ray, point, evaluation())
+                        loss = evaluation()
+                        if not (math.isfinite(loss) or points[point].any()):
+                            raise ModelError(
+                                f"the loss of {evaluation.num_samples} samples at the model's own weights is {loss}; "
+                                "expected a finite number: `guided-dropout fisher` names the sample or the weights"
+                            )
+                        record.add(ray, point, loss)
                         done += 1
                         if progress:
                             progress(done, len(own))
