@@ -375,6 +375,18 @@ def test_each_arm_of_a_recipe_can_be_put_on(folder, name):
     replace(plan, training=Training(**recipe.training)).rehearse()
 
 
+def test_a_control_that_is_the_guided_arm_itself_on_a_model_is_refused(folder):
+    save_tiny_bert(folder / "one-layer", num_hidden_layers=1)
+    random_profile(load_lm(folder / "one-layer")).save_pretrained(folder / "one-layer-profile")
+    model = BenchModel(str(folder / "one-layer"), str(folder / "one-layer-profile"))
+    arms = ["dropout", "guided", "guided-gaussian", "role-mean", "reversed"]
+    plan = replace(plan_of(folder, arms=arms), models={"one-layer": model})
+    message = r"on one-layer the arm role-mean is guided itself: .* 4 sites.*--arms dropout,guided,guided-gaussian,rev"
+    with pytest.raises(GuidedDropoutError, match=message):
+        plan.rehearse()
+    replace(plan, models={"model": plan_of(folder).models["model"]}).rehearse()
+
+
 @pytest.mark.parametrize(("length", "cut"), [(128, False), (24, False), (25, True)])
 def test_a_length_that_was_asked_for_and_is_not_to_be_had_is_told(folder, length, cut):
     said = []
@@ -399,9 +411,9 @@ def command(folder, out):
 
 
 def workers_of(invocation):
-    """The processes in which an invocation makes its runs."""
-    started = psutil.Process(invocation.pid).children()
-    return [p for p in started if any("spawn_main" in part for part in p.cmdline())]
+    """The processes in which an invocation makes its runs: those that its server has forked."""
+    servers = psutil.Process(invocation.pid).children()
+    return [worker for server in servers for worker in server.children()]
 
 
 def wait_for(condition, process, seconds=120):

@@ -163,13 +163,14 @@ class ChosenArm:
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Put on what it adds to dropout, once its rates are on; see `Regularizer.apply`."""
-        regularizer = self._regularizer()
-        return regularizer.apply(model, context) if regularizer else Handle()
+        return self.regularizer.apply(model, context) if self.regularizer else Handle()
 
     def _of_rates(self) -> dict[str, Any]:
         return {name: self.parameters[name] for name in ARMS[self.name].of_rates}
 
-    def _regularizer(self) -> Regularizer | None:
+    @property
+    def regularizer(self) -> Regularizer | None:
+        """What it adds to dropout."""
         kind = ARMS[self.name].regularizer
         own = {f.name for f in fields(kind)} if kind else ()
         return kind(**{n: v for n, v in self.parameters.items() if n in own}) if kind else None
@@ -189,7 +190,7 @@ class ChosenArm:
             name: _number(name, self.parameters.get(name, default), default) for name, default in defaults.items()
         }
         object.__setattr__(self, "parameters", values)
-        self._regularizer()  # refuses values out of range
+        _ = self.regularizer  # refuses values out of range
         ARMS[self.name].check(**self._of_rates())
 
 

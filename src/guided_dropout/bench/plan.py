@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_dropout.arms import choose_arm
+from guided_dropout.bench import controls
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.encoding import order_name
 from guided_dropout.errors import GuidedDropoutError
@@ -186,7 +187,8 @@ class Plan:
                 length that was asked for.
 
         Raises:
-            GuidedDropoutError: a schedule or profile of another model, or something that an arm lacks.
+            GuidedDropoutError: a schedule or profile of another model, something that an arm lacks, or a control that
+                is the guided arm itself on one of the models.
         """
         for model in self.models.values():
             profile, schedule = model.known()
@@ -201,11 +203,20 @@ class Plan:
                 rate=self.training.rate, schedule=schedule, profile=profile, new=drawn_parameters(classifier)
             )
             group = {"params": [*classifier.parameters()], "lr": 0.0, "weight_decay": self.training.weight_decay}
+            made = {}
             with added_sites(classifier, model.residual_sites):
                 for arm in map(choose_arm, self.grid.arms):
                     rates = arm.rates(classifier, context)
+                    made[arm.label] = arm.regularizer, dict(rates.rates)
                     with apply_dropout(classifier, rates), arm.apply(classifier, context) as handle:
                         handle.parameter_groups([dict(group)])
+            for guided, control in controls.pairs(self.grid.arms):
+                if made[guided] == made[control]:
+                    raise GuidedDropoutError(
+                        f"on {model.label} the arm {control} is {guided} itself: the same rate at each of "
+                        f"{len(made[guided][1])} sites, so that a comparison would say nothing; expected another "
+                        f"control: leave it out, --arms {','.join(a for a in self.grid.arms if a != control)}"
+                    )
 
 
 class Runner:

@@ -6,11 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -111,11 +113,21 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _processes() -> BaseContext:
+    """How workers are started: from a server that has imported everything once, where a GPU does not forbid it."""
+    # What is forked cannot use a GPU that anything has looked at before, be it while it was imported.
+    if not sys.platform.startswith("linux") or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 class _Worker:
     """A process that makes one run after the other."""
 
     def __init__(self, plan: Plan, experiment: Experiment, threads: int):
-        context = multiprocessing.get_context("spawn")
+        context: Any = _processes()
         self.channel, theirs = context.Pipe()
         self.key: RunKey | None = None
         self.begun = 0.0
