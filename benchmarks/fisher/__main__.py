@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.fisher.cases import Case, find_cases
+from benchmarks.fisher.cases import CORE, Case, find_cases
 from benchmarks.fisher.measure import work
 from benchmarks.fisher.summary import KIND, SCHEMA, summary
 from benchmarks.fisher.table import FLOORS, Entry, find_entries
@@ -40,7 +40,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--out", type=Path, help="folder of the results")
     p.add_argument("--rounds", type=int, default=7, help="at most so many rounds (at least 2 are done)")
-    p.add_argument("--seconds", type=float, default=40, help="no new round begins after that long (alone: a third)")
+    p.add_argument("--seconds", type=float, default=60, help="no new round begins after that long (alone: a third)")
     p.add_argument("--timeout", type=float, default=900, help="seconds for one process")
     p.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     p.add_argument("--retry", action="store_true", help="measure again what failed or was skipped")
@@ -93,8 +93,9 @@ class Run:
                     return
             else:
                 truth = None
-            together = [e for e in timing if not e.alone]
-            for group in [together] * bool(together) + [[e] for e in timing if e.alone]:
+            # The floors and what bars are about by themselves: beside slower methods they would get few rounds.
+            together = [[e for e in timing if not e.alone and (e.level == CORE) is core] for core in (True, False)]
+            for group in [*filter(None, together), *([e] for e in timing if e.alone)]:
                 self._time(group, truth)
         for e in self.entries:
             if self._missing(e, "memory"):

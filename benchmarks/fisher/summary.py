@@ -130,12 +130,13 @@ def _made_with(files: list[dict[str, Any]]) -> list[str]:
         for v in (r["provenance"]["versions"] for r in files)
     })  # fmt: skip
     dates = sorted(r["provenance"]["date"][:10] for r in files)
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     revisions = sorted({str(r["revision"]) for r in files})
     loads = [
         part["load_before"] for r in files for p in ("timing", "memory") if "load_before" in (part := r.get(p, {}))
     ]
     return [
-        f"{hardware}; {'/'.join(map(str, threads))} threads; {'; '.join(versions)}; {dates[0]} to {dates[-1]}; "
+        f"{hardware}; {'/'.join(map(str, threads))} threads; {'; '.join(versions)}; {days}; "
         f"revision {', '.join(revisions)}; load average before a measurement {min(loads, default=0):.1f} to "
         f"{max(loads, default=0):.1f}. Made by `python -m benchmarks.fisher`; what is "
         "measured and how: benchmarks/fisher/README.md."
@@ -162,8 +163,9 @@ def _table(results: Results) -> list[str]:
         f"{case['batch']} samples of {span} tokens, {case['targets']} targets; weights: {case['weights']}. "
         f"{_measured(results)}.",
         "",
-        "| method | ms a sample [quartiles] | ÷ floor A [quart.] | ÷ floor B | ÷ ours | MiB | worst error | covered |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | ms a sample [quartiles] | rounds | ÷ floor A [quart.] | ÷ floor B | ÷ ours | MiB | worst error "
+        "| covered |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
     for name, r in results.items():
@@ -174,6 +176,7 @@ def _table(results: Results) -> list[str]:
         bytes_ = f"{memory['peak_mib']:.0f}" if "peak_mib" in memory else "—"
         cells = [
             f"{1000 * took['median']:.1f} [{1000 * took['q25']:.1f}, {1000 * took['q75']:.1f}]" if took else "—",
+            f"{len(took['all'])}" if took else "—",
             f"{to_a['median']:.2f} [{to_a['q25']:.2f}, {to_a['q75']:.2f}]" if to_a else "—",
             *("—" if v is None else f"{v:.2f}" for v in others),
             bytes_,
