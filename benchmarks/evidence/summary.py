@@ -35,6 +35,7 @@ CONTROLS = {
     "shuffled": "shuffled\n(same mean)",
     "reversed": "reversed\n(same mean)",
     "role-mean": "role-mean\n(same mean)",
+    "top-only": "top-only\n(same mean)",
     "none": "no dropout",
 }
 _NARROW = 0.08  # a row whose intervals end within is drawn on the finer scale
@@ -99,7 +100,7 @@ def draw(rows: list[Row]) -> Figure:
     groups = [[r for r in rows if r.reach <= _NARROW], [r for r in rows if r.reach > _NARROW]]
     groups = [g for g in groups if g]
     heights = [len(g) + 0.6 for g in groups]
-    figure = Figure(figsize=(11.5, 0.34 * len(rows) + 1.7), layout="constrained")
+    figure = Figure(figsize=(13, 0.34 * len(rows) + 1.7), layout="constrained")
     axes = figure.subplots(
         len(groups), len(CONTROLS), squeeze=False, sharey="row", sharex="row", height_ratios=heights
     )  # fmt: skip
