@@ -43,16 +43,17 @@ def test_it_holds_the_numbers_of_each_committed_experiment(summary):
         ("demo", "embedded model: STS-B, 10 %", "stsb"),
         ("smollm2-135m", "SmolLM2-135M: SST-2, 0.5 %", "sst2"),
     ):
-        for control in summary.CONTROLS:
-            found = rows[label].effects[control]
+        assert {*rows[label].effects} == {*summary.CONTROLS} - {"top-only"}
+        for control, found in rows[label].effects.items():
             assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(from_runs(name, task, control))
             assert found.decided == (found.low * found.high > 0)
     same_mean = rows[
         "embedded model, rates up to 0.2: SST-2, 10 %"
     ].effects  # of which plain dropout is the uniform one
-    found = same_mean["uniform"]
-    expected = from_runs("demo-sst2-mean10", "sst2", "dropout")
-    assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(expected)
+    for control, arm in (("uniform", "dropout"), ("top-only", "top-only")):
+        found = same_mean[control]
+        expected = from_runs("demo-sst2-mean10", "sst2", arm)
+        assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(expected)
     assert "dropout" not in same_mean
 
 

@@ -442,10 +442,13 @@ def test_a_pair_in_memory_is_split_likewise() -> None:
 def test_single_texts_and_pairs_do_not_mix() -> None:
     single, pairs = Examples([("a",), ("b",)], [0, 1], "mine"), Examples([("a", "c"), ("b", "d")], [0, 1], "theirs")
     task = Task("own", ("a", "b"), ("accuracy",))
-    with pytest.raises(DataError, match=r"own: texts of evaluation example 0 \(theirs\): 2, of training example 0 \(m"):
+    found = (
+        r"own: training examples of 1 \(mine\) and evaluation examples of 2 \(theirs\) texts; expected 1 or 2 in all"
+    )
+    with pytest.raises(DataError, match=found):
         load_data(task, (single, pairs))
-    with pytest.raises(DataError, match=r"further example 1 \(memory\): 1, of training example 0 \(theirs\): 2"):
-        TaskData(task, pairs, pairs, more={"further": Examples([("a", "c"), ("b",)], [0, 1])})
+    with pytest.raises(DataError, match=r"training examples of 2 \(theirs\) and further examples of 1 \(mine\) texts"):
+        TaskData(task, pairs, pairs, more={"further": single})
 
 
 @pytest.mark.parametrize(

@@ -46,14 +46,11 @@ class TaskData:
     def __post_init__(self) -> None:
         first: tuple[int, str] | None = None
         for name, examples in {"training": self.train, "evaluation": self.validation, **self.more}.items():
-            for i, text in enumerate(examples.texts):
-                if first is None:
-                    first = len(text), f"{name} example {i} ({examples.source})"
-                elif len(text) != first[0]:
-                    raise DataError(
-                        f"{self.task.name}: texts of {name} example {i} ({examples.source}): {len(text)}, of "
-                        f"{first[1]}: {first[0]}; expected as many in each: make all of them single texts, or all pairs"
-                    )
+            for number in sorted({len(text) for text in examples.texts}):
+                here = number, f"{name} examples of {number} ({examples.source})"
+                first = first or here
+                if number != first[0]:
+                    raise DataError(f"{self.task.name}: {first[1]} and {here[1]} texts; expected 1 or 2 in all of them")
 
 
 @dataclass(frozen=True)
