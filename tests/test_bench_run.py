@@ -294,7 +294,7 @@ def test_a_run_with_something_of_another_type_is_not_whole(tmp_path, finished, w
     place = facts
     for part in path:
         place = place[part]
-    place[last]
+    assert repr(place[last]) != repr(value)
     place[last] = value
     file.write_text(json.dumps(facts))
     with pytest.raises(ArtefactError, match=r"is not a whole run \(.*\); expected what `bench run` wrote: run"):

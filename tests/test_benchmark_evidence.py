@@ -47,9 +47,8 @@ def test_it_holds_the_numbers_of_each_committed_experiment(summary):
         for control, found in rows[label].effects.items():
             assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(from_runs(name, task, control))
             assert found.decided == (found.low * found.high > 0)
-    same_mean = rows[
-        "embedded model, rates up to 0.2: SST-2, 10 %"
-    ].effects  # of which plain dropout is the uniform one
+    # Plain dropout has the mean rate of this one, and is its uniform control.
+    same_mean = rows["embedded model, rates up to 0.2: SST-2, 10 %"].effects
     for control, arm in (("uniform", "dropout"), ("top-only", "top-only")):
         found = same_mean[control]
         expected = from_runs("demo-sst2-mean10", "sst2", arm)

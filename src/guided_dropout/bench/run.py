@@ -54,7 +54,8 @@ def run_experiment(
     """Make the runs of `keys`, each written when it is done.
 
     A run that raises is written as a failure, and so is one whose process dies; the rest goes on. Runs that another
-    invocation is making, or has made since, are left to it.
+    invocation is making, or has made since, are left to it. Without a GPU the processes of later calls see the
+    environment variables of the first.
 
     Args:
         plan: what they are made with.
