@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guided_dropout.fisher.attention import WideAttention
+from guided_dropout.fisher.attention import OwnAttention
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.dense import OneByOne
 from guided_dropout.fisher.gathered import GatheredRows, leading_ones
@@ -110,13 +110,13 @@ class Capture:
         if self.plan.late is not None:
             return self._through_head(self.plan.late, self._before_head(self.plan.late), self._layout)
         at_head = head_at(self.plan.head, self.narrowed.at_targets, self._entered_head)
-        with WideAttention(), self.mode, self.narrowed.of(self.plan.start), at_head:
+        with OwnAttention(), self.mode, self.narrowed.of(self.plan.start), at_head:
             return self.model(**self.batch.inputs).logits
 
     def _before_head(self, late: LateHead) -> Tensor:
         """The model's forward without its head: what that is to see at the targets, [M, d]."""
         left_out = LeftOut(self.narrowed.at_targets, self._left_head_out)
-        with WideAttention(), self.mode, self.narrowed.of(self.plan.start), left_out.of(late.module):
+        with OwnAttention(), self.mode, self.narrowed.of(self.plan.start), left_out.of(late.module):
             logits = self.model(**self.batch.inputs).logits
         return left_out.rows(logits)
 

@@ -2,7 +2,7 @@
 
 Where it cannot be built (`build`), or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On
 processors with AMX products go through its units where that is faster (``squares_amx.h``, ``products_amx.h``), unless
-``GUIDED_DROPOUT_KERNEL=portable``.
+``GUIDED_DROPOUT_KERNEL=portable``. Its attention is called by `heads`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def takes(total: Tensor | None, left: Tensor, right: Tensor) -> bool:
 
 def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Tensor, layout: Layout) -> None:
     """`kernels.square_accumulate` for what `takes` takes."""
-    kernel = _kernel()
+    kernel = library()
     assert kernel is not None
     assert sums is None or (sums.is_contiguous() and sums.dtype == torch.float64)
     outputs = [None if t is None else t.data_ptr() for t in (total, sums)]
@@ -51,7 +51,7 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
 
 def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ matrix + bias`` in AMX, where `has_amx`: [R, k] by [k, n], k > 0, all float32 on a CPU."""
-    kernel = _kernel()
+    kernel = library()
     assert kernel is not None
     turned = matrix.stride(1) != 1
     x, w = _dense_rows(x), _dense_rows(matrix.T if turned else matrix)
@@ -84,7 +84,7 @@ def _rounded_up(size: int) -> int:
 
 def gram_sums(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """By the Gram identity of `kernels`, for what `takes` takes: each sample's sum of squares, and of terms' sizes."""
-    kernel = _kernel()
+    kernel = library()
     assert kernel is not None
     found, sizes = left.new_zeros(2, layout.num_samples, dtype=torch.float64)
     with _inputs(left, right, layout) as inputs:
@@ -119,12 +119,12 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 def built() -> bool:
     """Whether there is a kernel, and it is wanted."""
-    return _wanted() != "off" and _kernel() is not None
+    return _wanted() != "off" and library() is not None
 
 
 def has_amx() -> bool:
     """Whether there is one, and the processor, the system and the user let it use AMX."""
-    kernel = _kernel() if _wanted() not in ("off", "portable") else None
+    kernel = library() if _wanted() not in ("off", "portable") else None
     return kernel is not None and _allows_amx(kernel)
 
 
@@ -138,7 +138,7 @@ def _allows_amx(kernel: ctypes.CDLL) -> bool:
 
 
 @functools.cache
-def _kernel() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
     """The kernel, built if need be; None where it cannot be."""
     return build.load(_declare)
 
@@ -150,6 +150,8 @@ def _declare(library: ctypes.CDLL) -> None:
     library.square_accumulate.restype = ctypes.c_int
     library.gram_sums.argtypes = [p, p, *inputs]
     library.gram_sums.restype = None
+    library.attend.argtypes = [p, ctypes.c_int, ctypes.c_int]
+    library.attend.restype = ctypes.c_int
     if library.has_amx():
         library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
         library.square_accumulate_amx.restype = ctypes.c_int

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from guided_dropout.fisher.attention import WideAttention
+from guided_dropout.fisher.attention import OwnAttention
 from guided_dropout.fisher.capture import Capture
 from guided_dropout.fisher.dense import part_of
 from guided_dropout.fisher.late import LateHead
@@ -66,7 +66,7 @@ def _starts(model: nn.Module, head: nn.Module | None, batch: Batch) -> tuple[lis
     kept: list[Tensor] = []
 
     def forward() -> Tensor:
-        with WideAttention():
+        with OwnAttention():
             kept.append(model(**batch.inputs).logits)
         return batch.at_targets(kept[0])
 

@@ -35,10 +35,11 @@ def _goes_through_amx(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
     if min(matrix.shape) < _LEAST_WIDTH or x.shape[:-1].numel() < _LEAST_ROWS or (bias is not None and bias.dim() > 1):
         return False
     given = [x, matrix] if bias is None else [x, matrix, bias]
-    return all(map(_is_plain, given)) and native.has_amx()
+    return all(map(is_plain, given)) and native.has_amx()
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
+    """Whether it is float32 here, each element where its strides say."""
     # Others may hold their elements elsewhere: sparse ones, quantised ones, those spread over devices.
     float32_here = t.dtype == torch.float32 and t.device.type == "cpu"
     return float32_here and t.layout == torch.strided and type(t) in (Tensor, nn.Parameter)

@@ -2,7 +2,7 @@
  *
  *   total[i][j] += sum_b ( sum_{t in sample b} left[t][i] * right[t][j] )^2
  *
- * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each.
+ * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each. Beside them attention.h.
  *
  * Plain C with vector types of GCC and Clang, no intrinsics but in squares_amx.h, for processors that have such units;
  * built by build.py for the machine at hand.
@@ -236,6 +236,8 @@ void gram_sums(double *sums, double *sizes, const float *left, int64_t left_stri
     sizes[b] += size;
   }
 }
+
+#include "attention.h"
 
 /* Clang once named the first two without the second line. */
 #if !defined(WITHOUT_AMX) && defined(__linux__) && (defined(__AMX_TILE__) || defined(__AMXTILE__)) && \
