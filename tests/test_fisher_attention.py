@@ -70,12 +70,14 @@ def in_memory(draw, t):
 
 
 def draw_mask(draw, g, batch, queries, keys):
-    kind = draw(st.sampled_from(["none", "causal", "padding", "random", "added", "one for all"]))
+    kind = draw(st.sampled_from(["none", "causal", "padding", "keys", "random", "added", "one for all"]))
     if kind == "causal":
         return {"is_causal": True}
     if kind == "padding":
         lengths = torch.randint(0, keys + 1, (batch, 1, 1, 1), generator=g)
         return {"attn_mask": (torch.arange(keys) < lengths).expand(batch, 1, queries, keys)}
+    if kind == "keys":
+        return {"attn_mask": torch.randn(batch, 1, 1, keys, generator=g)}
     if kind == "random":
         return {"attn_mask": torch.rand(batch, 1, queries, keys, generator=g) < draw(st.sampled_from([0.02, 0.5, 0.9]))}
     if kind == "added":
@@ -154,7 +156,7 @@ OTHERS = {
     "float64": lambda q, k, v: ((q.double(), k.double(), v.double()), {}),
     "values of their own width": lambda q, k, v: ((q, k, v[..., :5]), {}),
     "a mask for each head": lambda q, k, v: ((q, k, v), {"attn_mask": torch.randn(2, 3, 20, 20)}),
-    "a mask for each key": lambda q, k, v: ((q, k, v), {"attn_mask": torch.randn(1, 20)}),
+    "a mask for each query": lambda q, k, v: ((q, k, v), {"attn_mask": torch.randn(20, 1)}),
     "a mask that is learnt": lambda q, k, v: ((q, k, v), {"attn_mask": torch.randn(20, 20).requires_grad_()}),
     "no batch": lambda q, k, v: ((q[0], k[0], v[0]), {}),
     "no keys": lambda q, k, v: ((q, k[:, :, :0], v[:, :, :0]), {}),
@@ -173,6 +175,15 @@ def test_other_calls_are_torchs_own(which):
     with OwnAttention():
         found = F.scaled_dot_product_attention(*tensors, **options)
     assert torch.equal(found, want)
+
+
+def test_the_default_device_has_no_part_in_it():
+    q, mask = torch.randn(1, 1, 20, 8), torch.ones(20, 20, dtype=torch.bool).tril()
+    want = F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    with torch.device("meta"), OwnAttention():
+        for options in ({"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask.float().log()}):
+            found = F.scaled_dot_product_attention(q, q, q, **options)
+            torch.testing.assert_close(found, want)
 
 
 def test_a_mask_that_changes_between_layers_is_read_again():

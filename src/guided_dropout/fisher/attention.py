@@ -33,27 +33,27 @@ class OwnAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        dtype = tensors_of((args, kwargs))[0].dtype
-        if all(t.device.type == "cpu" for t in tensors_of((args, kwargs))):
-            args, kwargs = replaced((args, kwargs), _widened)
-            call = _bound(*args, **kwargs)
-            if _suits(call):
-                return _Attention.apply(*call.heads(), self._mask_of(call), call.scale).to(dtype)
-            return func(*args, **kwargs).to(dtype)
-        return func(*args, **kwargs)
+        call = _bound(*args, **kwargs)
+        if any(t.device.type != "cpu" for t in tensors_of(call)):
+            return func(*args, **kwargs)
+        dtype = call.query.dtype
+        if _suits(call):
+            return _Attention.apply(*call.heads(), self._mask_of(call), call.scale).to(dtype)
+        args, kwargs = replaced((args, kwargs), _widened)
+        return func(*args, **kwargs).to(dtype)
 
     def _mask_of(self, call: _Call) -> Mask | None:
         mask = call.attn_mask
         if call.is_causal:
             queries, keys = call.query.shape[2], call.key.shape[2]
             if (queries, keys) not in self._causal:
-                self._causal[queries, keys] = torch.ones(queries, keys, dtype=torch.bool).tril()
+                self._causal[queries, keys] = torch.ones(queries, keys, dtype=torch.bool, device="cpu").tril()
             mask = self._causal[queries, keys]
         if mask is None:
             return None
         found = self._masks.get(id(mask))
         if found is None or found[1] != mask._version:
-            found = self._masks[id(mask)] = (mask, mask._version, Mask.of(mask))
+            found = self._masks[id(mask)] = (mask, mask._version, Mask.of(mask, call.query.shape[2]))
         return found[2]
 
 
@@ -70,11 +70,10 @@ class _Call(NamedTuple):
     enable_gqa: bool
 
     def heads(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, as many heads of each."""
-        groups = self.query.shape[1] // self.key.shape[1]
-        if groups == 1:
-            return self.query, self.key, self.value
-        return self.query, self.key.repeat_interleave(groups, 1), self.value.repeat_interleave(groups, 1)
+        """Queries, keys and values in float32, as many heads of each."""
+        q, k, v = map(_widened, self[:3])
+        groups = q.shape[1] // k.shape[1]
+        return (q, k, v) if groups == 1 else (q, k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1))
 
 
 def _bound(
@@ -94,7 +93,7 @@ def _bound(
 def _suits(call: _Call) -> bool:
     """Whether the kernel takes it."""
     q, k, v = given = call[:3]
-    if any(t.dim() != 4 or not is_plain(t) or 0 in t.shape for t in given):
+    if any(t.dim() != 4 or not is_plain(_widened(t)) or 0 in t.shape for t in given):
         return False
     if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         return False
@@ -109,8 +108,8 @@ def _suits_as_mask(call: _Call) -> bool:
     if mask is None:
         return True
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    shared = len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:] == (1, queries, keys)
-    known = is_plain(mask) or (mask.dtype == torch.bool and type(mask) is Tensor)
+    shared = len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:] in ((1, queries, keys), (1, 1, keys))
+    known = (mask.dtype == torch.bool and type(mask) is Tensor) or is_plain(_widened(mask))
     return shared and known and not mask.requires_grad and not call.is_causal
 
 

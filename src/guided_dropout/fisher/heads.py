@@ -27,12 +27,17 @@ class Mask:
     spans: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> Mask:
-        """Of one [T, S], [1, T, S] or [M, 1, T, S], shared by all heads: bool, true where a key is seen, or float32."""
-        mask = mask[(None,) * (4 - mask.dim())][:, 0]
+    def of(cls, mask: Tensor, queries: int) -> Mask:
+        """Of one that broadcasts to [M, 1, T, S]: bool, true where a key is seen, or what is added in floating point.
+
+        Args:
+            mask: the mask.
+            queries: T.
+        """
+        mask = mask[(None,) * (4 - mask.dim())][:, 0].expand(-1, queries, -1)
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
-        rows = F.pad(mask, (0, 0, 0, -mask.shape[1] % _QUERIES), value=-torch.inf)
+            mask = mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+        rows = F.pad(mask.float(), (0, 0, 0, -mask.shape[1] % _QUERIES), value=-torch.inf)
         values = rows.unflatten(1, (-1, _QUERIES)).mT.contiguous()
         seen, key = (values != -torch.inf).any(-1), torch.arange(mask.shape[2], device="cpu")
         end = (seen * (key + 1)).amax(-1)
