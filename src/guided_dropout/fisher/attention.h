@@ -11,8 +11,6 @@
 #define AR 4
 #endif
 
-typedef int32_t ints __attribute__((vector_size(LANES * 4), aligned(4)));
-
 struct operand { float *at; int64_t sample, head, row; }; /* strides in elements; those of a row lie side by side */
 
 struct attention {
@@ -23,27 +21,6 @@ struct attention {
   int64_t masks, samples, heads, queries, keys, width;
   float scale;
 };
-
-/* exp, for x <= 0 to 2 in 10^7 of itself; below -87 zero. NaN stays. */
-static inline __attribute__((always_inline)) vec exp_of(vec x) {
-  const vec magic = (vec){0} + 12582912.f; /* to round to whole numbers */
-  const ints large = ~(ints)(x < -87.f);   /* or NaN */
-  const vec whole = (x * 1.44269504f + magic) - magic;
-  const vec r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.f;
-  const vec power = (vec)((__builtin_convertvector(whole, ints) + 127) << 23);
-  return (vec)((ints)(p * power) & large);
-}
-
-static inline __attribute__((always_inline)) vec larger(vec a, vec b) {
-  const ints which = (ints)(a < b);
-  return (vec)(((ints)b & which) | ((ints)a & ~which));
-}
 
 /* acc[i] += the sum over k of left[i * row + k * step] * right[k * next ...]: AR rows, two vectors wide. */
 static inline __attribute__((always_inline)) void few_rows(int64_t depth, const float *left, int64_t row, int64_t step,

@@ -17,7 +17,7 @@ from pathlib import Path
 from guided_dropout.artefacts import staged_file
 from guided_dropout.errors import GuidedDropoutError
 
-_FILES = ("squares.c", "attention.h", "amx.h", "products_amx.h", "squares_amx.h")
+_FILES = ("squares.c", "norms.h", "softmax.h", "attention.h", "amx.h", "products_amx.h", "squares_amx.h")
 _SOURCE, *_INCLUDED = (Path(__file__).with_name(name) for name in _FILES)
 _FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 _TUNING = (("-march=native",), ("-march=native", "-DWITHOUT_AMX"), ("-mcpu=native",), ())  # the first that builds

@@ -2,7 +2,8 @@
 
 Where it cannot be built (`build`), or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On
 processors with AMX products go through its units where that is faster (``squares_amx.h``, ``products_amx.h``), unless
-``GUIDED_DROPOUT_KERNEL=portable``. Its attention is called by `heads`.
+``GUIDED_DROPOUT_KERNEL=portable``. Its attention is called by `heads`, its cross-entropy by
+`crossentropy`.
 """
 
 from __future__ import annotations
@@ -61,6 +62,26 @@ def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     if kernel.multiply_amx(out.data_ptr(), *inputs, *x.shape, out.shape[1], turned, torch.get_num_threads()):
         raise MemoryError("no memory for the kernel's buffers")
     return out
+
+
+def norm_sums(g: Tensor, x: Tensor, layout: Layout, eps: float, *, centred: bool) -> tuple[Tensor, Tensor]:
+    """Each sample's sums [B, n] of `g` times the normalised `x`, both [R, n] float32 on a CPU, and of `g`.
+
+    Args:
+        g: a norm's output's gradient, without its weight.
+        x: its input.
+        layout: which rows are whose.
+        eps: added to a row's variance, or to its mean square.
+        centred: whether a row's mean is taken off (layer norm).
+    """
+    kernel = library()
+    assert kernel is not None
+    weight, bias = g.new_empty(2, layout.num_samples, g.shape[1])
+    room = g.new_empty(layout.offsets[-1], 2)
+    with _inputs(g, x, layout) as (of_g, g_stride, of_x, x_stride, rows, offsets, samples, width, _, threads):
+        at = [t.data_ptr() for t in (weight, bias, room)]
+        kernel.norm_sums(*at, of_g, g_stride, of_x, x_stride, rows, offsets, samples, width, eps, centred, threads)
+    return weight, bias
 
 
 def products_time(left: Tensor, right: Tensor, layout: Layout) -> float:
@@ -152,6 +173,12 @@ def _declare(library: ctypes.CDLL) -> None:
     library.gram_sums.restype = None
     library.attend.argtypes = [p, ctypes.c_int, ctypes.c_int]
     library.attend.restype = ctypes.c_int
+    library.norm_sums.argtypes = [p, p, p, p, i, p, i, p, p, i, i, ctypes.c_float, ctypes.c_int, ctypes.c_int]
+    library.norm_sums.restype = None
+    library.exponential_sums.argtypes = [p, p, i, i, i, ctypes.c_int]
+    library.exponential_sums.restype = None
+    library.cross_entropy_gradient.argtypes = [p, i, p, p, p, i, i, ctypes.c_int]
+    library.cross_entropy_gradient.restype = None
     if library.has_amx():
         library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
         library.square_accumulate_amx.restype = ctypes.c_int

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from guided_dropout.fisher import native
 from guided_dropout.fisher.layout import Layout
-from guided_dropout.fisher.products import linear, times
+from guided_dropout.fisher.products import is_plain, linear, times
 from guided_dropout.fisher.squares import Outer, Rows, Sums, Use
 
 
@@ -154,7 +155,12 @@ def _norm_rule(name: str, normalise: Callable[..., Tensor], bind: Callable[..., 
         return normalise(call.x, call.options["shape"], **call.parameters, eps=call.options["eps"])
 
     def uses(call: Call, g: Tensor, layout: Layout) -> dict[str, Use]:
-        unit = as_rows(normalise(call.x, call.options["shape"], eps=call.options["eps"]))
+        x, eps = call.x, call.options["eps"]
+        if is_plain(x) and is_plain(g) and x.shape[-1] and native.built():
+            small = torch.finfo(x.dtype).eps if eps is None else eps
+            weight, bias = native.norm_sums(g, as_rows(x), layout, small, centred=normalise is F.layer_norm)
+            return {"weight": Sums(weight), "bias": Sums(bias)}
+        unit = as_rows(normalise(x, call.options["shape"], eps=eps))
         return {"weight": Sums(layout.sum_rows(g * unit)), "bias": Sums(layout.sum_rows(g))}
 
     return Rule(name, bind, run, uses)

@@ -2,7 +2,8 @@
  *
  *   total[i][j] += sum_b ( sum_{t in sample b} left[t][i] * right[t][j] )^2
  *
- * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each. Beside them attention.h.
+ * and, where only a sample's sum over i and j is wanted, by its Gram matrices, half of each. Beside them norms.h,
+ * softmax.h and attention.h.
  *
  * Plain C with vector types of GCC and Clang, no intrinsics but in squares_amx.h, for processors that have such units;
  * built by build.py for the machine at hand.
@@ -237,6 +238,8 @@ void gram_sums(double *sums, double *sizes, const float *left, int64_t left_stri
   }
 }
 
+#include "norms.h"
+#include "softmax.h"
 #include "attention.h"
 
 /* Clang once named the first two without the second line. */

@@ -113,7 +113,8 @@ def _dtype(total: Tensor | None, grads: Tensor) -> torch.dtype:
 
 def _add_vector_squares(total: Tensor | None, uses: Sequence[Sums], sums: Tensor | None) -> None:
     dtype = _dtype(total, uses[0].grads)
-    squares = torch.stack([u.grads.to(dtype) for u in uses]).sum(0).square_()
+    parts = [u.grads.to(dtype) for u in uses]
+    squares = (parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)).square()
     if total is not None:
         total += squares.sum(0)
     if sums is not None:
