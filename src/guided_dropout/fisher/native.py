@@ -2,8 +2,7 @@
 
 Where it cannot be built (`build`), or with ``GUIDED_DROPOUT_KERNEL=off``, there is none, and `takes` says so. On
 processors with AMX products go through its units where that is faster (``squares_amx.h``, ``products_amx.h``), unless
-``GUIDED_DROPOUT_KERNEL=portable``. Its attention is called by `heads`, its cross-entropy by
-`crossentropy`.
+``GUIDED_DROPOUT_KERNEL=portable``. Its attention is called by `heads`, its cross-entropy by `crossentropy`.
 """
 
 from __future__ import annotations
@@ -115,7 +114,7 @@ def gram_sums(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tens
 
 @contextlib.contextmanager
 def _inputs(left: Tensor, right: Tensor, layout: Layout) -> Iterator[list[int]]:
-    """What both of the kernel's functions take; it stays in memory within."""
+    """What the kernel's functions of two matrices of rows take; it stays in memory within."""
     left, right = _dense_rows(left), _dense_rows(right)
     offsets = torch.tensor(layout.offsets, device="cpu")
     rows = layout.row_numbers(left.device).contiguous()
