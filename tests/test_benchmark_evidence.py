@@ -22,13 +22,15 @@ def summary(monkeypatch):
     return summary
 
 
-def from_runs(name, task, control):
-    """Mean and t interval of guided − control, from the files of the runs."""
+def from_runs(name, task, control, fraction=None):
+    """Mean and t interval of guided − control, from the files of the runs, which have one fraction or this one."""
     values = {}
     for file in (RESULTS / name / "runs").glob("*.json"):
         run = json.loads(file.read_text(encoding="utf-8"))
-        if run["key"]["task"] == task:
-            values[run["key"]["arm"], run["key"]["seed"]] = run["result"]["value"]
+        if run["key"]["task"] == task and fraction in (None, run["key"]["fraction"]):
+            key = run["key"]["arm"], run["key"]["seed"]
+            assert key not in values
+            values[key] = run["result"]["value"]
     seeds = [seed for arm, seed in values if arm == "guided" and (control, seed) in values]
     differences = [values["guided", seed] - values[control, seed] for seed in seeds]
     low, high = stats.ttest_1samp(differences, 0).confidence_interval()
@@ -47,6 +49,11 @@ def test_it_holds_the_numbers_of_each_committed_experiment(summary):
         for control, found in rows[label].effects.items():
             assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(from_runs(name, task, control))
             assert found.decided == (found.low * found.high > 0)
+    whole = rows["embedded model: CoLA, 100 %"].effects
+    assert {*whole} == {*summary.CONTROLS}
+    for control, found in whole.items():
+        expected = from_runs("demo-controls", "cola", control, 1.0)
+        assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(expected)
     # Plain dropout has the mean rate of this one, and is its uniform control.
     same_mean = rows["embedded model, rates up to 0.2: SST-2, 10 %"].effects
     for control, arm in (("uniform", "dropout"), ("top-only", "top-only")):
@@ -72,9 +79,9 @@ def test_arms_of_two_experiments_are_compared_by_seed(monkeypatch, tmp_path):
 
     folder = RESULTS / "demo-controls"
     found = across(str(folder), "guided", str(folder), "uniform")
-    for task in ("cola", "rte", "mrpc", "stsb"):
-        pair = found[task, 0.25]
-        expected = from_runs("demo-controls", task, "uniform")
+    for task, fraction in (("cola", 0.25), ("cola", 1.0), ("rte", 0.25), ("mrpc", 0.25), ("stsb", 0.25)):
+        pair = found[task, fraction]
+        expected = from_runs("demo-controls", task, "uniform", fraction)
         assert (pair.mean, *pair.t_interval, pair.n) == pytest.approx(expected)
     name = "demo_cola_0.25_uniform_003.json"
     run = json.loads((folder / "runs" / name).read_text(encoding="utf-8"))
