@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 from unittest import mock
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from guided_dropout.fisher import native
 from guided_dropout.fisher.attention import OwnAttention
 from guided_dropout.fisher.estimate import estimate_fisher
 
@@ -205,7 +205,19 @@ def test_the_output_may_be_changed_in_place_before_it_is_needed(kernel):
     assert torch.equal(changed, 2 * out)
 
 
-@pytest.mark.skipif(not native.built(), reason="no C compiler")
+def test_a_mask_of_keys_alone_serves_any_number_of_queries():
+    """As an encoder's does in its decoder, too."""
+    g = torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 1, 1, 50, generator=g) < 0.5
+    with OwnAttention():
+        for queries in (50, 3, 200):
+            q, k, v = (torch.randn(2, 2, t, 8, generator=g) for t in (queries, 50, 50))
+            gradient = torch.randn(q.shape, generator=g)
+            found = with_gradients(F.scaled_dot_product_attention, (q, k, v), gradient, attn_mask=mask)
+            check(found, (q, k, v), gradient, {"attn_mask": mask}, 3e-6)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="without a C compiler there is no kernel, and torch's own runs")
 def test_a_second_derivative_is_refused_and_not_wrong():
     q = torch.randn(1, 1, 20, 8, requires_grad=True)
     with OwnAttention():

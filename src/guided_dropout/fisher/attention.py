@@ -26,7 +26,7 @@ class OwnAttention(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._masks: dict[int, tuple[Tensor, int, Mask]] = {}  # layers share theirs
+        self._masks: dict[tuple[int, int], tuple[Tensor, int, Mask]] = {}  # layers share theirs
         self._causal: dict[tuple[int, int], Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,17 +43,17 @@ class OwnAttention(TorchFunctionMode):
         return func(*args, **kwargs).to(dtype)
 
     def _mask_of(self, call: _Call) -> Mask | None:
-        mask = call.attn_mask
+        mask, queries, keys = call.attn_mask, call.query.shape[2], call.key.shape[2]
         if call.is_causal:
-            queries, keys = call.query.shape[2], call.key.shape[2]
             if (queries, keys) not in self._causal:
                 self._causal[queries, keys] = torch.ones(queries, keys, dtype=torch.bool, device="cpu").tril()
             mask = self._causal[queries, keys]
         if mask is None:
             return None
-        found = self._masks.get(id(mask))
+        key = id(mask), queries
+        found = self._masks.get(key)
         if found is None or found[1] != mask._version:
-            found = self._masks[id(mask)] = (mask, mask._version, Mask.of(mask, call.query.shape[2]))
+            found = self._masks[key] = (mask, mask._version, Mask.of(mask, queries))
         return found[2]
 
 
@@ -93,7 +93,7 @@ def _bound(
 def _suits(call: _Call) -> bool:
     """Whether the kernel takes it."""
     q, k, v = given = call[:3]
-    if any(t.dim() != 4 or not is_plain(_widened(t)) or 0 in t.shape for t in given):
+    if any(t.dim() != 4 or not is_plain(t, torch.float32, *_HALF) or 0 in t.shape for t in given):
         return False
     if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         return False
@@ -109,8 +109,9 @@ def _suits_as_mask(call: _Call) -> bool:
         return True
     sizes = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     shared = len(sizes) == 4 and sizes[0] in (1, batch) and sizes[1:] in ((1, queries, keys), (1, 1, keys))
-    known = (mask.dtype == torch.bool and type(mask) is Tensor) or is_plain(_widened(mask))
-    return shared and known and not mask.requires_grad and not call.is_causal
+    return (
+        shared and is_plain(mask, torch.bool, torch.float32, *_HALF) and not mask.requires_grad and not call.is_causal
+    )
 
 
 def _widened(t: Tensor) -> Tensor:

@@ -38,8 +38,8 @@ def _goes_through_amx(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
     return all(map(is_plain, given)) and native.has_amx()
 
 
-def is_plain(t: Tensor) -> bool:
-    """Whether it is float32 here, each element where its strides say."""
+def is_plain(t: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether it is here and of one of these types, by default float32, each element where its strides say."""
     # Others may hold their elements elsewhere: sparse ones, quantised ones, those spread over devices.
-    float32_here = t.dtype == torch.float32 and t.device.type == "cpu"
-    return float32_here and t.layout == torch.strided and type(t) in (Tensor, nn.Parameter)
+    here = t.dtype in (dtypes or (torch.float32,)) and t.device.type == "cpu"
+    return here and t.layout == torch.strided and type(t) in (Tensor, nn.Parameter)
