@@ -9,6 +9,7 @@ from samples_of_experiments import accuracy_like, write_experiment
 from test_report import Outline
 
 from guided_dropout.arms import ARMS
+from guided_dropout.bench import experiment_figures
 from guided_dropout.bench.experiment_report import report_experiment
 from guided_dropout.bench.experiment_verdicts import claims
 from guided_dropout.bench.published import published
@@ -93,6 +94,22 @@ def test_each_figure_is_there(clear):
         "curves-demo-1.svg", "effects-demo-controls-1.svg", "runs-demo-cola-1.svg", "runs-demo-rte-1.svg",
     ]  # fmt: skip
     assert {f"figures/{f.name}" for f in (folder / "figures").iterdir()} == set(names)
+
+
+def test_no_panel_is_drawn_without_an_effect(tmp_path, monkeypatch):
+    drawn = []
+    plot = experiment_figures.plot_forest
+    monkeypatch.setattr(experiment_figures, "plot_forest", lambda c, **kw: drawn.append(c) or plot(c, **kw))
+    report(
+        tmp_path,
+        tasks=["cola", "mrpc", "rte", "stsb"],
+        arms=[*MAIN, "reversed", "role-mean", "top-only", "none"],
+        seeds=3,
+        missing=lambda key: key.fraction == 1.0 and key.task != "cola",
+    )
+    assert len(drawn) > 1
+    assert all(any(effects for effects in tasks.values()) for columns in drawn for tasks in columns.values())
+    assert sum(len(effects) for columns in drawn for tasks in columns.values() for effects in tasks.values()) == 42
 
 
 def test_a_row_for_each_run_and_each_comparison(clear):

@@ -157,7 +157,7 @@ def _forest_parts(
     rows = [len(fractions if turned else names) + 2] * len(tasks)
     for i in range(0, len(heads), _COLUMNS):
         for part in _cut(dict.fromkeys(tasks), rows):
-            yield {
+            columns = {
                 f"{main} − {head}" if turned else f"{100 * head:g} % of the data": {
                     t or OVERALL: [
                         replace(_effect(c), label=f"{100 * c.fraction:g} %") if turned else _effect(c)
@@ -168,6 +168,8 @@ def _forest_parts(
                 }
                 for head in heads[i : i + _COLUMNS]
             }
+            if held := {title: rows for title, rows in columns.items() if any(rows.values())}:
+                yield held
 
 
 def _arm_runs(cell: Cell, main: str | None, by_place: dict[Any, list[Comparison]]) -> list[ArmRuns]:
