@@ -4,7 +4,8 @@
 
 One after the other and in turn, for each task and seed: ``guided-dropout finetune`` and the recipe, each a process of
 its own, on the same examples with the same numbers. Then the same runs by ``guided-dropout bench run``, in as many
-processes as there are processors. Written after each run; started again, it measures what is missing.
+processes as there are processors (``--no-grid`` leaves that out). Metrics are called equal where the interval of their
+difference lies within ``--margin``. Written after each run; started again, it measures what is missing.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from guided_dropout.artefacts import write_json, write_text
 from guided_dropout.bench.folder import Experiment
 from guided_dropout.bench.run import processors
-from guided_dropout.bench.stats import paired_comparison
+from guided_dropout.bench.stats import HELPS, HURTS, paired_comparison, verdict
 from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.tasks import Examples, get_task, load_task, subset
 
 RESULTS = Path(__file__).parents[1] / "results" / "finetune-speed"
+
+_VERDICTS = {HELPS: "ours is better", HURTS: "the recipe is better"}
 
 
 def _csv(path: Path, examples: Examples) -> Path:
@@ -87,7 +92,7 @@ def _grid(args: argparse.Namespace, tasks: list[str], numbers: list[str]) -> dic
     return {"jobs": jobs, "runs": len(runs), "seconds": seconds, "values": {r.key.name: r.result.value for r in runs}}
 
 
-def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[str, Any]) -> dict[str, Any]:
+def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[str, Any] | None) -> dict[str, Any]:
     total = sum(p["seconds"]["theirs"] for p in pairs)
     tasks = {}
     for task in dict.fromkeys(p["task"] for p in pairs):
@@ -98,13 +103,13 @@ def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[s
             "metric": own[0]["metric"],
             "mean": {w: statistics.fmean(p["values"][w] for p in own) for w in ("ours", "theirs")},
             "difference_t_interval_95": compared.t_interval,
+            "verdict": _VERDICTS.get(found := verdict(compared, margin=args.margin), found),
         }
-    return {
-        "tasks": tasks,
-        "runs_per_hour_through_the_grid": 3600 * grid["runs"] / grid["seconds"],
-        "runs_per_hour_of_the_recipe": 3600 * len(pairs) / total,
-        "runs_per_hour_ratio": (grid["runs"] / grid["seconds"]) / (len(pairs) / total),
-    }
+    hourly = {"runs_per_hour_of_the_recipe": 3600 * len(pairs) / total}
+    if grid:
+        hourly["runs_per_hour_through_the_grid"] = 3600 * grid["runs"] / grid["seconds"]
+        hourly["runs_per_hour_ratio"] = (grid["runs"] / grid["seconds"]) / (len(pairs) / total)
+    return {"tasks": tasks, **hourly}
 
 
 def main() -> None:
@@ -117,6 +122,8 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--epochs", type=int, default=3)
     p.add_argument("--learning-rate", type=float, default=5e-5)
+    p.add_argument("--margin", type=float, default=0.01)
+    p.add_argument("--no-grid", action="store_true")
     p.add_argument("--out", type=Path, default=RESULTS)
     args = p.parse_args()
     tasks = args.tasks.split(",")
@@ -129,10 +136,12 @@ def main() -> None:
                 state["pairs"].append(_pair(args, task, seed, numbers))
                 write_json(file, state)
                 print(state["pairs"][-1], flush=True)
-    if "grid" not in state:
+    if "grid" not in state and not args.no_grid:
         state["grid"] = _grid(args, tasks, numbers)
     setting = {"model": Path(args.model).name, "fraction": args.fraction, "seeds": args.seeds, "numbers": numbers}
-    state |= {"setting": setting, "summary": _summary(args, state["pairs"], state["grid"]), "provenance": provenance()}
+    setting |= {"margin": args.margin, "threads": torch.get_num_threads()}
+    summary = _summary(args, state["pairs"], state.get("grid"))
+    state |= {"setting": setting, "summary": summary, "provenance": provenance()}
     write_json(file, state)
     write_text(args.out / "README.md", _readme(state))
     print(json.dumps(state["summary"], indent=1))
@@ -142,23 +151,28 @@ def _readme(state: dict[str, Any]) -> str:
     s, setting, where = state["summary"], state["setting"], state["provenance"]
     rows = [
         f"| {task} | {t['ratio']:.2f} | {t['metric']} | {t['mean']['ours']:.3f} | {t['mean']['theirs']:.3f} "
-        f"| [{t['difference_t_interval_95'][0]:+.3f}, {t['difference_t_interval_95'][1]:+.3f}] |"
+        f"| [{t['difference_t_interval_95'][0]:+.3f}, {t['difference_t_interval_95'][1]:+.3f}] | {t['verdict']} |"
         for task, t in s["tasks"].items()
     ]
     lines = [
         "# Time of a fine-tuning run, beside the recipe of transformers' run_glue.py",
         "",
-        f"{setting['model']}, {setting['fraction']:g} of the training data, {setting['seeds']} seeds; "
+        f"{setting['model']}, {setting['fraction']:g} of the training data, {setting['seeds']} seeds, "
+        f"`{' '.join(setting['numbers'])}`, threads: {setting['threads']}; "
         f"{where['platform']}, torch {where['versions']['torch']}, transformers {where['versions']['transformers']}, "
         f"{where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
         "",
-        "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference |",
-        "|---|---|---|---|---|---|",
+        "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference | verdict |",
+        "|---|---|---|---|---|---|---|",
         *rows,
-        "",
-        f"Through `bench run` in {state['grid']['jobs']} processes: {s['runs_per_hour_through_the_grid']:.0f} runs an "
-        f"hour, the recipe {s['runs_per_hour_of_the_recipe']:.0f}: {s['runs_per_hour_ratio']:.2f} times as many.",
     ]
+    if "grid" in state:
+        through, alone = s["runs_per_hour_through_the_grid"], s["runs_per_hour_of_the_recipe"]
+        lines += [
+            "",
+            f"Through `bench run` in {state['grid']['jobs']} processes: {through:.0f} runs an hour, the recipe "
+            f"{alone:.0f}: {s['runs_per_hour_ratio']:.2f} times as many.",
+        ]
     return "\n".join(lines) + "\n"
 
 
