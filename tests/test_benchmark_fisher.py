@@ -32,6 +32,15 @@ def test_all_ways_agree_with_the_oracle(benchmark, name):
     assert set(results["floor-a"]["timing"]["ratio_to_floor_a"]["all"]) == {1.0}
 
 
+def test_beside_a_step_of_several_batches_the_others_take_as_many(benchmark, monkeypatch):
+    (case,) = benchmark["cases"].find_cases(["bert-2x32-16"], quick=True)
+    steps = []
+    monkeypatch.setattr(benchmark["methods"].PlainBackward, "step", lambda self, samples: steps.append(len(samples)))
+    entries = [benchmark["table"].entry("estimate")]
+    benchmark["measure"].time_methods(case, entries, None, rounds=2, seconds=60, folder=None)
+    assert steps == [case.check] + [len(case.samples())] * 2 * 4
+
+
 def test_the_second_floor_sees_the_same_loss(benchmark):
     (case,) = benchmark["cases"].find_cases(["bert-2x32-16"], quick=True)
     seen = []
