@@ -113,7 +113,10 @@ def _parent(model: nn.Module, path: str) -> nn.Module:
 
 
 class _Noise(TorchFunctionMode):
-    """Turns dropout calls into Gaussian noise."""
+    """Turns dropout calls into Gaussian noise, whatever module it is around."""
+
+    def __init__(self, _: nn.Module) -> None:
+        super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

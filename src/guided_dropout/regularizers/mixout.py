@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from guided_dropout.errors import ModelError, SiteError
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
-from guided_dropout.regularizers.forwards import wrap_forward
+from guided_dropout.regularizers.forwards import is_replica, wrap_forward
 from guided_dropout.regularizers.layers import parameters_in_order
 from guided_dropout.regularizers.pretrained import pretrained_parameters
 
@@ -66,7 +67,7 @@ class Mixout(Regularizer):
         _check_reached(model, context, by_module)
         for path, targets in by_module.items():
             module = model.get_submodule(path)
-            wrap_forward(handle, module, partial(_mixed, module, targets, self.p))
+            wrap_forward(handle, module, partial(_mixed, targets=targets, p=self.p))
         return handle
 
 
@@ -91,16 +92,17 @@ def _is_linear(owner: nn.Module, name: str, parameter: Tensor) -> bool:
 @contextlib.contextmanager
 def _mixed(module: nn.Module, targets: dict[str, Tensor], p: float) -> Iterator[None]:
     """Let the module compute with mixed weights; its parameters are its own again afterwards."""
-    own = {name: module._parameters[name] for name in targets}
+    place: dict[str, Any] = vars(module) if is_replica(module) else module._parameters
+    own = {name: place[name] for name in targets}
     for name, weight in own.items():
-        assert weight is not None
-        if targets[name].device != weight.device:  # the model has moved since
-            targets[name] = targets[name].to(weight.device)
-        module._parameters[name] = mixout(weight, targets[name], p)  # pyright: ignore[reportArgumentType]
+        target = targets[name].to(weight.device)
+        if not is_replica(module):  # the model may have moved since
+            targets[name] = target
+        place[name] = mixout(weight, target, p)
     try:
         yield
     finally:
-        module._parameters.update(own)
+        place.update(own)
 
 
 def _check_reached(model: nn.Module, context: Context, by_module: dict[str, dict[str, Tensor]]) -> None:

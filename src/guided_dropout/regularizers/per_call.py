@@ -11,7 +11,7 @@ from torch import nn
 from guided_dropout.errors import SiteError
 from guided_dropout.knobs import Knob
 from guided_dropout.regularizers.base import Handle
-from guided_dropout.regularizers.forwards import hook_noticed
+from guided_dropout.regularizers.forwards import hook_noticed, is_replica
 
 
 def set_by_call(
@@ -69,6 +69,12 @@ class _Count:
             )
         if not self._rules(self._knob):
             return
+        if is_replica(module):
+            raise SiteError(
+                f"a rate for each call of {self._knob.path} does not hold under nn.DataParallel, whose replicas run "
+                "side by side; expected one process for each device: use torchrun or accelerate, or make the schedule "
+                "without per_call"
+            )
         if self._knob.rate not in self._rates:  # somebody else, a probe say, has turned it
             return
         if self._done == len(self._rates):
