@@ -7,13 +7,15 @@ alone, sample by sample (`dense`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from guided_dropout.fisher.activations import in_one_step
 from guided_dropout.fisher.attention import OwnAttention
 from guided_dropout.fisher.crossentropy import cross_entropy
 from guided_dropout.fisher.dense import OneByOne
@@ -110,15 +112,21 @@ class Capture:
         if self.plan.late is not None:
             return self._through_head(self.plan.late, self._before_head(self.plan.late), self._layout)
         at_head = head_at(self.plan.head, self.narrowed.at_targets, self._entered_head)
-        with OwnAttention(), self.mode, self.narrowed.of(self.plan.start), at_head:
+        with self._running(), at_head:
             return self.model(**self.batch.inputs).logits
 
     def _before_head(self, late: LateHead) -> Tensor:
         """The model's forward without its head: what that is to see at the targets, [M, d]."""
         left_out = LeftOut(self.narrowed.at_targets, self._left_head_out)
-        with OwnAttention(), self.mode, self.narrowed.of(self.plan.start), left_out.of(late.module):
+        with self._running(), left_out.of(late.module):
             logits = self.model(**self.batch.inputs).logits
         return left_out.rows(logits)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Within, the model runs as planned, and its operations are seen."""
+        with OwnAttention(), self.mode, self.narrowed.of(self.plan.start), in_one_step(self.plan.activations):
+            yield
 
     def _left_head_out(self, inside: bool) -> None:
         self._is_left_out = inside
@@ -126,7 +134,7 @@ class Capture:
     def _through_head(self, late: LateHead, rows: Tensor, layout: Layout) -> Tensor:
         """The logits of some targets: rows [m, d] → [m, V]."""
         self._in_head, self._is_late = layout, True
-        with self.mode:
+        with self.mode, in_one_step(self.plan.activations):
             logits = late.module(rows)
         self._in_head, self._is_late = None, False
         return logits

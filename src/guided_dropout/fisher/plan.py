@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from guided_dropout.fisher.activations import written_out
 from guided_dropout.fisher.attention import OwnAttention
 from guided_dropout.fisher.capture import Capture
 from guided_dropout.fisher.dense import part_of
@@ -49,9 +50,9 @@ def make_plan(model: nn.Module, objective: Objective, parameters: Mapping[str, n
     def uncovered(plan: Plan, batch: Batch = batch) -> set[str] | None:
         return _uncovered(model, parameters, plan, batch, batch.at_targets(logits), objective)
 
-    plans = []
+    plans, activations = [], written_out(model)
     for share in (True, False):
-        plans.append(Plan(_places(model, objective, parameters, sample, share=share), head))
+        plans.append(Plan(_places(model, objective, parameters, sample, share=share), head, activations=activations))
         for late in (LateHead.of(head), None):
             plan = replace(plans[-1], late=late)
             if (found := uncovered(plan)) is not None:
