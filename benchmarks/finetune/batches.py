@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import guided_dropout.encoding
-from guided_dropout import finetune
 from guided_dropout.artefacts import write_json
 from guided_dropout.bench.stats import paired_comparison
+from guided_dropout.finetune import finetune
 from guided_dropout.provenance import provenance
 
 
@@ -42,7 +42,7 @@ def main() -> None:
             result = finetune(
                 args.model,
                 pair["task"],
-                args.data,
+                data=args.data,
                 arm="dropout",
                 seed=pair["seed"],
                 train_fraction=known["setting"]["fraction"],
