@@ -162,7 +162,8 @@ def _readme(state: dict[str, Any]) -> str:
         f"{where['platform']}, torch {where['versions']['torch']}, transformers {where['versions']['transformers']}, "
         f"{where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
         "",
-        "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference | verdict |",
+        "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference | "
+        f"verdict, margin {setting['margin']:g} |",
         "|---|---|---|---|---|---|---|",
         *rows,
     ]
