@@ -621,7 +621,7 @@ def test_what_is_foretold_of_a_run_is_what_it_says(folder, split):
 @pytest.mark.parametrize(
     ("there", "shown"),
     [
-        ({"order": "as it comes"}, "order: 'as it comes' there, 'batches of like lengths, sorted 1 at a time' given"),
+        ({"order": "as it comes"}, "order: 'as it comes' there, 'batches drawn at random' given"),
         ({"precision": "bfloat16"}, "precision: 'bfloat16' there, 'float32' given"),
         ({"device": "auto"}, "device: 'auto' there, 'cpu' given"),
         ({"train_data": "mini/CoLA/train.tsv"}, "train_data: 'mini/CoLA/train.tsv' there, 'CoLA/train.tsv' given"),

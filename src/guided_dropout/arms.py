@@ -165,6 +165,11 @@ class ChosenArm:
         """Put on what it adds to dropout, once its rates are on; see `Regularizer.apply`."""
         return self.regularizer.apply(model, context) if self.regularizer else Handle()
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether what it adds to dropout goes by the token table; see `Regularizer.holds_weights`."""
+        return self.regularizer is not None and self.regularizer.holds_weights
+
     def _of_rates(self) -> dict[str, Any]:
         return {name: self.parameters[name] for name in ARMS[self.name].of_rates}
 

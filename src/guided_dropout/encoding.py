@@ -1,14 +1,14 @@
-"""Labelled examples as tokens, and the order in which a training reads them."""
+"""Labelled examples as tokens, which remember in what order a training reads them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from guided_dropout.errors import DataError
@@ -16,11 +16,6 @@ from guided_dropout.tables import HALF_CHARACTER
 from guided_dropout.tasks import Examples, Task
 
 TokenCache = dict[tuple[str, ...], dict[str, Any]]
-
-# Batches whose examples are sorted by length together, at most: enough for little padding.
-_BATCHES_TOGETHER = 16
-# At least so many times are they sorted apart in an epoch, so that each epoch mixes them anew.
-_STRETCHES = 3
 
 
 class Encoded(Dataset[dict[str, Any]]):
@@ -38,17 +33,17 @@ class Encoded(Dataset[dict[str, Any]]):
         self._read.update(repr((row["input_ids"], row["label"])).encode())
         return row
 
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(row["input_ids"]) for row in self._rows]
-
     def by_length(self) -> Encoded:
         """The same examples, shortest first: batches in that order hold the least padding."""
         return Encoded(sorted(self._rows, key=lambda row: len(row["input_ids"])))
 
-    def largest_id(self) -> int:
-        """The largest token among all examples."""
-        return max(max(row["input_ids"]) for row in self._rows)
+    def tokens(self) -> set[int]:
+        """Each token that occurs."""
+        return {token for row in self._rows for token in row["input_ids"]}
+
+    def sample(self) -> dict[str, Tensor]:
+        """A model's inputs for the first example alone, [1, T] each, without its label."""
+        return {name: torch.tensor([value]) for name, value in self._rows[0].items() if name != "label"}
 
     def digest(self) -> str:
         """Digest of the examples read so far (tokens and label), in the order in which they were read."""
@@ -103,46 +98,3 @@ def _check_examples(examples: Examples, task: Task) -> None:
         if not finite or (not task.is_regression and label not in range(task.num_labels)):
             wanted = "a finite number" if task.is_regression else f"a class index below {task.num_labels}"
             raise DataError(f"{examples.source}: found the label {label!r}; expected {wanted}, as {task.name} has")
-
-
-def order_name(examples: int, batch_size: int) -> str:
-    """What a recipe says of the order of so many examples."""
-    together = _together(examples, batch_size)
-    return "batches of like lengths" + ("" if together == _BATCHES_TOGETHER else f", sorted {together} at a time")
-
-
-def _together(examples: int, batch_size: int) -> int:
-    return max(1, min(_BATCHES_TOGETHER, examples // (_STRETCHES * batch_size)))
-
-
-class LengthGroups(Sampler[int]):
-    """Each epoch another random order, in which the examples of a batch are of like lengths, so that little is padding.
-
-    A random permutation is cut into stretches of 16 batches, or of fewer, so that there are three stretches at least
-    (of one batch at least); each is sorted by length and cut into batches, and all batches are shuffled. Each example
-    comes once an epoch.
-
-    Args:
-        lengths: tokens of each example.
-        batch_size: examples of a batch.
-        seed: of all epochs.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self._lengths = torch.as_tensor(lengths)
-        self._batch_size = batch_size
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        size = self._batch_size
-        order = torch.randperm(len(self), generator=self._generator)
-        stretches = order.split(size * _together(len(self), size))
-        batches = [b for s in stretches for b in s[self._lengths[s].argsort(descending=True, stable=True)].split(size)]
-        # The one that is not full, if any, stays last: the batches are cut anew from this sequence.
-        full = len(self) // size
-        shuffled = torch.randperm(full, generator=self._generator).tolist()
-        for b in (*shuffled, *range(full, len(batches))):
-            yield from batches[b].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from guided_dropout.arms import ARMS, choose_arm
 from guided_dropout.artefacts import check_output_folder
 from guided_dropout.columns import Columns
-from guided_dropout.encoding import order_name
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
@@ -26,7 +26,8 @@ from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.task_data import TaskData
 from guided_dropout.tasks import Examples, Task, subset
-from guided_dropout.training import Recipe, kept_random_state, train_classifier
+from guided_dropout.training import ORDER, Recipe, kept_random_state, train_classifier
+from guided_dropout.vocabulary import occurring_rows
 from guided_dropout.workbench import Workbench
 
 __all__ = ["ARMS", "RunResult", "Seeds", "finetune"]
@@ -68,10 +69,14 @@ def finetune(
 ) -> RunResult:
     """Fine-tune a pretrained model on a task under one arm, and evaluate it.
 
-    AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, batches of like
-    lengths (`encoding.LengthGroups`). The arms put their rates on the same sites of the backbone; the head's own
-    dropout is left as it is in all of them. Runs with the same seeds start from the same weights and see the same
-    batches, whatever their arm, and as far as it draws the same numbers, with the same noise.
+    AdamW with betas 0.9 and 0.999, linear warm-up then linear decay to 0, gradients clipped to norm 1, batches drawn at
+    random. The arms put their rates on the same sites of the backbone; the head's own dropout is left as it is in all
+    of them. Runs with the same seeds start from the same weights and see the same batches, whatever their arm, and as
+    far as it draws the same numbers, with the same noise.
+
+    On a CPU a batch is run in parts of like lengths, which have the whole batch's gradient with less padding
+    (`parts.parts_of_like_lengths`), and only the rows of the token table that occur are trained
+    (`vocabulary.occurring_rows`), unless the arm's regularizer goes by that table: the others would not move.
 
     Args:
         model: ``"demo"``, a folder or a hub name; or a `Workbench`, which keeps what several runs share.
@@ -157,13 +162,19 @@ def finetune(
         bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())
     )
     more = dict(zip(given.more, rest, strict=True))
-    _check_vocabulary(max(e.largest_id() for e in (encoded, held_out, *rest)), classifier)
+    tokens = {bench.tokenizer.pad_token_id}.union(*(e.tokens() for e in (encoded, held_out, *rest)))
+    _check_vocabulary(max(tokens), classifier)
 
     context = replace(context, new=drawn_parameters(classifier))
     digest = _digest_weights(classifier)
     with kept_random_state(), added_sites(classifier, residual_sites):
         rates = chosen.rates(classifier, context)
-        with apply_dropout(classifier, rates), chosen.apply(classifier, context) as handle:
+        few_rows = occurring_rows(classifier, tokens, encoded.sample())
+        with (
+            apply_dropout(classifier, rates),
+            chosen.apply(classifier, context) as handle,
+            contextlib.nullcontext() if chosen.holds_weights else few_rows,
+        ):
             run = train_classifier(
                 classifier, bench.tokenizer, task, encoded, held_out, recipe, seeds, progress, handle, more
             )
@@ -222,7 +233,7 @@ def _recipe_facts(recipe: Recipe, data: TaskData, n_train: int) -> dict[str, Any
         "optimizer": "adamw(0.9, 0.999)",
         "decay": "linear",
         "max_grad_norm": 1.0,
-        "order": order_name(n_train, recipe.batch_size),
+        "order": ORDER,
         "n_train": n_train,
         "n_eval": len(data.validation),
         "train_data": data.train.source,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -28,9 +27,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from guided_dropout.encoding import Encoded, LengthGroups
+from guided_dropout.encoding import Encoded
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.models import quiet
+from guided_dropout.parts import parts_of_like_lengths
 from guided_dropout.regularizers import Handle
 from guided_dropout.results import Seeds
 from guided_dropout.schedule.shapes import check_rate
@@ -38,6 +38,8 @@ from guided_dropout.tasks import Task, compute_metrics
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 EVALUATE = ("epoch", "end")
+ORDER = "batches drawn at random"
+"""What a recipe says of the order of the training examples."""
 _EVAL_BATCH = 64
 
 
@@ -145,11 +147,26 @@ class _Steps(TrainerCallback):
 
 
 class _Trainer(Trainer):
-    """Asks a regularizer's handle for the loss and for the optimizer's parameter groups; batches have like lengths."""
+    """Asks a regularizer's handle for the loss and the optimizer's parameter groups; runs batches in parts on a CPU."""
 
     def __init__(self, handle: Handle, *args: Any, **options: Any) -> None:
         self._handle = handle
+        self._share = 1.0
         super().__init__(*args, **options)
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of a batch: the batch's mean loss and its gradient, in however many passes."""
+        # A GPU takes longer for two small batches than for one with padding.
+        whole = self.args.device.type != "cpu"
+        losses = []
+        for part, self._share in [(inputs, 1.0)] if whole else parts_of_like_lengths(inputs):
+            losses.append(super().training_step(model, part))
+        return torch.stack(losses).sum()
 
     def compute_loss(
         self,
@@ -161,13 +178,8 @@ class _Trainer(Trainer):
         """The loss; in evaluation the plain one."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            loss = self._handle.loss(loss, model, inputs, outputs)
+            loss = self._share * self._handle.loss(loss, model, inputs, outputs)
         return (loss, outputs) if return_outputs else loss
-
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int]:
-        encoded = train_dataset or self.train_dataset
-        assert isinstance(encoded, Encoded)
-        return LengthGroups(encoded.lengths(), self.args.train_batch_size, self.args.data_seed or 0)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The usual optimizer, with the handle's parameter groups."""

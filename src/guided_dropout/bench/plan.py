@@ -11,7 +11,6 @@ from typing import Any
 from guided_dropout.arms import choose_arm
 from guided_dropout.bench import controls
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.encoding import order_name
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.finetune import cut_note, finetune, fitting_length
 from guided_dropout.fisher import FisherProfile
@@ -22,7 +21,7 @@ from guided_dropout.results import RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.task_data import GLUE, parse_split
 from guided_dropout.tasks import get_task, subset
-from guided_dropout.training import Recipe, precision_of
+from guided_dropout.training import ORDER, Recipe, precision_of
 from guided_dropout.workbench import Workbench
 
 
@@ -251,7 +250,7 @@ class Runner:
             **asdict(recipe),
             "max_length": fitting_length(recipe.max_length, bench.tokenizer, classifier),
             "precision": precision_of(recipe),
-            "order": order_name(n_train, recipe.batch_size),
+            "order": ORDER,
             "n_train": n_train,
             "n_eval": len(given.validation),
             "train_data": given.train.source,

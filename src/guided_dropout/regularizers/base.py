@@ -137,9 +137,12 @@ class Regularizer(ABC):
 
     Attributes:
         needs: what must stand in the `Context`: ``"schedule"``, ``"profile"``.
+        holds_weights: whether it keeps, compares or groups the weights that embed tokens, so that they must stay the
+            parameter that they were when it was put on.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    holds_weights: ClassVar[bool] = True
 
     @abstractmethod
     def apply(self, model: nn.Module, context: Context) -> Handle:

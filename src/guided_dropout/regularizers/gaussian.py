@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ class GaussianDropout(Regularizer):
     but for the noise; evaluation keeps the kernel. Added residual sites and adapters' dropout are sites like others.
     The head's own dropout stays as it is.
     """
+
+    holds_weights: ClassVar[bool] = False
 
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Replace the noise, and prove by running the model that no site drops any more; see `Regularizer.apply`.

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Mixout(Regularizer):
     """
 
     p: float = 0.7
+    holds_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("p", self.p, 0 <= self.p <= 1, "a number from 0 to 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class RDrop(Regularizer):
     """
 
     alpha: float = 1.0
+    holds_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_number("alpha", self.alpha, 0 <= self.alpha < math.inf, "at least 0")
