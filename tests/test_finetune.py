@@ -1,7 +1,11 @@
+import contextlib
 import json
 import math
 import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +15,19 @@ import torch
 from tiny import COLOUR, VOCABULARY, colour_examples, save, save_tiny_bert, tiny_bert_config
 from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
+from guided_dropout import finetune as finetune_module
+from guided_dropout import training
 from guided_dropout import workbench as module
 from guided_dropout.bench.arms import group_by_arm
 from guided_dropout.encoding import encode
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.finetune import RunResult, Seeds, finetune
 from guided_dropout.models import load_classifier, load_tokenizer
+from guided_dropout.parts import parts_of_like_lengths
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.task_data import TaskData
 from guided_dropout.tasks import Examples, Task, get_task
+from guided_dropout.vocabulary import occurring_rows
 from guided_dropout.workbench import Workbench
 
 DATA = (colour_examples(48, seed=1), colour_examples(20, seed=2))
@@ -169,6 +177,47 @@ def test_a_batch_is_padded_to_its_longest_text(bert: Path, monkeypatch: pytest.M
     monkeypatch.setattr(module, "load_classifier", watched)
     finetune(bert, COLOUR, arm="none", data=DATA, batch_size=2, epochs=1)
     assert len(set(widths)) > 3
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("arm", ["none", "r-drop", "l2-sp"])
+def test_parts_and_fewer_rows_train_what_whole_batches_and_tables_do(
+    name: str, arm: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # A copy without any dropout: in parts, its noise would be drawn in another order.
+    folder, models, passes = tmp_path / "model", [], []
+    shutil.copytree(request.getfixturevalue(name), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {key: 0.0 for key in config if key.endswith(("_pdrop", "dropout_prob", "dropout_rate", "_dropout"))}
+    (folder / "config.json").write_text(json.dumps(config | {"classifier_dropout": 0.0}))
+
+    def watched(*args: Any, **options: Any) -> torch.nn.Module:
+        models.append(load_classifier(*args, **options))
+        models[-1].register_forward_pre_hook(lambda model, _: passes.append(model.training))
+        return models[-1]
+
+    monkeypatch.setattr(module, "load_classifier", watched)
+
+    def run(overhead: int, rows: Callable[..., Any]) -> tuple[RunResult, int]:
+        monkeypatch.setattr(training, "parts_of_like_lengths", partial(parts_of_like_lengths, overhead=overhead))
+        monkeypatch.setattr(finetune_module, "occurring_rows", rows)
+        passes.clear()
+        # 37 examples: the last batch is a small one.
+        data = (DATA[0].take(range(37)), DATA[1])
+        return finetune(folder, COLOUR, arm=arm, rate=0.0, **{**SHORT, "data": data}), sum(passes)
+
+    whole, few_passes = run(10**9, lambda *_: contextlib.nullcontext())
+    parts, many_passes = run(1, occurring_rows)
+    assert many_passes > few_passes + 6
+    assert parts.pairing == whole.pairing
+    for found, wanted in zip(parts.history, whole.history, strict=True):
+        assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-5)
+        assert found["eval_loss"] == pytest.approx(wanted["eval_loss"], rel=1e-5)
+    one, other = (torch.nn.utils.parameters_to_vector(model.parameters()) for model in models)
+    moved = one - torch.nn.utils.parameters_to_vector(
+        load_classifier(folder, 2, head_seed=Seeds.derive(0).head).parameters()
+    )
+    assert (one - other).norm() < 0.01 * moved.norm()
 
 
 def test_the_learning_rate_warms_up_and_decays(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:

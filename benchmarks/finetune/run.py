@@ -5,7 +5,8 @@
 One after the other and in turn, for each task and seed: ``guided-dropout finetune`` and the recipe, each a process of
 its own, on the same examples with the same numbers. Then the same runs by ``guided-dropout bench run``, in as many
 processes as there are processors (``--no-grid`` leaves that out). Metrics are called equal where the interval of their
-difference lies within ``--margin``. Written after each run; started again, it measures what is missing.
+difference lies within ``--margin``. Written after each run; started again, it measures what is missing. Where metrics
+alone are wanted, several processes may share the seeds and a folder: ``--no-grid --share 0/2`` and ``1/2``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -124,25 +126,30 @@ def main() -> None:
     p.add_argument("--learning-rate", type=float, default=5e-5)
     p.add_argument("--margin", type=float, default=0.01)
     p.add_argument("--no-grid", action="store_true")
+    p.add_argument("--share", default="0/1")
     p.add_argument("--out", type=Path, default=RESULTS)
     args = p.parse_args()
     tasks = args.tasks.split(",")
     numbers = ["--epochs", str(args.epochs), "--batch-size", "16", "--learning-rate", str(args.learning_rate)]
-    file = args.out / "runs.json"
-    state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"pairs": []}
-    for seed in range(args.seeds):
+    index, count = map(int, args.share.split("/"))
+    for seed in range(args.seeds)[index::count]:
         for task in tasks:
-            if not any(q["task"] == task and q["seed"] == seed for q in state["pairs"]):
-                state["pairs"].append(_pair(args, task, seed, numbers))
-                write_json(file, state)
-                print(state["pairs"][-1], flush=True)
-    if "grid" not in state and not args.no_grid:
+            file = args.out / "pairs" / f"{task}_{seed:03d}.json"
+            if not file.exists():
+                write_json(file, pair := _pair(args, task, seed, numbers))
+                print(pair, flush=True)
+    files = [args.out / "pairs" / f"{task}_{seed:03d}.json" for seed in range(args.seeds) for task in tasks]
+    if not all(file.exists() for file in files):
+        return
+    state: dict[str, Any] = {"pairs": [json.loads(file.read_text()) for file in files]}
+    if not args.no_grid:
         state["grid"] = _grid(args, tasks, numbers)
     setting = {"model": Path(args.model).name, "fraction": args.fraction, "seeds": args.seeds, "numbers": numbers}
     setting |= {"margin": args.margin, "threads": torch.get_num_threads()}
     summary = _summary(args, state["pairs"], state.get("grid"))
     state |= {"setting": setting, "summary": summary, "provenance": provenance()}
-    write_json(file, state)
+    write_json(args.out / "runs.json", state)
+    shutil.rmtree(args.out / "pairs")
     write_text(args.out / "README.md", _readme(state))
     print(json.dumps(state["summary"], indent=1))
 
