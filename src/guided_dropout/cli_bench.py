@@ -288,10 +288,10 @@ def _tell_cost(plan: Plan, clock: Clock, missing: Sequence[RunKey], jobs: int) -
 
     seconds, how = clock.seconds(missing), "as fast as the runs that are there"
     if seconds is None:
-        first = missing[0]
-        took, read = trial(plan, first.model, first.task)
-        seconds = took * sum(map(clock.units, missing)) / (read * clock.size(first.model))
-        how = "by a few steps of training here"
+        model = missing[0].model
+        for task in dict.fromkeys(key.task for key in missing):
+            clock.saw_trial(model, task, *trial(plan, model, task))
+        seconds, how = clock.seconds(missing) or 0.0, "by a few steps of training here"
     shared = f", {duration(seconds / jobs)} if {jobs} side by side do not slow one another" if jobs > 1 else ""
     console.print(f"about {duration(seconds)} one after the other{shared} ({how})")
 

@@ -162,7 +162,8 @@ def finetune(
         bench.encoded(examples, task, recipe.max_length) for examples in (train, given.validation, *given.more.values())
     )
     more = dict(zip(given.more, rest, strict=True))
-    tokens = {bench.tokenizer.pad_token_id}.union(*(e.tokens() for e in (encoded, held_out, *rest)))
+    padding: Any = bench.tokenizer.pad_token_id
+    tokens: set[int] = {padding}.union(*(e.tokens() for e in (encoded, held_out, *rest)))
     _check_vocabulary(max(tokens), classifier)
 
     context = replace(context, new=drawn_parameters(classifier))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def occurring_rows(model: PreTrainedModel, tokens: Collection[int], sample: Mapp
     if not tables:
         yield
         return
-    whole = tables[0].weight
+    whole = cast(nn.Parameter, tables[0].weight)
     rows = torch.tensor(sorted({*tokens, *_added(model, tables, sample)}), device=whole.device)
     place = torch.full((len(whole),), -1, device=whole.device)
     place[rows] = torch.arange(len(rows), device=whole.device)

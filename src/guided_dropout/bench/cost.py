@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import asdict, dataclass, replace
 
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.grid import RunKey
 from guided_dropout.bench.plan import Plan
+from guided_dropout.finetune import finetune
 from guided_dropout.tasks import Examples
 from guided_dropout.workbench import Workbench
 
 # A step back costs about two steps forward.
 _TRAINING = 3.0
-_TRIAL_STEPS = 3
+_TRIAL_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,8 @@ class Clock:
 
     def __init__(self, work: Mapping[str, Work], sizes: Mapping[str, int]):
         self._work, self._sizes = work, sizes
-        self._seconds: dict[str, float] = {}
-        self._read: dict[str, float] = {}
-
-    def size(self, model: str) -> int:
-        """Parameters of a model."""
-        return self._sizes[model]
+        # By model and task: texts of other lengths take another time for each character.
+        self._seen: dict[tuple[str, str], tuple[float, float]] = {}
 
     def units(self, key: RunKey) -> float:
         """A run's cost: text read times parameters."""
@@ -76,8 +71,7 @@ class Clock:
 
     def saw(self, key: RunKey, seconds: float) -> None:
         """Note how long a run took."""
-        self._seconds[key.model] = self._seconds.get(key.model, 0.0) + seconds
-        self._read[key.model] = self._read.get(key.model, 0.0) + self.units(key)
+        self._add(key.model, key.task, seconds, self.units(key))
 
     def saw_runs(self, runs: Sequence[Run]) -> None:
         """Note how long runs of this experiment took, those of other tasks and models left out."""
@@ -85,13 +79,26 @@ class Clock:
             if run.result and run.key.task in self._work and run.key.model in self._sizes:
                 self.saw(run.key, run.result.times["total"])
 
+    def saw_trial(self, model: str, task: str, seconds: float, read: float) -> None:
+        """Note what `trial` found."""
+        self._add(model, task, seconds, read * self._sizes[model])
+
     def seconds(self, keys: Sequence[RunKey]) -> float | None:
         """How long one process will take for `keys`; None where nothing was seen yet."""
-        if not self._read:
+        if not self._seen:
             return None
-        anywhere = sum(self._seconds.values()) / sum(self._read.values())
-        pace = {m: self._seconds[m] / self._read[m] for m in self._read}
-        return sum(self.units(k) * pace.get(k.model, anywhere) for k in keys)
+        return sum(self.units(key) * self._pace(key) for key in keys)
+
+    def _add(self, model: str, task: str, seconds: float, units: float) -> None:
+        before = self._seen.get((model, task), (0.0, 0.0))
+        self._seen[model, task] = before[0] + seconds, before[1] + units
+
+    def _pace(self, key: RunKey) -> float:
+        """Seconds for a unit: of that model and task, else of what is nearest to them."""
+        model = [seen for (name, _), seen in self._seen.items() if name == key.model]
+        own = [self._seen[key.model, key.task]] if (key.model, key.task) in self._seen else []
+        seconds, units = zip(*(own or model or self._seen.values()), strict=True)
+        return sum(seconds) / sum(units)
 
 
 def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
@@ -100,30 +107,20 @@ def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
     Returns:
         Seconds, and the characters read, counted as `Work.of` does.
     """
-    bench = Workbench(plan.models[model].source)
-    given, training = bench.data(task, plan.data, split=plan.split), plan.training
-    chosen, examples = given.task, given.train
-    size = training.batch_size
-    some = examples.take(range(min(len(examples), size * _TRIAL_STEPS)))
-    classifier = bench.classifier(chosen.num_labels, head_seed=0).train()
-    encoded = bench.encoded(some, chosen, training.max_length)
-    device = "cuda" if plan.device != "cpu" and torch.cuda.is_available() else "cpu"
-    classifier.to(torch.device(device))  # pyright: ignore[reportArgumentType]
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=0.0)
-    begun = 0.0
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for step in range(-1, (len(some) + size - 1) // size):  # the first one warms up
-            if step == 0:
-                begun = time.perf_counter()
-            at = max(step, 0) * size
-            rows = [encoded[i] for i in range(at, min(at + size, len(some)))]
-            labels = torch.tensor([row["label"] for row in rows])
-            texts = [{k: v for k, v in row.items() if k != "label"} for row in rows]
-            batch = bench.tokenizer.pad(texts, return_tensors="pt")
-            classifier(**batch.to(device), labels=labels.to(device)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    seconds = time.perf_counter() - begun
-    return seconds, _TRAINING * _characters(some)
+    bench, training = Workbench(plan.models[model].source), replace(plan.training, epochs=1)
+    given = bench.data(task, plan.data, split=plan.split)
+    some = given.train.take(range(min(len(given.train), training.batch_size * (_TRIAL_STEPS + 1))))
+    ends: list[float] = []
+    run = finetune(
+        bench,
+        data=replace(given, train=some, validation=some.take([0]), more={}),
+        arm="dropout",
+        device=plan.device,
+        residual_sites=plan.models[model].residual_sites,
+        evaluate="end",
+        progress=lambda *_: ends.append(time.perf_counter()),
+        **asdict(training),
+    )
+    read = _TRAINING * _characters(some)
+    # The first step warms up; where it is the only one, it counts.
+    return (ends[-1] - ends[0], read * (len(ends) - 1) / len(ends)) if len(ends) > 1 else (run.times["train"], read)
