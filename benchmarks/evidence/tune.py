@@ -11,7 +11,6 @@ it is not run again.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 from pathlib import Path
@@ -44,7 +43,7 @@ def main() -> None:
     tasks, rates = args.tasks.split(","), [float(r) for r in args.rates.split(",")]
     found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"values": {}}
     bench = Workbench(args.model)
-    for seed, task, rate in itertools.product(SEEDS, tasks, rates):
+    for seed, task, rate in ((s, t, r) for s in SEEDS for t in tasks for r in rates):
         key = f"{task} {rate:g} {seed}"
         if key in found["values"]:
             continue

@@ -90,8 +90,8 @@ def _grid(args: argparse.Namespace, tasks: list[str], numbers: list[str]) -> dic
         command += ["--tasks", ",".join(tasks), "--arms", "dropout", "--fractions", str(args.fraction), *numbers]
         command += ["--seeds", str(args.seeds), "--jobs", str(jobs), "--out", str(out)]
         seconds = _timed(command)
-        runs = Experiment(out).runs()
-    return {"jobs": jobs, "runs": len(runs), "seconds": seconds, "values": {r.key.name: r.result.value for r in runs}}
+        values = {r.key.name: r.result.value for r in Experiment(out).runs() if r.result}
+    return {"jobs": jobs, "runs": len(values), "seconds": seconds, "values": values}
 
 
 def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[str, Any] | None) -> dict[str, Any]:

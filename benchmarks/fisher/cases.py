@@ -74,7 +74,7 @@ class Case:
             model = AutoModelForMaskedLM.from_pretrained(folder, dtype=dtype, **off)
         else:
             torch.manual_seed(SEED)
-            model = self._random().to(dtype)
+            model = self._random().to(dtype)  # pyright: ignore[reportArgumentType]
         if hasattr(model.config, "use_cache"):
             model.config.use_cache = False
         return model.eval()
@@ -88,12 +88,16 @@ class Case:
     def _random(self) -> PreTrainedModel:
         heads = max(2, self.width // 64 if self.width != 384 else 12)
         tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": self.vocab}
-        shared = {"hidden_size": self.width, "num_hidden_layers": self.layers, "num_attention_heads": heads}
+        shared: dict[str, Any] = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": heads,
+        }
         if self.family == "bert":
-            off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+            off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
             return BertForMaskedLM(BertConfig(**tokens, **shared, intermediate_size=4 * self.width, **off))
         if self.family == "gpt2":
-            off = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
+            off: dict[str, Any] = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}
             return GPT2LMHeadModel(GPT2Config(**tokens, n_embd=self.width, n_layer=self.layers, n_head=heads, **off))
         inner = 8 * self.width // 3 // 64 * 64 or 2 * self.width
         return LlamaForCausalLM(LlamaConfig(**tokens, **shared, intermediate_size=inner))
@@ -122,7 +126,7 @@ class Case:
     def facts(self, folder: str | None = None) -> dict[str, Any]:
         """The case in a result file."""
         samples = self.samples()
-        given = folder is not None and self.takes(folder)
+        given = folder if folder is not None and self.takes(folder) else None
         return {
             "name": self.name,
             "family": self.family,
@@ -132,7 +136,7 @@ class Case:
             "batch": self.batch,
             "tokens": [len(s["input_ids"]) for s in samples],
             "targets": sum(int((self.objective.targets(s["labels"]) != IGNORE).sum()) for s in samples),
-            "weights": folder.rstrip("/").rsplit("/", 1)[-1] if given else f"random, seed {SEED}",
+            "weights": given.rstrip("/").rsplit("/", 1)[-1] if given else f"random, seed {SEED}",
             "checked_samples": self.check,
         }
 

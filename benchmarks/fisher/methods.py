@@ -125,7 +125,7 @@ class Batched(Method):
     def prepare(self, samples: Sequence[Sample]) -> None:
         """Find what is per sample, and check it."""
         _require(BatchedSquares, self.options)
-        self.model.requires_grad_(False).to(self.dtype)
+        self.model.requires_grad_(False).to(self.dtype)  # pyright: ignore[reportArgumentType]
         parameters = dict(self.model.named_parameters())
         plan = checked_plan(self.model, self.objective, parameters, samples)
         self.squares = BatchedSquares(self.model, self.objective, parameters, plan, **self.options)
@@ -248,7 +248,7 @@ class Vmap(Method):
         # Attention written out has a rule under vmap; the fused one is run sample by sample.
         self.model.set_attn_implementation("eager")
         self.model.config.pad_token_id = None  # spares a look at the tokens' values, which vmap refuses
-        parameters = dict(self.model.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
 
         def loss(values: dict[str, Tensor], ids: Tensor, mask: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
             inputs: dict[str, Tensor] = {"input_ids": ids[None]}

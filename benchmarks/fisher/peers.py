@@ -1,5 +1,8 @@
 """Other libraries' ways to a diagonal Fisher, each set up as its documentation says and as well as the model allows."""
 
+# What is compared with is installed for that alone.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import warnings

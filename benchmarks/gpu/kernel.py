@@ -45,7 +45,7 @@ def correctness(device: torch.device, *, quick: bool) -> dict[str, Any]:
             g = torch.Generator(device).manual_seed(0)
             left, right = (torch.randn(offsets[-1], d, generator=g, device=device).to(dtype) for d in (m, n))
             gradients = [left[s:e].double().T @ right[s:e].double() for s, e in pairwise(offsets)]
-            want = 1.0 + sum(x.square() for x in gradients)
+            want = 1.0 + torch.stack(gradients).square().sum(0)
             sums = torch.stack([x.square().sum() for x in gradients])
             for config in kernel.CONFIGS if i == 0 and not quick else [None]:
                 total = torch.ones(m, n, device=device)

@@ -1,5 +1,8 @@
 """Ways to evaluate one point of a plane, each a function that does one point and returns its loss."""
 
+# What is compared with is installed for that alone.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import contextlib
@@ -105,7 +108,7 @@ def reloaded(source: str, evaluation: Evaluation, folder: str) -> Iterator[Point
     device = next(evaluation.model.parameters()).device
 
     def point(alpha: float, beta: float) -> float:
-        model: Any = load_lm(source).to(device).eval()
+        model: Any = load_lm(source).to(device).eval()  # pyright: ignore[reportArgumentType]
         own = dict(model.named_parameters())
         with torch.no_grad():
             for step, direction in zip((alpha, beta), directions, strict=True):

@@ -73,7 +73,7 @@ def rounds(setting: Setting, schedule: DropoutSchedule) -> Iterator[dict[str, fl
     that what else the machine does meets all of them alike.
     """
     device = torch.device(setting.device)
-    base = load_classifier(setting.model, 2, head_seed=0).to(device).train()
+    base = load_classifier(setting.model, 2, head_seed=0).to(device).train()  # pyright: ignore[reportArgumentType]
     shape = (setting.batch_size, setting.length)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, base.config.vocab_size, shape, generator=generator).to(device)
