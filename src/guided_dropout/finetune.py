@@ -74,9 +74,9 @@ def finetune(
     of them. Runs with the same seeds start from the same weights and see the same batches, whatever their arm, and as
     far as it draws the same numbers, with the same noise.
 
-    On a CPU a batch is run in parts of like lengths, which have the whole batch's gradient with less padding
-    (`parts.parts_of_like_lengths`), and only the rows of the token table that occur are trained
-    (`vocabulary.occurring_rows`), unless the arm's regularizer goes by that table: the others would not move.
+    Only the rows of the token table that occur in the data are trained (`vocabulary.occurring_rows`), unless the arm's
+    regularizer goes by that table: the others would not move. On a CPU a batch is run in parts of like lengths, which
+    have the whole batch's gradient with less padding (`parts.parts_of_like_lengths`).
 
     Args:
         model: ``"demo"``, a folder or a hub name; or a `Workbench`, which keeps what several runs share.
