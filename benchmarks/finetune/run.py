@@ -154,11 +154,15 @@ def main() -> None:
     print(json.dumps(state["summary"], indent=1))
 
 
+def _interval(found: tuple[float, float] | None) -> str:
+    return f"[{found[0]:+.3f}, {found[1]:+.3f}]" if found else "none: all differences are the same"
+
+
 def _readme(state: dict[str, Any]) -> str:
     s, setting, where = state["summary"], state["setting"], state["provenance"]
     rows = [
         f"| {task} | {t['ratio']:.2f} | {t['metric']} | {t['mean']['ours']:.3f} | {t['mean']['theirs']:.3f} "
-        f"| [{t['difference_t_interval_95'][0]:+.3f}, {t['difference_t_interval_95'][1]:+.3f}] | {t['verdict']} |"
+        f"| {_interval(t['difference_t_interval_95'])} | {t['verdict']} |"
         for task, t in s["tasks"].items()
     ]
     lines = [
