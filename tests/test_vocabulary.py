@@ -90,6 +90,15 @@ def test_a_block_that_fails_leaves_the_model_whole():
     assert model(input_ids=torch.tensor([[5, 40]])).logits.isfinite().all()
 
 
+def test_a_model_that_moves_within_the_block_comes_back_whole():
+    model = classifier_of("bert")
+    wanted = {name: value.double() for name, value in model.state_dict().items()}
+    with occurring_rows(model, TOKENS, sample()):
+        model.double()  # stands for a move to a GPU
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    torch.testing.assert_close(dict(model.state_dict()), wanted)
+
+
 def tied():
     return language_model("bert")
 

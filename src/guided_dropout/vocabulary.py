@@ -52,7 +52,7 @@ def occurring_rows(model: PreTrainedModel, tokens: Collection[int], sample: Mapp
             yield
         finally:
             with torch.no_grad():
-                whole.data = whole.data.to(few.device)
+                whole.data = whole.data.to(few)  # where the model was moved to meanwhile
                 whole[rows.to(few.device)] = few
 
 
