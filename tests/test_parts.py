@@ -74,8 +74,11 @@ def test_parts_have_the_gradient_of_the_whole(family, labels):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("batch", [batch_of([2, 40], left=True), {"input_ids": torch.ones(2, 40)}])
-def test_padding_on_the_left_or_unknown_stays(batch):
+WITH_A_HOLE = {"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 0, 1], [1, 1, 1]])}
+
+
+@pytest.mark.parametrize("batch", [batch_of([2, 40], left=True), {"input_ids": torch.ones(2, 40)}, WITH_A_HOLE])
+def test_padding_on_the_left_within_or_unknown_stays(batch):
     ((part, share),) = parts_of_like_lengths(batch, 0)
     assert share == 1
     assert all(part[name] is batch[name] for name in batch)

@@ -42,8 +42,9 @@ class Encoded(Dataset[dict[str, Any]]):
         return {token for row in self._rows for token in row["input_ids"]}
 
     def sample(self) -> dict[str, Tensor]:
-        """A model's inputs for the first example alone, [1, T] each, without its label."""
-        return {name: torch.tensor([value]) for name, value in self._rows[0].items() if name != "label"}
+        """A model's inputs for a longest example alone, [1, T] each, without its label."""
+        longest = max(self._rows, key=lambda row: len(row["input_ids"]))
+        return {name: torch.tensor([value]) for name, value in longest.items() if name != "label"}
 
     def digest(self) -> str:
         """Digest of the examples read so far (tokens and label), in the order in which they were read."""

@@ -24,15 +24,15 @@ def parts_of_like_lengths(
 
     Args:
         inputs: tensors with the examples in their first dimension; those of the shape of ``attention_mask``, [B, T],
-            are cut to a part's longest example. Without such a mask, and where padding stands on the left, which moves
-            the positions of some models, the batch stays whole.
+            are cut to a part's longest example. Without such a mask, with one that leaves out more than an end, and
+            where padding stands on the left, which moves the positions of some models, the batch stays whole.
         overhead: of another part, in tokens.
 
     Yields:
         A part's inputs and its share of the examples; the shares add up to 1.
     """
     mask = inputs.get("attention_mask")
-    if mask is None or mask.dim() != 2 or not bool(mask[:, 0].all()):
+    if mask is None or mask.dim() != 2 or not _padded_right(mask):
         yield dict(inputs), 1.0
         return
     lengths, order = mask.sum(1).sort(stable=True)
@@ -40,6 +40,12 @@ def parts_of_like_lengths(
         rows, longest = order[start:stop], int(lengths[stop - 1])
         part = {name: _part(value, rows, longest, mask.shape) for name, value in inputs.items()}
         yield part, (stop - start) / len(mask)
+
+
+def _padded_right(mask: Tensor) -> bool:
+    """Whether each example is a first run of positions, at least one: else a cut at its length would lose some."""
+    first = torch.arange(mask.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+    return bool(mask[:, 0].all()) and torch.equal(mask.bool(), first)
 
 
 def _part(value: Any, rows: Tensor, longest: int, padded: torch.Size) -> Any:

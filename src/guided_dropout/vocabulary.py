@@ -102,7 +102,7 @@ def _renumbered(place: Tensor) -> Any:
         if bool((numbers < 0).any()):
             raise ModelError(
                 f"found the token {int(ids[numbers < 0][0])}, which is in none of the examples; expected none that the "
-                "model adds itself but those that it adds to the first example"
+                "model adds itself but those that it adds to the sample"
             )
         return (numbers, *args[1:]), {name: value for name, value in options.items() if name != "input"}
 
