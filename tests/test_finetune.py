@@ -22,6 +22,7 @@ from guided_dropout.bench.arms import group_by_arm
 from guided_dropout.encoding import encode
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.finetune import RunResult, Seeds, finetune
+from guided_dropout.masks import bernoulli
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.parts import parts_of_like_lengths
 from guided_dropout.schedule import DropoutSchedule
@@ -104,6 +105,19 @@ def test_the_rates_are_on_the_model_while_it_trains(
     assert during[-1] == (wanted if arm == "guided" else dict.fromkeys(wanted, 0.25))
     assert set(rates().values()) == {0.1}
     assert seen[0].dropout.p == 0.1
+
+
+def test_masks_of_dropout_are_drawn_quickly_while_it_trains_and_by_torch_after(bert: Path) -> None:
+    def drawn() -> torch.Tensor:
+        return torch.empty(100).bernoulli_(0.5, generator=torch.Generator().manual_seed(0))
+
+    during, torchs = [], drawn()
+    finetune(bert, COLOUR, arm="none", progress=lambda *_: during.append(drawn()), **SHORT)
+    ours = bernoulli(torch.empty(100), generator=torch.Generator().manual_seed(0))
+    assert during
+    assert all(torch.equal(found, ours) for found in during)
+    assert torch.equal(drawn(), torchs)
+    assert not torch.equal(torchs, ours)
 
 
 def test_a_run_is_repeatable_and_seeds_matter(bert: Path) -> None:

@@ -29,6 +29,7 @@ from transformers import (
 
 from guided_dropout.encoding import Encoded
 from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.masks import quick_masks
 from guided_dropout.models import quiet
 from guided_dropout.parts import parts_of_like_lengths
 from guided_dropout.regularizers import Handle
@@ -219,7 +220,7 @@ def train_classifier(
         more: further examples to evaluate on after the last epoch, by a short name.
     """
     evaluator = _Evaluator(task)
-    with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet():
+    with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet(), quick_masks():
         args = _arguments(scratch, recipe, seeds, len(train))
         trainer = _Trainer(
             handle or Handle(),
