@@ -9,7 +9,8 @@ from samples_of_experiments import made, write_experiment
 from guided_dropout.arms import ARMS
 from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import analyse
-from guided_dropout.bench.experiment_verdicts import claims
+from guided_dropout.bench.document import to_markdown
+from guided_dropout.bench.experiment_verdicts import claims, verdicts
 from guided_dropout.bench.folder import Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.phrases import cell_text, guidance_sentence
@@ -166,8 +167,20 @@ def test_equal_dropout_is_not_enough_where_something_else_differs():
 def test_the_dagger_is_for_verdicts_that_hold_after_holm():
     c = comparison(analyse(runs({"dropout": 0.6, "guided": 0.62})), "dropout")
     assert cell_text(c, 0.05).endswith(" helps†")
-    assert cell_text(replace(c, t_holm=0.051), 0.05).endswith(" helps")
+    assert cell_text(replace(c, t_holm_with_lost=0.051), 0.05).endswith(" helps")
     assert cell_text(replace(c, verdict="undecided at this n"), 0.05).endswith(" undecided")
+
+
+def test_the_dagger_is_not_for_verdicts_that_would_not_hold_with_the_lost_runs():
+    held = runs({"dropout": 0.5, "guided": 0.6}, tasks=("cola", "rte"), seeds=10)
+    held = [
+        Run(r.key, result=made(r.key, None, diverged=True)) if r.key == RunKey("demo", "cola", 1.0, "guided", 0) else r
+        for r in held
+    ]
+    c = comparison(analyse(held), "dropout")
+    ps = [c.pair.with_lost.t_p, comparison(analyse(held), "dropout", "rte").pair.statistics.t_p]
+    assert c.t_holm_with_lost == pytest.approx(holm(ps)[0])
+    assert c.t_holm_with_lost > 10 * c.t_holm
 
 
 def test_holm_is_over_the_tasks_of_a_pair_and_fraction():
@@ -230,6 +243,9 @@ def test_an_arm_that_loses_a_whole_task_does_not_gain_by_it_in_the_mean_over_tas
              for arm in ("guided", "dropout")}  # fmt: skip
     assert overall.pair.with_lost.mean == pytest.approx(np.mean(means["guided"]) - np.mean(means["dropout"]))
     assert overall.verdict == "undecided at this n"
+    chances = [comparison(lose("guided"), "dropout", t).pair.probability for t in ("cola", "mrpc", "rte")]
+    assert chances[-1] == overall.pair.better == 0
+    assert overall.pair.probability == pytest.approx(sum(chances) / 3)
     said = " ".join(claims(lose("guided")))
     assert "8 runs of guided and 0 of dropout were lost" in said
     assert "Mean over 2 tasks. At the same mean rate" in said
@@ -250,6 +266,32 @@ def test_controls_that_were_run_are_not_said_to_be_missing():
         )
     (g,) = analyse(runs({"dropout": 0.6, "guided": 0.62})).guidance
     assert "no control at the same mean rate has been run" in guidance_sentence(g)
+
+
+@pytest.mark.parametrize("gone", ["failed", "not run"])
+def test_controls_of_one_task_alone_are_told_with_what_they_say_there(gone):
+    held = runs({"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "guided": 0.65}, tasks=("cola", "rte"))
+    here = [r for r in held if r.key.task == "cola" or r.key.arm in ("dropout", "guided")]
+    lost = [failed(r) for r in held if r not in here] if gone == "failed" else []
+    said = " ".join(claims(analyse([*here, *lost])))
+    assert (
+        "Nothing can be said of guidance itself: uniform and shuffled have results on some of the tasks only." in said
+    )
+    assert "no control" not in said
+    assert "Task by task: helps on cola." in said.partition("Nothing can be said")[2]
+
+
+def test_a_column_is_of_the_same_mean_only_where_all_of_it_is():
+    alike = runs({"dropout": 0.6, "uniform": 0.6, "guided": 0.65}, dropout={"rates": {"mean": 0.05}})
+    other = [
+        Run(replace(r.key, model="other"), replace(r.result, model={"name_or_path": "other"}))
+        for r in runs({"dropout": 0.6, "uniform": 0.6, "guided": 0.65})
+    ]
+    for held in ([*alike, *other], [*other, *alike]):
+        page = to_markdown(verdicts(analyse(held)))
+        assert "| dropout |" in page
+        assert "uniform (same mean)" in page
+    assert "| dropout (same mean) |" in to_markdown(verdicts(analyse(alike)))
 
 
 def test_simulated_effects_are_covered_and_null_effects_seldom_claimed():

@@ -140,6 +140,34 @@ def test_links_stay_and_lead_to_what_was_written(tmp_path):
     assert FisherProfile.from_pretrained(tmp_path / "profile").num_samples == 7
 
 
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_folder_that_cannot_be_renamed_is_written_into(tmp_path, monkeypatch, mounted):
+    """Where a disk is mounted, as a container's output often is, and where the process stands."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    inode = folder.stat().st_ino
+    if mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == folder)
+    else:
+        monkeypatch.chdir(folder)
+    for tensors in ({"a": torch.ones(2)}, {"b": torch.ones(3)}):
+        profile(**tensors).save_pretrained(folder if mounted else ".")
+        (folder / "others").mkdir(exist_ok=True)
+        (folder / "others" / "mine.txt").write_text("mine")
+        assert list(FisherProfile.from_pretrained(folder).diagonal) == [*tensors]
+    replace(profile(), diagonal={}).save_pretrained(folder if mounted else ".")
+    assert {f.name for f in folder.iterdir()} == {"profile.json", "README.md", "others"}
+    assert (folder / "others" / "mine.txt").read_text() == "mine"
+    assert folder.stat().st_ino == inode
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_beside_a_path_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert artefacts.beside(Path("a/b.json"), ".x") == Path("a/b.json.x")
+    assert artefacts.beside(Path(), ".x") == tmp_path.with_name(f"{tmp_path.name}.x")
+
+
 def test_an_output_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ArtefactError, match=r"holds other files and no profile\.json"):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,19 @@ def test_arms_of_two_experiments_are_compared_by_seed(monkeypatch, tmp_path):
         across(str(folder), "guided", str(tmp_path), "uniform")
     with pytest.raises(DataError, match="share no seed"):
         across(str(folder), "guided", str(tmp_path), "none")
+
+
+def test_rates_that_were_tried_in_another_setting_are_not_taken_over(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.evidence import tune
+
+    made = json.loads((RESULTS / "demo" / "tuning.json").read_text(encoding="utf-8"))
+    assert made["setting"]["fraction"] == 0.1
+    shutil.copy(RESULTS / "demo" / "tuning.json", tmp_path)
+    line = (
+        f"tune.py demo --data nowhere --epochs {made['setting']['epochs']} --fraction 0.5 --out {tmp_path}/tuning.json"
+    )
+    monkeypatch.setattr(sys, "argv", line.split())
+    with pytest.raises(SystemExit, match=r"'fraction': 0.1.* not .*'fraction': 0.5"):
+        tune.main()
+    assert json.loads((tmp_path / "tuning.json").read_text(encoding="utf-8")) == made

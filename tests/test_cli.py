@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
 from guided_dropout import cli, fisher
 from guided_dropout.arms import ARMS
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.models import load_lm, quiet
+from guided_dropout.inputs import task_inputs
+from guided_dropout.models import load_lm, load_tokenizer, quiet
 from guided_dropout.results import RunResult
 from guided_dropout.schedule import DropoutSchedule
 
@@ -271,6 +273,37 @@ def test_a_classifier_is_measured_on_its_task(chain, command):
     )
     assert code == 2
     assert "BertForSequenceClassification has 2 classes; stsb has 1: expected a model fine-tuned on the task" in err
+
+
+def test_classes_go_by_their_numbers_not_by_the_order_in_which_they_are_named(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_tokenizer(folder / "model")
+    model = BertForSequenceClassification(tiny_bert_config())
+    examples = [("w1", "b"), ("w2", "a"), ("w3", "B")]
+
+    def numbers(named, texts):
+        model.config.id2label = named
+        table = "".join(f"{text},{label}\n" for text, label in texts)
+        Path("own.csv").write_text(f"text,label\n{table}")
+        given = task_inputs(model, tokenizer, "own", "own.csv", num_samples=None, max_length=12, seed=0)
+        return [sample["labels"] for sample in given.samples]
+
+    assert numbers({1: "b", 0: "a"}, examples[:2]) == [1, 0]
+    assert numbers({0: "b", 1: "a"}, examples[:2]) == [0, 1]
+    assert numbers({1: "B", 0: "A"}, examples[:2]) == [1, 0]
+    assert numbers({0: "b", 1: "B"}, [examples[0], examples[2]]) == [0, 1]
+    assert numbers({0: "LABEL_0", 1: "LABEL_1"}, examples[:2]) == [1, 0]
+
+
+@pytest.mark.parametrize(("number", "message"), [("--seed", "seed -4"), ("--max-length", "max length -4")])
+def test_numbers_for_a_task_are_checked_before_its_data_are_read(number, message, chain, command):
+    line = f"fisher classifier --task cola --data nowhere {number} -4 --out new"
+    if not (chain / "classifier").exists():
+        save(BertForSequenceClassification(tiny_bert_config()), chain / "classifier")
+    code, _, err = command(*line.split())
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
 
 
 def test_profiles_are_merged_and_stored_smaller(chain, command):

@@ -104,6 +104,12 @@ def test_until_stable_says_how_many_samples_it_took(command):
             "fisher model --text text.txt --max-length 12 --until-stable --samples all --out new",
             "--until-stable with --samples all; expected samples drawn at random",
         ),
+        (
+            "fisher model --text text.txt --max-length 12 --until-ranked --rank-confidence 95 --out new",
+            "--rank-confidence 95; expected a number between 0 and 1, as 0.95",
+        ),
+        ("fisher model --text text.txt --samples=--5 --out new", "number of samples --5; expected at least 1, or all"),
+        ("fisher model --text hub:a:b:train:c --out new", "hub:a:b:train:c"),
     ],
 )
 def test_mistakes_are_one_line(command, line, message):
@@ -126,6 +132,18 @@ def test_what_is_finished_is_not_measured_again(folder, command):
         assert code == 2
         assert told in err
     assert (folder / "finished.json").read_bytes() == written
+    (folder / "empty").mkdir()
+    assert command(f"{line} --profile-out empty --resume")[0] == 0
+    made = (folder / "empty" / "profile.json").read_bytes()
+    code, out, _ = command(f"{line} --profile-out empty --resume")
+    assert code == 0
+    assert "nothing was measured" in out
+    assert (folder / "empty" / "profile.json").read_bytes() == made
+    assert command(f"{line} --seed 5 --profile-out others --no-resume".replace("finished", "other"))[0] == 0
+    code, _, err = command(f"{line} --profile-out others --resume")
+    assert code == 2
+    assert "others holds the profile of another run" in err
+    assert "seed was 5, is 0" in err
     code, out, _ = command(f"{line} --draws 3 --no-resume")
     assert code == 0
     assert Fidelity.load(folder / "finished.json").draws == 3

@@ -123,6 +123,7 @@ def test_toward_a_model_and_along_the_hessian(command, folder, tmp_path):
         ("--level -1", "level -1; expected a number of nats above 0"),
         ("--radius 1e-12", "radius 1e-12; expected a number above 0 and at most 1e+06, 1e-06 at least"),
         ("--direction uphill", "unknown directions 'uphill'"),
+        ("--direction hessian --to model", "--direction hessian with --to, which is a direction itself"),
         ("--task cola", "--text text.txt, --task cola"),
         ("--mask-level layer", "unknown mask level 'layer'"),
         ("--dtype int8", "unknown --dtype 'int8'"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from families import language_model, measured_on, profile_of
 from test_cli import run
-from tiny import save, save_tiny_bert
+from tiny import save, save_tiny_bert, tiny_bert_config
+from transformers import BertForSequenceClassification
 
-from guided_dropout import add_residual_sites
+from guided_dropout import add_residual_sites, find_sites
 from guided_dropout.models import load_lm
 from guided_dropout.schedule import DropoutSchedule, controls
 
@@ -77,6 +78,31 @@ def test_a_table_of_rates_becomes_a_schedule(command, tmp_path):
         == 0
     )
     assert set(DropoutSchedule.load(new).rates.values()) == {0.1}
+
+
+def test_a_profile_of_a_classifier_becomes_a_schedule(command, folder, tmp_path):
+    model = BertForSequenceClassification(tiny_bert_config())
+    save(model, folder / "classifier")
+    measured = profile_of(model)
+    measured.save_pretrained(folder / "of-classifier")
+    new = tmp_path / "new.json"
+    for options in ([], ["--model", "model"]):
+        code, _, err = command("schedule", "of-classifier", *(options or ["--model", "classifier"]), "--out", new)
+        assert code == 0, err
+        assert len(DropoutSchedule.load(new).rates) == 7
+
+
+def test_a_table_may_hold_rates_of_residual_sites(command, folder, tmp_path):
+    model = language_model("llama")
+    save(model, folder / "llama")
+    add_residual_sites(model)
+    sites = [site.path for site in find_sites(model)]
+    (folder / "residual.json").write_text(json.dumps(dict.fromkeys(sites, 0.1)))
+    line = ("schedule", "--rates", "residual.json", "--model", "llama", "--out", tmp_path / "new.json")
+    assert command(*line)[0] == 2
+    code, _, err = command(*line, "--residual-sites")
+    assert code == 0, err
+    assert list(DropoutSchedule.load(tmp_path / "new.json").rates) == sites
 
 
 def test_show_prints_and_draws(folder, command, tmp_path):

@@ -207,6 +207,19 @@ def test_stopped_and_resumed_is_as_if_never_stopped(model, result, tmp_path, num
         assert again.profile.tensor_means[name] == pytest.approx(want, rel=1e-5, abs=1e-14)
 
 
+@pytest.mark.parametrize("scores_only", [True, False])
+def test_more_or_fewer_samples_are_another_run(model, tmp_path, scores_only):
+    given = {**OPTIONS, "scores_only": scores_only, "checkpoint": tmp_path / "c"}
+
+    def stop(_):
+        raise StopError
+
+    with pytest.raises(StopError):
+        fidelity(model, SAMPLES, progress=stop, **given)
+    with pytest.raises(ArtefactError, match="items was"):
+        fidelity(model, SAMPLES[:-3], resume=True, **given)
+
+
 def _run_until_killed(folder, number):
     def kill(done):
         if done >= number:

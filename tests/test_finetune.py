@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from tiny import COLOUR, VOCABULARY, colour_examples, save, save_tiny_bert, tiny_bert_config
-from transformers import BertForMaskedLM, GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertForMaskedLM,
+    CanineConfig,
+    CanineModel,
+    CanineTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from guided_dropout import finetune as finetune_module
 from guided_dropout import training
@@ -118,6 +127,34 @@ def test_masks_of_dropout_are_drawn_quickly_while_it_trains_and_by_torch_after(b
     assert all(torch.equal(found, ours) for found in during)
     assert torch.equal(drawn(), torchs)
     assert not torch.equal(torchs, ours)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
+def test_half_precision_needs_no_accelerator(bert: Path) -> None:
+    assert finetune(bert, COLOUR, arm="none", precision="bfloat16", **SHORT).recipe["precision"] == "bfloat16"
+
+
+def test_examples_that_share_their_noise_share_a_forward(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[int] = []
+
+    def watched(inputs: Any) -> Any:
+        cut.append(len(inputs["labels"]))
+        return parts_of_like_lengths(inputs)
+
+    monkeypatch.setattr(training, "parts_of_like_lengths", watched)
+    finetune(bert, COLOUR, arm="mixout", **SHORT)
+    assert cut == []
+    finetune(bert, COLOUR, arm="dropout", **SHORT)
+    assert sum(cut) == 2 * len(DATA[0])
+
+
+def test_a_model_without_a_table_of_tokens_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    save(CanineModel(CanineConfig(**size, num_hash_buckets=64)), tmp_path, tokenizer=False)
+    CanineTokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="CanineForSequenceClassification has no table of its tokens"):
+        finetune(tmp_path, COLOUR, arm="none", **SHORT)
 
 
 def test_a_run_is_repeatable_and_seeds_matter(bert: Path) -> None:

@@ -3,11 +3,13 @@
 import pytest
 from families import FAMILIES, FISHER_ONLY, language_model, profile_of
 
+from guided_dropout.identity import backbone_prefix
 from guided_dropout.schedule.kinds import KINDS, groups, tensor_places
 
 
 def places(family):
-    return tensor_places({n: tuple(p.shape) for n, p in language_model(family).named_parameters()})
+    model = language_model(family)
+    return tensor_places({n: tuple(p.shape) for n, p in model.named_parameters()}, backbone_prefix(model))
 
 
 @pytest.mark.parametrize(
@@ -36,12 +38,20 @@ def places(family):
         ("t5", "encoder.block.0.layer.1.DenseReluDense.wi.weight", "intermediate", 0),
         ("t5", "encoder.block.0.layer.1.DenseReluDense.wo.weight", "output", 0),
         ("distilbert", "distilbert.transformer.layer.1.ffn.lin1.weight", "intermediate", 1),
+        ("bart", "model.decoder.embed_positions.weight", "embedding", -1),  # after the encoder's layers
+        ("bart", "model.encoder.layernorm_embedding.weight", "norm", -1),
         ("mixtral", "model.layers.1.mlp.experts.down_proj", "output", 1),
     ],
 )
 def test_kinds_and_layers(family, name, kind, layer):
     place = places(family)[name]
     assert (place.kind, place.layer) == (kind, layer)
+
+
+def test_what_embeds_after_the_layers_is_of_the_backbone_or_a_head():
+    shapes = {f"gpt.{name}.weight": (4, 4) for name in ("wte", "layers.0.mlp.dense", "relative_embeddings")}
+    places = tensor_places({**shapes, "embed_out.weight": (4, 4)}, "gpt.")
+    assert [p.kind for p in places.values()] == ["embedding", "other", "embedding", "head"]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *FISHER_ONLY])

@@ -115,6 +115,13 @@ def test_two_stacks_are_named():
     assert labels == ["emb", "0\nencoder", "1", "0\ndecoder", "1", "head"]
 
 
+def test_means_stand_in_the_order_of_depth_too():
+    figure = draw_layers({"t5": random_profile(language_model("t5"))}, measure="mean")
+    named = [[t.get_text() for t in ax.get_xticklabels()] for ax in figure.axes]
+    labels = next(filter(None, named))
+    assert labels == ["emb", "0\nencoder", "1", "0\ndecoder", "1", "head"]
+
+
 def test_layers_need_means_alone(bert):
     means = replace(bert, diagonal={}, shapes=bert.shapes)
     assert len(draw_layers({"a": means, "b": means}).axes) == 2

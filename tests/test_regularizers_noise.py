@@ -167,6 +167,13 @@ def _noisy(model: nn.Module) -> Handle:
     return GaussianDropout().apply(model.train(), Context(inputs={"q": x, "k": x, "v": x}))
 
 
+def test_a_rate_of_1_has_no_gaussian_noise() -> None:
+    model = language_model("bert")
+    model.bert.encoder.layer[0].output.dropout.p = 1.0
+    with pytest.raises(SiteError, match=r"encoder\.layer\.0\.output\.dropout has rate 1, which drops all"):
+        GaussianDropout().apply(model, Context())
+
+
 def test_gaussian_noise_survives_gradient_checkpointing() -> None:
     model = classifier_of("bert").train()
     with apply_dropout(model, DropoutSchedule.uniform(model, 0.3)), GaussianDropout().apply(model, Context()):

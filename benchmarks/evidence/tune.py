@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,17 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
     tasks, rates = args.tasks.split(","), [float(r) for r in args.rates.split(",")]
-    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"values": {}}
+    setting = {
+        "model": Path(args.model).name,
+        "epochs": args.epochs,
+        "fraction": args.fraction,
+        "residual_sites": args.residual_sites,
+    }
+    found: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    made_with = {key: value for key, value in found.get("setting", setting).items() if key != "tasks"}
+    if found and made_with != setting:
+        sys.exit(f"{args.out} was made with {made_with}, not {setting}: choose another --out")
+    found = {"values": found.get("values", {}), "setting": setting}
     bench = Workbench(args.model)
     for seed, task, rate in ((s, t, r) for s in SEEDS for t in tasks for r in rates):
         key = f"{task} {rate:g} {seed}"
@@ -61,15 +72,11 @@ def main() -> None:
         f"{rate:g}": statistics.fmean(found["values"][f"{t} {rate:g} {s}"] or 0.0 for t in tasks for s in SEEDS)
         for rate in rates
     }
-    setting = {
-        "model": Path(args.model).name,
-        "tasks": tasks,
-        "epochs": args.epochs,
-        "fraction": args.fraction,
-        "residual_sites": args.residual_sites,
-    }
     chosen = max(means, key=means.__getitem__)
-    write_json(args.out, {**found, "setting": setting, "means": means, "chosen": chosen, "provenance": provenance()})
+    write_json(
+        args.out,
+        {**found, "setting": {**setting, "tasks": tasks}, "means": means, "chosen": chosen, "provenance": provenance()},
+    )
     print(means, "→", chosen)
 
 

@@ -55,16 +55,18 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; put it in `path`'s place when the block ends well.
 
     What an existing folder at `path` holds is replaced where it is this kind of artefact's own; the rest stays.
-    `check_output_folder` sees to it that it is a folder of this kind.
+    `check_output_folder` sees to it that it is a folder of this kind. A folder that cannot be renamed, for it is where
+    a disk is mounted or where this process stands, is written into, one file after the other.
 
     Args:
         path: the folder to be.
         own: names, as patterns, of what a folder of this kind is made of.
     """
     path = _followed(path)
+    stays = _stays_where_it_is(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path if stays else path.parent))
     except OSError as e:
         raise _cannot_write(path, e) from e
     old = staging.with_name(staging.name + ".old")
@@ -74,10 +76,13 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
         for file in staging.rglob("*"):
             if file.is_file() and not file.is_symlink():
                 _put_on_disk(file)
-        if path.exists():
-            _carry_over(path, staging, own)
-            os.replace(path, old)
-        os.replace(staging, path)
+        if stays:
+            _move_into(path, staging, own)
+        else:
+            if path.exists():
+                _carry_over(path, staging, own)
+                os.replace(path, old)
+            os.replace(staging, path)
     except OSError as e:
         raise _cannot_write(path, e) from e
     finally:
@@ -85,6 +90,23 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
             os.replace(old, path)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _stays_where_it_is(path: Path) -> bool:
+    return path.is_dir() and (os.path.ismount(path) or Path.cwd().is_relative_to(path.resolve()))
+
+
+def _move_into(path: Path, staging: Path, own: Sequence[str]) -> None:
+    made = {entry.name for entry in staging.iterdir()}
+    for entry in path.iterdir():
+        replaced = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in own)
+        if entry.is_dir() and not entry.is_symlink():
+            if replaced:
+                shutil.rmtree(entry)
+        elif replaced and entry.name not in made:
+            entry.unlink()
+    for name in sorted(made):
+        os.replace(staging / name, path / name)
 
 
 def _carry_over(path: Path, staging: Path, own: Sequence[str]) -> None:
@@ -158,6 +180,11 @@ def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Pa
     except OSError as e:
         raise _cannot_write(path, e) from e
     return path
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """A path in the same folder as `path`, called as that is and `suffix`; of ``.`` too, which has no name."""
+    return (path if path.name not in ("", "..") else path.resolve()).with_name(f"{path.resolve().name}{suffix}")
 
 
 def check_output_file(path: str | Path) -> Path:

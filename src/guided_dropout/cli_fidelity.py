@@ -55,7 +55,7 @@ def fidelity(
     seed: options.Seed = 0,
 ) -> None:
     """How little text is enough: the Fisher of sub-samples, and their schedules, beside all samples; in one pass."""
-    from guided_dropout.artefacts import check_output_file, check_output_folder
+    from guided_dropout.artefacts import beside, check_output_file, check_output_folder
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fidelity import Fidelity
     from guided_dropout.fidelity import fidelity as run
@@ -63,10 +63,10 @@ def fidelity(
     from guided_dropout.fisher import profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
 
-    state = out.with_name(f"{out.name}.checkpoint")
     shares, tops = _numbers("--fractions", fractions), _numbers("--top", top)
     if out.is_dir():
         raise DataError(f"{out} is a folder; expected a file for the result, as {out / 'fidelity.json'}")
+    state = beside(out, ".checkpoint")
     if max_memory is not None and not 0 < max_memory < math.inf:
         raise DataError(f"--max-memory {max_memory:g}; expected gigabytes, a number above 0")
     check_output_file(out)
@@ -75,7 +75,7 @@ def fidelity(
     if resume is None:
         check_unused(state)
     check_placement(device, None, 1)
-    there = resume and not holds_state(state) and out.exists() and (not profile_out or profile_out.exists())
+    there = resume and not holds_state(state) and out.exists() and (not profile_out or _has_profile(profile_out))
     finished = Fidelity.load(out) if there else None
     given = Given(
         model=model, text=text, samples=samples, objective=objective, max_characters=max_characters,
@@ -121,6 +121,8 @@ def fidelity(
             facts=inputs.facts,
         )
     if result is finished:
+        if profile_out:
+            _check_profile(profile_out, result)
         console.print("the comparison of this run is there already: nothing was measured")
     else:
         result.save(out)
@@ -131,6 +133,24 @@ def fidelity(
     if profile_out:
         console.print(profile_out)
     console.print(out)
+
+
+def _has_profile(folder: Path) -> bool:
+    from guided_dropout.fisher.profile import JSON_NAME
+
+    return (folder / JSON_NAME).exists()
+
+
+def _check_profile(folder: Path, result: Fidelity) -> None:
+    """Refuse the profile of another run than the comparison that it would come with."""
+    from guided_dropout.fisher import FisherProfile
+    from guided_dropout.unfinished import check_finished
+
+    found = FisherProfile.from_pretrained(folder)
+    there = {"num_samples": found.num_samples, "model": found.model, **found.provenance}
+    provenance = {key: value for key, value in result.provenance.items() if key != "run"}
+    here = {"num_samples": result.num_samples, "model": result.model, **provenance}
+    check_finished(f"{folder} holds the profile", there, here)
 
 
 def _print(result: Fidelity) -> None:

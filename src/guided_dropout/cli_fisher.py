@@ -82,7 +82,7 @@ def fisher(
     seed: options.Seed = 0,
 ) -> None:
     """Measure a model's diagonal Fisher information on a text; do it once per model."""
-    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.artefacts import beside, check_output_folder
     from guided_dropout.devices import check_placement, to_device
     from guided_dropout.fisher import estimate_fisher, profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
@@ -92,7 +92,7 @@ def fisher(
     from guided_dropout.fisher.stability import StabilityTest
     from guided_dropout.sites import find_sites
 
-    state = out.with_name(f"{out.name}.checkpoint")
+    state = beside(out, ".checkpoint")
     world = current_processes()
     with world.together():
         check_placement(device, device_map, world.count)
@@ -120,6 +120,8 @@ def fisher(
         for option, rule, alone in unused:
             if alone:
                 raise DataError(f"{option} without {rule}, whose option it is; expected both or neither")
+        if not 0 < rank_confidence < 1:
+            raise DataError(f"--rank-confidence {rank_confidence:g}; expected a number between 0 and 1, as 0.95")
         if scores_only and save_dtype != "float32":
             raise DataError(f"--save-dtype {save_dtype} with --scores-only, which keeps no values: leave one out")
         if (until_ranked or until_stable) and given.number is None:

@@ -92,7 +92,7 @@ def make(
     level: Level = 1.0,
 ) -> None:
     """Evaluate the loss on a line or plane around the weights, the same text at each point."""
-    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.artefacts import beside, check_output_folder
     from guided_dropout.devices import to_device
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.fisher.processes import current_processes, leave_processes
@@ -100,7 +100,7 @@ def make(
     from guided_dropout.landscape.grid import Grid
     from guided_dropout.models import load_model
 
-    state = out.with_name(f"{out.name}.checkpoint")
+    state = beside(out, ".checkpoint")
     world = current_processes()
     with world.together():
         Grid(dims, points, radius)
@@ -117,6 +117,10 @@ def make(
         )  # fmt: skip
         if seeds < 1:
             raise DataError(f"--seeds {seeds}; expected at least 1")
+        if to is not None and direction != "gaussian":
+            raise DataError(
+                f"--direction {direction} with --to, which is a direction itself; expected one of them: leave one out"
+            )
         _check_shown(plot, html, dims, level)
         masks = [Mask.parse(name, equal_norm=equal_norm) for name in mask or ["all"]]
         if both_norms:

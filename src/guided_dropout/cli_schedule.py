@@ -55,7 +55,7 @@ def make(
 ) -> None:
     """Turn a profile, or a table of rates, into a schedule: a dropout rate for each site."""
     from guided_dropout.fisher import FisherProfile
-    from guided_dropout.models import load_lm, load_model
+    from guided_dropout.models import load_model
     from guided_dropout.regularizers.residual import added_sites
     from guided_dropout.schedule import DropoutSchedule
 
@@ -67,7 +67,7 @@ def make(
         source = source or measured.provenance.get("source") or measured.model.get("name_or_path")
         if not source:
             raise ScheduleError(f"{profile} does not say which model it was measured on; name it with --model")
-        loaded = load_lm(source)
+        loaded = load_model(source)
         with added_sites(loaded, residual_sites):
             planned = DropoutSchedule.from_profile(
                 measured,
@@ -87,7 +87,8 @@ def make(
                 "--rates gives the rates one by one; leave out --upper, --lower, --shape, --grouping and --aggregate"
             )
         loaded = load_model(model)
-        planned = DropoutSchedule.from_rates(rates, loaded)
+        with added_sites(loaded, residual_sites):
+            planned = DropoutSchedule.from_rates(rates, loaded)
         planned = planned if mean_rate is None else planned.with_mean(mean_rate)
     else:
         raise ScheduleError("no profile; expected a folder that `guided-dropout fisher` wrote, or --rates FILE")

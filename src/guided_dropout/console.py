@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from guided_dropout.schedule import DropoutSchedule
     from guided_dropout.schedule.compare import ScheduleDiff
 
-# Piped output is not folded: nothing knows how wide it will be read. Brackets are text: names of files hold them.
-console = Console(soft_wrap=True, markup=False, width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True, soft_wrap=True, markup=False)
+# Piped output is not folded: nothing knows how wide it will be read. Brackets and colons are text: names hold them.
+console = Console(soft_wrap=True, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+errors = Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _LEVELS = "▁▂▃▄▅▆▇█"
 _BAR_CELLS = 24

@@ -75,8 +75,9 @@ def finetune(
     far as it draws the same numbers, with the same noise.
 
     Only the rows of the token table that occur in the data are trained (`vocabulary.occurring_rows`), unless the arm's
-    regularizer goes by that table: the others would not move. On a CPU a batch is run in parts of like lengths, which
-    have the whole batch's gradient with less padding (`parts.parts_of_like_lengths`).
+    regularizer goes by that table: the others have no gradient, and stay what they are even with weight decay. On a CPU
+    a batch is run in parts of like lengths, unless its examples share their noise (mixout): less padding, and the whole
+    batch's gradient wherever padding has no part in what a model makes of an example (`parts.parts_of_like_lengths`).
 
     Args:
         model: ``"demo"``, a folder or a hub name; or a `Workbench`, which keeps what several runs share.
@@ -220,7 +221,13 @@ def cut_note(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrai
 
 
 def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:
-    rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    try:
+        rows = model.get_input_embeddings().get_parameter("weight").shape[0]
+    except (NotImplementedError, AttributeError) as e:  # transformers' answers where there is none, or several
+        raise ModelError(
+            f"{type(model).__name__} has no table of its tokens; expected a model that looks them up in one: choose "
+            "another"
+        ) from e
     if largest_id >= rows:
         raise ModelError(
             f"the tokenizer gives the token {largest_id}; expected less than {rows}, the model's vocabulary: "

@@ -61,7 +61,7 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def weights_digest(weights: Mapping[str, Tensor]) -> str:
+def weights_digest(weights: Mapping[str, Tensor]) -> str | None:
     """16 hexadecimal digits that stand for named weights: names, shapes, and evenly spaced elements of each tensor.
 
     The elements are rounded to bfloat16, so that a model has one digest whether it is loaded in float32, bfloat16 or
@@ -69,7 +69,12 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
 
     Args:
         weights: name → tensor, of any dtype, on any device; the order does not matter.
+
+    Returns:
+        None where one is in float16, whose rounding leaves another bfloat16 than the unrounded value has.
     """
+    if any(tensor.dtype == torch.float16 for tensor in weights.values()):
+        return None
     digest = hashlib.sha256()
     for name in sorted(weights):
         values = weights[name].detach().reshape(-1)
@@ -78,6 +83,12 @@ def weights_digest(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {list(weights[name].shape)} ".encode())
         digest.update(some.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def same_weights(digest: str | None, weights: Mapping[str, Tensor]) -> bool | None:
+    """Whether `digest` is that of these weights; None where there is none of the one or of the other."""
+    here = None if digest is None else weights_digest(weights)
+    return None if here is None else digest == here
 
 
 def weights_identity(model: nn.Module, names: Collection[str]) -> dict[str, Any]:
@@ -89,14 +100,15 @@ def weights_identity(model: nn.Module, names: Collection[str]) -> dict[str, Any]
 
     Returns:
         ``"digest"`` of all its weights; and of those of its backbone that were measured, so that they are known again
-        under another head, ``"backbone"``: their ``"digest"`` and how many ``"tensors"`` they are.
+        under another head, ``"backbone"``: their ``"digest"`` and how many ``"tensors"`` they are. Neither where the
+        weights have no digest.
     """
     own = {backbone_name(model, name) for name in names}
     measured = backbone_weights(model, own)
-    return {
-        "digest": weights_digest(dict(model.named_parameters())),
-        "backbone": {"digest": weights_digest(measured), "tensors": len(measured)},
-    }
+    whole = weights_digest(dict(model.named_parameters()))
+    if whole is None:
+        return {}
+    return {"digest": whole, "backbone": {"digest": weights_digest(measured), "tensors": len(measured)}}
 
 
 def backbone_weights(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:

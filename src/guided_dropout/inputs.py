@@ -51,7 +51,7 @@ def number_of_samples(text: str) -> int | None:
     """
     if text == ALL:
         return None
-    if not text.isascii() or not text.lstrip("-").isdigit() or int(text) < 1:
+    if not text.isascii() or not text.removeprefix("-").isdigit() or int(text) < 1:
         raise DataError(f"number of samples {text}; expected at least 1, or {ALL}")
     return int(text)
 
@@ -113,11 +113,15 @@ def task_inputs(
     Where the model names its classes as the task does, labels are matched by name; otherwise by index.
 
     Raises:
-        DataError: no such task or data, or the model has another number of classes.
+        DataError: no such task or data, the model has another number of classes, or a number is out of range.
         ModelError: the model is a language model.
     """
     from guided_dropout.encoding import encode
 
+    if seed < 0:
+        raise DataError(f"seed {seed}; expected 0 or more")
+    if max_length < 4:
+        raise DataError(f"max length {max_length}; expected at least 4 tokens")
     check_length(model, max_length)
     if has_lm_head(model):
         raise ModelError(
@@ -131,9 +135,7 @@ def task_inputs(
     if num_samples is not None:
         drawn = np.random.default_rng([seed, 0]).permutation(len(examples)).tolist()
         examples = examples.take(drawn[:num_samples])
-    own = [str(name).lower() for name in (model.config.id2label or {}).values()]
-    names = [name.lower() for name in chosen.labels or ()]
-    order = [own.index(name) for name in names] if names and sorted(own) == sorted(names) else None
+    order = _own_numbers(model, chosen)
     encoded = encode(examples, chosen, tokenizer, max_length)
     samples = []
     for i in range(len(encoded)):
@@ -143,6 +145,17 @@ def task_inputs(
     if num_samples is not None and len(samples) < num_samples:
         notes += (f"{task} has {len(samples):,} examples, fewer than {num_samples:,}: using them all",)
     return Inputs(samples, {"task": task, "data": examples.source, "seed": seed, "max_length": max_length}, notes)
+
+
+def _own_numbers(model: PreTrainedModel, task: Task) -> list[int] | None:
+    """The model's number of each class of the task, where it names them alike: exactly, else but for upper case."""
+    own = {str(name): int(number) for number, name in (model.config.id2label or {}).items()}
+    for spelled in (str, str.lower):
+        numbers = {spelled(name): number for name, number in own.items()}
+        names = [spelled(name) for name in task.labels or ()]
+        if names and sorted(numbers) == sorted(names):
+            return [numbers[name] for name in names]
+    return None
 
 
 def _check_classes(model: PreTrainedModel, task: Task) -> None:

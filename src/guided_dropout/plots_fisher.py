@@ -370,10 +370,11 @@ def _depths(found: Sequence[Group]) -> dict[tuple[str, int], str]:
 
 
 def _merged(one: dict[tuple[str, int], str], other: dict[tuple[str, int], str]) -> dict[tuple[str, int], str]:
-    """The places of both, the embedding first and the head last."""
+    """The places of both, the embedding first and the head last; stacks as they come."""
     both = {**one, **other}
+    stacks = ["", *dict.fromkeys(stack for stack, _ in both if stack)]
     ends = {p: 0 if p[1] == -1 else 2 if not p[0] else 1 for p in both}
-    return {p: both[p] for p in sorted(both, key=lambda p: (ends[p], p if ends[p] == 1 else ("", 0)))}
+    return {p: both[p] for p in sorted(both, key=lambda p: (ends[p], stacks.index(p[0]), p[1]))}
 
 
 def _told_apart(stacks: Sequence[str]) -> list[str]:

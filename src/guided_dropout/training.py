@@ -163,7 +163,7 @@ class _Trainer(Trainer):
     ) -> torch.Tensor:
         """Forward and backward of a batch: the batch's mean loss and its gradient, in however many passes."""
         # A GPU takes longer for two small batches than for one with padding.
-        whole = self.args.device.type != "cpu"
+        whole = self.args.device.type != "cpu" or self._handle.whole_batches
         losses = []
         for part, self._share in [(inputs, 1.0)] if whole else parts_of_like_lengths(inputs):
             losses.append(super().training_step(model, part))
@@ -293,7 +293,7 @@ def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> Trai
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=recipe.device == "cpu",
+        use_cpu=recipe.device == "cpu" or not torch.accelerator.is_available(),  # else it refuses half precision
         dataloader_pin_memory=_on_gpu(recipe),
     )
     args._n_gpu = min(args.n_gpu, 1)  # Several GPUs would silently multiply the batch size.

@@ -56,6 +56,7 @@ class Comparison:
         verdict: what they support; see `ArmComparison.verdict`.
         tasks: number of tasks in it.
         t_holm: p of the paired t test, corrected over the tasks after Holm; None for the mean over the tasks.
+        t_holm_with_lost: likewise, of each task the larger p of the two without lost runs and with what stands in.
         wilcoxon_holm: likewise, of the signed-rank test.
     """
 
@@ -68,6 +69,7 @@ class Comparison:
     verdict: str
     tasks: int = 1
     t_holm: float | None = None
+    t_holm_with_lost: float | None = None
     wilcoxon_holm: float | None = None
 
 
@@ -260,19 +262,24 @@ def _same_mean(a: ArmResult, b: ArmResult) -> bool:
 def _corrected(family: Sequence[Comparison]) -> list[Comparison]:
     tested = [c for c in family if c.pair.statistics is not None]
     t = holm([c.pair.statistics.t_p for c in tested if c.pair.statistics])
+    with_lost = holm([_larger_p(c.pair) for c in tested])
     wilcoxon = holm([c.pair.statistics.wilcoxon_p for c in tested if c.pair.statistics])
-    by_task = {c.task: ps for c, *ps in zip(tested, t, wilcoxon, strict=True)}
-    return [
-        replace(c, t_holm=by_task[c.task][0], wilcoxon_holm=by_task[c.task][1]) if c.task in by_task else c
-        for c in family
-    ]
+    names = ("t_holm", "t_holm_with_lost", "wilcoxon_holm")
+    by_task = {c.task: dict(zip(names, ps, strict=True)) for c, *ps in zip(tested, t, with_lost, wilcoxon, strict=True)}
+    return [replace(c, **by_task.get(c.task, {})) for c in family]
+
+
+def _larger_p(pair: ArmComparison) -> float | None:
+    ps = [s.t_p for s in (pair.statistics, pair.with_lost) if s is not None]
+    return None if None in ps else max(p for p in ps if p is not None)
 
 
 def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confidence: float) -> Comparison:
     """The mean over the tasks of each seed that is there in all of them."""
     pairs = [c.pair for c in family if c.pair.statistics is not None]
-    chances = [p.probability for p in pairs if p.probability is not None]
     # An arm that loses all of its runs of a task has no pair there, and must not gain by it.
+    chances = [c.pair.probability for c in family if c.pair.probability is not None]
+    ranked = [c.pair.ranked for c in family if c.pair.ranked]
     complete = _averaged([p.pairs for p in pairs])
     ahead, behind = (_averaged([p for c in family if (p := c.pair.stood_in[i])]) for i in (0, 1))
     pair = compare_pairs(
@@ -280,7 +287,7 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
         pairs[0].b,
         complete,
         (ahead, behind),
-        _averaged([p.ranked for p in pairs]),
+        _averaged(ranked),
         lost=(sum(c.pair.lost[0] for c in family), sum(c.pair.lost[1] for c in family)),
         left_out=len({s for p in pairs for s in p.pairs}) - len(complete),
         probability=sum(chances) / len(chances) if chances else None,
@@ -289,7 +296,7 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
     same_mean = all(c.same_mean for c in family if c.pair.statistics is not None)
     return replace(
         family[0], task=MEAN_OVER_TASKS, same_mean=same_mean, pair=pair, verdict=pair.verdict(margin), tasks=len(pairs),
-        t_holm=None, wilcoxon_holm=None,
+        t_holm=None, t_holm_with_lost=None, wilcoxon_holm=None,
     )  # fmt: skip
 
 

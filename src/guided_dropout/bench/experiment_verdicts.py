@@ -137,12 +137,12 @@ def _about_guidance(analysis: Analysis, model: str, fraction: float, arm: str) -
 
 
 def _task_by_task(held: Sequence[Guidance]) -> str:
-    if not any(g.by_verdict for g in held) or any(g.lacking for g in held):
-        return ""
     by_verdict = defaultdict(list)
     for g in held:
-        by_verdict[g.verdict].append(g.task)
-    return f" Task by task: {'; '.join(f'{v} on {listing(tasks)}' for v, tasks in by_verdict.items())}."
+        if g.by_verdict and not g.lacking:
+            by_verdict[g.verdict].append(g.task)
+    found = "; ".join(f"{v} on {listing(tasks)}" for v, tasks in by_verdict.items())
+    return f" Task by task: {found}." if found else ""
 
 
 def _overall(analysis: Analysis, one: Comparison) -> Comparison | None:
@@ -167,20 +167,25 @@ def _tables(analysis: Analysis) -> list[Block]:
 
 
 def _table(analysis: Analysis, held: Sequence[Comparison]) -> Table:
-    pairs = {(c.pair.a, c.pair.b): _pair_head(analysis, c) for c in held}
+    pairs = defaultdict(list)
+    for c in held:
+        pairs[c.pair.a, c.pair.b].append(c)
     by_place = {(c.model, c.fraction, c.task, c.pair.a, c.pair.b): c for c in held}
     rows = [
         [*place_cells(analysis, *place), *(_text(analysis, by_place.get((*place, *pair))) for pair in pairs)]
         for place in _places(analysis, held)
     ]
-    header = [*place_head(analysis), *pairs.values()]
+    header = [*place_head(analysis), *(_pair_head(analysis, column) for column in pairs.values())]
     return Table(header, rows, text_columns=range(len(header)))
 
 
-def _pair_head(analysis: Analysis, c: Comparison) -> str:
-    name = c.pair.b if c.pair.a == analysis.main else f"{c.pair.a} − {c.pair.b}"
-    kind = " (same mean)" if c.same_mean else " (standard)" if c.role == controls.STANDARD else ""
-    return f"{name}{kind}"
+def _pair_head(analysis: Analysis, column: Sequence[Comparison]) -> str:
+    """Name of a column; whether the mean rates are the same only where all of it agrees."""
+    pair, role = column[0].pair, column[0].role
+    name = pair.b if pair.a == analysis.main else f"{pair.a} − {pair.b}"
+    same_mean = {c.same_mean for c in column if c.pair.statistics is not None}
+    standard = " (standard)" if role == controls.STANDARD and True not in same_mean else ""
+    return f"{name}{' (same mean)' if same_mean == {True} else standard}"
 
 
 def _places(analysis: Analysis, held: Sequence[Comparison]) -> list[tuple[str, float, str | None]]:

@@ -109,6 +109,8 @@ def guidance_sentence(g: Guidance) -> str:
     if not g.by_verdict and g.unpaired:
         controls = " or ".join(g.unpaired)
         return f"Nothing can be said of guidance itself: no seed has a result in both {g.guided} and {controls}."
+    if not g.by_verdict and g.partial:
+        return f"Nothing can be said of guidance itself: {_on_some_tasks(g)}."
     if not g.by_verdict:
         return "Nothing can be said of guidance itself: no control at the same mean rate has been run."
     words = {HELPS: "better than {}", HURTS: "worse than {}", UNDECIDED: "undecided against {}"}
@@ -126,8 +128,7 @@ def guidance_sentence(g: Guidance) -> str:
         controls = " or ".join(g.unpaired)
         return f"At the same mean rate, {found}. {none} no seed has a result in both {g.guided} and {controls}."
     if g.partial:
-        have = "has results" if len(g.partial) == 1 else "have results"
-        return f"At the same mean rate, {found}. {none} {listing(g.partial)} {have} on some of the tasks only."
+        return f"At the same mean rate, {found}. {none} {_on_some_tasks(g)}."
     if g.lacking:
         kind = {
             "even": "the same rate at each site",
@@ -135,6 +136,11 @@ def guidance_sentence(g: Guidance) -> str:
         }[g.lacking[0]]
         return f"At the same mean rate, {found}. {none} no control with {kind} has been run."
     return f"Guidance is {UNDECIDED}: {found}, all at the same mean rate."
+
+
+def _on_some_tasks(g: Guidance) -> str:
+    have = "has results" if len(g.partial) == 1 else "have results"
+    return f"{listing(g.partial)} {have} on some of the tasks only"
 
 
 def cell_text(c: Comparison, alpha: float) -> str:
@@ -146,8 +152,8 @@ def cell_text(c: Comparison, alpha: float) -> str:
 
 
 def dagger(c: Comparison, alpha: float) -> str:
-    """Marks a verdict that holds after Holm's correction over the tasks."""
-    holds = c.verdict in (HELPS, HURTS) and c.t_holm is not None and c.t_holm < alpha
+    """Marks a verdict that holds after Holm's correction over the tasks, with what stands in for lost runs too."""
+    holds = c.verdict in (HELPS, HURTS) and c.t_holm_with_lost is not None and c.t_holm_with_lost < alpha
     return "†" if holds else ""
 
 

@@ -115,8 +115,9 @@ def _dates(dates: Sequence[str]) -> str:
 def _figures(row: Difference, corrected: bool) -> list[str]:
     pair, s = row.pair, row.pair.statistics
     lost = " + ".join(map(str, pair.lost)) if any(pair.lost) else "0"
+    chance = NOTHING if pair.probability is None else f"{pair.probability:.2f}"
     if s is None:
-        return ["0", lost, *[NOTHING] * (9 + 2 * corrected)]
+        return ["0", lost, *[NOTHING] * 4, share(pair.better), chance, *[NOTHING] * (3 + 2 * corrected)]
     holm = [[p_value(p)] if corrected else [] for p in row.corrected or (None, None)]
     return [
         str(s.n),
@@ -126,7 +127,7 @@ def _figures(row: Difference, corrected: bool) -> list[str]:
         interval(s.bca_interval, "+.4f"),
         signed(s.median),
         share(pair.better),
-        NOTHING if pair.probability is None else f"{pair.probability:.2f}",
+        chance,
         p_value(s.t_p),
         *holm[0],
         p_value(s.wilcoxon_p),

@@ -144,7 +144,7 @@ def fidelity(
         if checkpoint is not None:
             if resume is False:
                 remove_checkpoint(checkpoint)
-            place = Checkpoint(checkpoint, identity, every=checkpoint_every)
+            place = Checkpoint(checkpoint, {**identity, "items": len(items)}, every=checkpoint_every)
         run = Run(sums, sums.ordered(batch_size=batch_size, tokens_per_batch=tokens_per_batch), place, progress)
         if place is not None and resume and (state := place.read()):
             run.resume(state)

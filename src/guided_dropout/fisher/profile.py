@@ -25,7 +25,7 @@ from guided_dropout.errors import ArtefactError, DataError, describe, unknown
 from guided_dropout.fisher import hub
 from guided_dropout.fisher.card import card
 from guided_dropout.fisher.topk import Selection, select
-from guided_dropout.identity import backbone_weights, model_identity, relative_name, weights_digest
+from guided_dropout.identity import backbone_weights, model_identity, relative_name, same_weights
 
 KIND = "fisher-profile"
 SCHEMA = 2
@@ -132,18 +132,18 @@ class FisherProfile:
     def has_weights_of(self, model: nn.Module) -> bool | None:
         """Whether `model` has the weights that this was measured on; None where that cannot be told.
 
-        Under another head the backbones are compared. It cannot be told where the profile does not say, or the model
-        lacks some of the backbone that was measured.
+        Under another head the backbones are compared. It cannot be told where the profile does not say, the model
+        lacks some of the backbone that was measured, or either is in float16.
         """
         made_on, here = self.model.get("digest"), model_identity(model)
         if made_on is not None and all(here[key] == self.model.get(key) for key in ("architecture", "num_parameters")):
-            return made_on == weights_digest(dict(model.named_parameters()))
+            return same_weights(made_on, dict(model.named_parameters()))
         backbone, prefix = self.model.get("backbone"), self.model.get("backbone_prefix", "")
         if backbone is None:
             return None
         names = {relative_name(name, prefix) for name in self.shapes if name.startswith(prefix)}
         found = backbone_weights(model, names)
-        return backbone["digest"] == weights_digest(found) if len(found) == backbone["tensors"] > 0 else None
+        return same_weights(backbone["digest"], found) if len(found) == backbone["tensors"] > 0 else None
 
     def weights_note(self, model: nn.Module) -> str | None:
         """What to tell a person whose `model` has other weights than this was measured on; None where there is nothing.

@@ -71,6 +71,7 @@ class Handle:
     Attributes:
         facts: what the regularizer found on this model, as plain data.
         active: whether it is still on the model.
+        whole_batches: whether a batch must be one forward, since its examples share random numbers.
         again: how to get another one, for an error's message.
     """
 
@@ -79,6 +80,7 @@ class Handle:
     def __init__(self, facts: Mapping[str, Any] | None = None):
         self.facts = dict(facts or {})
         self.active = True
+        self.whole_batches = False
         self._undo = contextlib.ExitStack()
 
     def on_remove(self, undo: Callable[..., object], *args: Any) -> None:

@@ -52,6 +52,8 @@ class GaussianDropout(Regularizer):
             if is_foreign_dropout(knobs[site.path].module):
                 kind = type(knobs[site.path].module).__name__
                 raise _refused(f"{site.path} ({kind}) draws its own mask", "use plain dropout on this model")
+            if site.rate >= 1:
+                raise _refused(f"{site.path} has rate {site.rate:g}, which drops all", "give it a rate below 1")
         handle = Handle({"sites": len(sites)})
         try:
             for module in _around(model, [knobs[site.path] for site in sites]):

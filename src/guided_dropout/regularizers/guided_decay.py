@@ -1,4 +1,4 @@
-"""Guided weight decay: the same decay in all, more of it where the Fisher information is low."""
+"""Guided weight decay: the same mean over the dropout sites, more of it where the Fisher information is low."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class GuidedDecay(Regularizer):
     with AdamW's step :math:`u` (Loshchilov & Hutter, 2019), :math:`p_{s(j)}` the rate of the site that :math:`\theta_j`
     feeds and :math:`\bar p` the schedule's mean. By eqs. 9-10 of Sharma et al. (2024) :math:`p` falls with the rank of
     the Fisher score, so that vital layers decay less: their "information-guided" L2, taken at its word. The control is
-    the same optimizer's decay without it. Parameters that do not decay otherwise (biases, norms) do not here.
+    the same optimizer's decay without it; the mean is the same over the sites, not over the parameters, of which sites
+    have more and fewer. Parameters that do not decay otherwise (biases, norms) do not here.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("schedule",)

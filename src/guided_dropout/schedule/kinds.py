@@ -2,7 +2,8 @@
 
 No table of architectures: a norm has a weight of one dimension, attention says so in its path, and of what is left in a
 layer the matrices that widen are ``intermediate`` and those that narrow are ``output``. A tensor outside of the layers
-belongs to the embedding if it comes before the first layer, and to the head if it comes after.
+belongs to the embedding if it comes before the first layer, or later in the backbone and says so in its path (a
+decoder's positions, DeBERTa's distances); to the head otherwise.
 """
 
 from __future__ import annotations
@@ -31,14 +32,16 @@ class TensorPlace:
     layer: int | None
 
 
-def tensor_places(shapes: Mapping[str, Sequence[int]]) -> dict[str, TensorPlace]:
+def tensor_places(shapes: Mapping[str, Sequence[int]], backbone: str = "") -> dict[str, TensorPlace]:
     """The place of each tensor.
 
     Args:
         shapes: name → shape, in the model's order.
+        backbone: what the names of the backbone's tensors begin with, as ``"bert."``; without it the backbone ends
+            with the last layer.
     """
-    layered = [place_of(name).layer is not None for name in shapes]
-    first = layered.index(True) if any(layered) else len(layered)
+    layered = [at for at, name in enumerate(shapes) if place_of(name).layer is not None]
+    first, last = (layered[0], layered[-1]) if layered else (len(shapes), 0)
     places = {}
     for at, name in enumerate(shapes):
         place = place_of(name)
@@ -46,9 +49,10 @@ def tensor_places(shapes: Mapping[str, Sequence[int]]) -> dict[str, TensorPlace]
             stack = place.role[: place.role.index(".*")]
             places[name] = TensorPlace(_kind(name, shapes, place.role[len(stack) :]), stack, place.layer)
         else:
-            outside = "embedding" if at < first else "head"
-            kind = "norm" if _is_norm(name, shapes) else outside
-            places[name] = TensorPlace(kind, "", -1 if at < first else None)
+            inside = name.startswith(backbone) if backbone else at < last
+            embeds = at < first or (inside and "embed" in name.lower())
+            kind = "norm" if _is_norm(name, shapes) else "embedding" if embeds else "head"
+            places[name] = TensorPlace(kind, "", -1 if embeds else None)
     return places
 
 
@@ -75,7 +79,7 @@ class Group:
 def groups(profile: FisherProfile) -> list[Group]:
     """The tensors by layer and kind, rounding noise left out, in the order of the model."""
     sums: dict[TensorPlace, tuple[float, int]] = {}
-    for name, place in tensor_places(profile.shapes).items():
+    for name, place in tensor_places(profile.shapes, profile.model.get("backbone_prefix", "")).items():
         if name in profile.noise:
             continue
         size = 1

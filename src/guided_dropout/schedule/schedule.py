@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile, check_profile
-from guided_dropout.identity import backbone_name, backbone_weights, model_identity, weights_digest
+from guided_dropout.identity import backbone_name, backbone_weights, model_identity, same_weights, weights_digest
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
 from guided_dropout.schedule.shapes import Shape, check_rate, rates_from_scores, shape_name, with_mean
@@ -80,12 +80,12 @@ class DropoutSchedule:
         return digest(facts_of(self))
 
     def has_weights_of(self, model: nn.Module) -> bool | None:
-        """Whether `model` has the weights in its backbone that this was made on; None where the schedule does not say.
+        """Whether `model` has the weights in its backbone that this was made on; None where that cannot be told.
 
+        It cannot where the schedule does not say, or either is in float16.
         Other weights are no error: fine-tuning changes them, and the rates stay what they are.
         """
-        made_on = self.model.get("digest")
-        return None if made_on is None else made_on == _backbone_digest(model, self.model["shapes"])
+        return same_weights(self.model.get("digest"), backbone_weights(model, self.model["shapes"]))
 
     def weights_note(self, model: nn.Module) -> str | None:
         """What to tell a person whose `model` has other weights than this was made on; None where there is nothing."""
@@ -314,11 +314,7 @@ def _sites(
 def _model_facts(model: nn.Module, sites: list[DropoutSite], grouping: str) -> dict[str, Any]:
     feeding = {name for site in sites for name in site.parameters_by(grouping)}
     shapes = {backbone_name(model, n): list(p.shape) for n, p in model.named_parameters() if n in feeding}
-    return {**model_identity(model), "shapes": shapes, "digest": _backbone_digest(model, shapes)}
-
-
-def _backbone_digest(model: nn.Module, names: Collection[str]) -> str:
-    return weights_digest(backbone_weights(model, names))
+    return {**model_identity(model), "shapes": shapes, "digest": weights_digest(backbone_weights(model, shapes))}
 
 
 def _weights_facts(profile: FisherProfile, model: nn.Module) -> dict[str, Any]:
