@@ -100,6 +100,19 @@ def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Path) -> None:
     assert rates_of(model) == before
 
 
+def test_a_trainer_that_restores_callbacks_is_refused(tmp_path: Path) -> None:
+    """It would put one with the checkpoint's schedule in this one's place, whatever the schedule given."""
+    model = classifier_of("bert")
+    schedule = schedule_for(model)
+    trainer_of(model, tmp_path, GuidedDropoutCallback(schedule), steps=2).train()
+    before = rates_of(model)
+    trainer = trainer_of(model, tmp_path, GuidedDropoutCallback(schedule))
+    trainer.args.restore_callback_states_from_checkpoint = True
+    with pytest.raises(ScheduleError, match="restore_callback_states_from_checkpoint is on"):
+        trainer.train(resume_from_checkpoint=True)
+    assert rates_of(model) == before
+
+
 def test_a_checkpoint_without_a_schedule_is_refused(tmp_path: Path) -> None:
     model = classifier_of("bert")
     trainer_of(model, tmp_path, steps=2).train()

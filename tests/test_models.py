@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import language_model
+from safetensors.torch import load_file
 from tiny import VOCABULARY, save, save_tiny_bert, tiny_bert_config
 from transformers import (
     BartConfig,
@@ -25,7 +26,7 @@ from transformers import (
 
 from guided_dropout import models
 from guided_dropout.errors import ModelError
-from guided_dropout.models import load_classifier, load_lm, load_tokenizer, resolve_model
+from guided_dropout.models import load_classifier, load_lm, load_model, load_tokenizer, resolve_model
 
 V = len(VOCABULARY)
 LLAMA = LlamaConfig(
@@ -180,6 +181,44 @@ def test_a_pooler_that_the_checkpoint_lacks_is_drawn_with_the_head(bert: Path) -
     first, second = (load_classifier(bert, 2, head_seed=5).bert.pooler.dense.weight for _ in range(2))
     assert torch.equal(first, second)
     assert first.std() > 0.01
+
+
+def test_a_backbone_of_which_layers_are_missing_is_refused(tmp_path: Path) -> None:
+    save_tiny_bert(tmp_path, num_hidden_layers=4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+    with pytest.raises(ModelError, match=r"does not hold the weights of bert \(bert.encoder.layer.4.*15 more missing"):
+        load_classifier(tmp_path, 2, head_seed=0)
+
+
+def test_code_beside_a_model_is_not_run(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    config = json.loads((bert / "config.json").read_text())
+    named = {"AutoConfig": "mine.MyConfig", "AutoModelForMaskedLM": "mine.MyModel"}
+    (bert / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": named}))
+    (bert / "mine.py").write_text("raise AssertionError('run')")
+    for load in (load_lm, load_model):
+        with pytest.raises(ModelError, match="cannot load"):
+            load(bert)
+
+
+def test_pickled_weights_are_refused_and_nothing_is_sent(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISABLE_SAFETENSORS_CONVERSION", raising=False)
+    seen = []
+    load = models.AutoConfig.from_pretrained
+
+    def watched(*args: object, **options: object) -> object:
+        seen.append(os.environ.get("DISABLE_SAFETENSORS_CONVERSION"))
+        return load(*args, **options)
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", watched)
+    torch.save(load_file(bert / "model.safetensors"), bert / "pytorch_model.bin")
+    (bert / "model.safetensors").unlink()
+    for load_one in (load_lm, load_model, lambda name: load_classifier(name, 2, head_seed=0)):
+        with pytest.raises(ModelError, match="no weights as safetensors; expected those, for pickles may run code"):
+            load_one(bert)
+    assert {*seen} == {"1"}
+    assert "DISABLE_SAFETENSORS_CONVERSION" not in os.environ
 
 
 def test_loading_leaves_the_random_state_alone(bert: Path) -> None:

@@ -10,6 +10,7 @@ import transformers as hf
 from families import FAMILIES, classifier_of, language_model
 from torch import nn
 
+from guided_dropout import DropoutHandle, DropoutSchedule, apply_dropout
 from guided_dropout.errors import SiteError
 from guided_dropout.sites import find_sites, trace, verify_rates
 
@@ -211,6 +212,73 @@ def test_any_module_works_given_inputs() -> None:
     assert model.norm.num_batches_tracked == 0
     assert type(model.shared_drop.p) is int
     assert trace(model, IDS).dead == ()  # neither a count nor a number above 1 is taken for a rate
+
+
+def at_rates(model: nn.Module, rates: dict[str, float], inputs: dict[str, torch.Tensor] | None = None) -> DropoutHandle:
+    return apply_dropout(model, DropoutSchedule.from_rates(rates, model, inputs=inputs), inputs)
+
+
+class WordDropout(nn.Module):
+    """Keeps the rate that it was made with, and leaves dropping to PyTorch's own."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.inner = nn.Dropout(p)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_dropout_within_a_dropout_is_the_site() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), WordDropout(0.3)), torch.ones(1000, 3)
+    assert [site.path for site in find_sites(model, {"input": x})] == ["1.inner"]
+    with at_rates(model, {"1.inner": 0.0}, {"input": x}):
+        assert (model.train()[1](x) != 0).all()
+    assert (model[1](x) == 0).any()
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], packed: bool, layers: int) -> None:
+        super().__init__()
+        self.inner = kind(3, 3, num_layers=layers, dropout=0.4 if layers > 1 else 0.0, batch_first=True)
+        self.packed = packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.packed:
+            return self.inner(x)[0]
+        packed = nn.utils.rnn.pack_padded_sequence(x, [4, 3], batch_first=True)
+        return self.inner(packed)[0].data
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_drops_between_recurrent_layers_is_a_site(kind: type[nn.RNNBase], packed: bool) -> None:
+    model, inputs = Recurrent(kind, packed, layers=2), {"x": torch.ones(2, 4, 3)}
+    (site,) = find_sites(model, inputs)
+    assert (site.path, site.rate, site.kind) == ("inner.dropout", 0.4, "attribute")
+    model.train()
+    with at_rates(model, {"inner.dropout": 0.0}, inputs):
+        assert torch.equal(model(**inputs), model(**inputs))
+    assert not torch.equal(model(**inputs), model(**inputs))
+    assert find_sites(Recurrent(kind, packed, layers=1), inputs) == []
+
+
+def test_a_model_compiled_in_place_is_not_compiled_to_be_probed() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    model = language_model("bert")
+    wanted = find_sites(model)
+    model.compile(backend=backend)
+    assert find_sites(model) == wanted
+    with at_rates(model, dict.fromkeys([site.path for site in wanted], 0.2)):
+        assert compiled == []
+        model(input_ids=torch.ones(1, 4, dtype=torch.long))
+    assert compiled
 
 
 def test_a_rate_without_a_knob_is_an_error_that_names_the_place() -> None:

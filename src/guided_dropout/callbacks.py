@@ -68,12 +68,19 @@ class GuidedDropoutCallback(TrainerCallback, ExportableState):
         """Put the schedule on the model.
 
         Raises:
-            ScheduleError: no schedule, another than that of the checkpoint, or one for another model.
+            ScheduleError: no schedule, another than that of the checkpoint, one for another model, or a Trainer that
+                restores callbacks from the checkpoint, this one too.
             SiteError: a rate does not arrive.
         """
         assert model is not None
         self.remove()
         if state.global_step > 0:
+            if args.restore_callback_states_from_checkpoint:  # the Trainer has put another callback in this one's place
+                raise ScheduleError(
+                    "restore_callback_states_from_checkpoint is on, which replaces GuidedDropoutCallback and the "
+                    "schedule that it was given; expected it off: the callback takes the checkpoint's schedule, or "
+                    "makes sure that it is the one given, without it"
+                )
             self._go_on(state)
         if self.schedule is None:
             raise ScheduleError(

@@ -165,8 +165,12 @@ def _in_config(name: str, module: nn.Module) -> Iterator[Knob]:
 
 
 def is_foreign_dropout(module: nn.Module) -> bool:
-    """Whether this is a dropout module that does not derive from PyTorch's, like DeBERTa's ``StableDropout``."""
-    named_so = type(module).__name__.lower().endswith("dropout") and not isinstance(module, _DropoutNd)
+    """Whether this is a dropout module that does not derive from PyTorch's, like DeBERTa's ``StableDropout``.
+
+    One that holds a module of PyTorch's leaves the dropping to that.
+    """
+    named_so = type(module).__name__.lower().endswith("dropout")
+    named_so = named_so and not any(isinstance(part, _DropoutNd) for part in module.modules())
     return named_so and any(_is_rate(vars(module).get(key)) for key in ("p", "drop_prob"))
 
 

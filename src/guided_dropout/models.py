@@ -7,6 +7,7 @@ of that report is an error.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -55,6 +56,8 @@ _LM_MAPPINGS = {
     "causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
 _drawn: WeakKeyDictionary[PreTrainedModel, frozenset[str]] = WeakKeyDictionary()
+_NO_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
+_SAFE: dict[str, Any] = {"use_safetensors": True}
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -136,7 +139,7 @@ def load_lm(
     """
     config = _load(AutoConfig.from_pretrained, name)
     objective = _objective(config, objective, str(name))
-    placed = {} if device_map is None else {"device_map": device_map}
+    placed = _SAFE if device_map is None else {**_SAFE, "device_map": device_map}
     model, info = _load(_LM_CLASSES[objective].from_pretrained, name, dtype=dtype, output_loading_info=True, **placed)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -162,7 +165,7 @@ def load_model(name: str | Path, dtype: torch.dtype = torch.float32, device_map:
     config = _load(AutoConfig.from_pretrained, name)
     architecture = next(iter(config.architectures or []), "")
     loader = getattr(transformers, architecture, AutoModel)
-    placed = {} if device_map is None else {"device_map": device_map}
+    placed = _SAFE if device_map is None else {**_SAFE, "device_map": device_map}
     return _load(loader.from_pretrained, name, dtype=dtype, **placed).eval()
 
 
@@ -195,6 +198,7 @@ def load_classifier(
             dtype=dtype,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **_SAFE,
         )
     _check_classifier(model, info, str(name))
     _drawn[model] = frozenset(info["missing_keys"])
@@ -248,13 +252,20 @@ def _check_classifier(model: PreTrainedModel, info: dict[str, Any], name: str) -
         )
     backbone = {key for key in model.state_dict() if not in_head(model, key)}
     absent = sorted((backbone & missing) | {key for key, *_ in info["mismatched_keys"] if not in_head(model, key)})
-    if 2 * len(absent) > len(backbone) or info["mismatched_keys"]:
+    # A checkpoint may lack a part, as BERT's pooler; what lacks some of a part belongs to another configuration.
+    present = {_part(model, key) for key in backbone.difference(absent)}
+    torn = [key for key in absent if _part(model, key) in present]
+    if torn or 2 * len(absent) > len(backbone) or info["mismatched_keys"]:
         prefix = backbone_prefix(model).rstrip(".") or type(model).__name__
-        odd = absent or sorted(key for key, *_ in info["mismatched_keys"])
+        odd = torn or absent or sorted(key for key, *_ in info["mismatched_keys"])
         raise ModelError(
             f"{name} does not hold the weights of {prefix} ({_first(odd)} missing or of another shape); expected a "
             "checkpoint whose config.json and weights belong together: check the folder"
         )
+
+
+def _part(model: PreTrainedModel, key: str) -> str:
+    return key.removeprefix(backbone_prefix(model)).partition(".")[0]
 
 
 def _objective(config: PreTrainedConfig, objective: str, name: str) -> str:
@@ -277,10 +288,15 @@ def _objective(config: PreTrainedConfig, objective: str, name: str) -> str:
 def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
     source = resolve_model(name)
     try:
-        with quiet():
-            loaded = loader(source, local_files_only=Path(source).is_dir(), **options)
+        with quiet(), _nothing_sent():
+            loaded = loader(source, local_files_only=Path(source).is_dir(), trust_remote_code=False, **options)
     except _LOADING_ERRORS as e:
         where = "the folder" if Path(source).is_dir() else "no such folder, and the hub"
+        if "named model.safetensors" in str(e):
+            raise ModelError(
+                f"cannot load {name}: it has no weights as safetensors; expected those, for pickles may run code: load "
+                "it with transformers once, and save it with save_pretrained"
+            ) from e
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
         raise ModelError(
             f"cannot load {name} ({where}: {reason}); expected {DEMO!r}, a folder that save_pretrained wrote, or a hub "
@@ -290,6 +306,20 @@ def _load(loader: Callable[..., Any], name: str | Path, **options: Any) -> Any:
     if isinstance(model, PreTrainedModel):
         model.config.name_or_path = str(name)  # as the user calls it: a path of this machine means nothing elsewhere
     return loaded
+
+
+@contextlib.contextmanager
+def _nothing_sent() -> Iterator[None]:
+    """Keep transformers from asking a service on the hub to convert a model that is loaded."""
+    before = os.environ.get(_NO_CONVERSION)
+    os.environ[_NO_CONVERSION] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_CONVERSION]
+        else:
+            os.environ[_NO_CONVERSION] = before
 
 
 def _first(names: list[str]) -> str:

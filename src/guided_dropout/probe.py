@@ -30,6 +30,7 @@ DROPOUTS: set[Any] = {
 }
 _ATTENTION: Any = F.scaled_dot_product_attention
 _ATTENTION_ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+_RECURRENT: set[Any] = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}  # drop between their layers
 _replacements_aside = False
 QUIET = 1e-9  # a rate so small that layer drop, whose rate is a knob too, all but never fires during a probe
 
@@ -93,7 +94,9 @@ def run_once(
     """
     batch = tiny_batch(model) if inputs is None else inputs
     with undisturbed(model), torch.no_grad(), contextlib.ExitStack() as stack:
-        for context in (_aside(behind), plain_attention(model), plain_experts(model), *contexts):
+        # Compiled, a model would be compiled anew for each probe: its graph breaks at what watches it.
+        uncompiled = torch.compiler.set_stance("force_eager")
+        for context in (uncompiled, _aside(behind), plain_attention(model), plain_experts(model), *contexts):
             stack.enter_context(context)
         parts = dict(model.named_modules())
         try:
@@ -189,6 +192,8 @@ class _Recorder(ParameterUses):
             return self._attention(**dict(zip(_ATTENTION_ARGUMENTS, args, strict=False)), **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head_attention(inspect.signature(func).bind(*args, **kwargs))
+        if func in _RECURRENT:
+            args = self._recurrent(*args)
         return super().__torch_function__(func, types, args, kwargs)
 
     def _dropout(self, x: Tensor, rate: float) -> Tensor:
@@ -205,6 +210,14 @@ class _Recorder(ParameterUses):
         self._call(bound.arguments["dropout_p"] if bound.arguments["training"] else 0.0, on_attention=True)
         bound.arguments["dropout_p"] = 0.0
         return F.multi_head_attention_forward(*bound.args, **bound.kwargs)
+
+    def _recurrent(self, *args: Any) -> tuple[Any, ...]:
+        """The arguments without a rate. After the weights: biases or not, layers, rate, training; packed: one later."""
+        layers = 4 if isinstance(args[3], bool) else 5
+        rate, training = args[layers + 1 : layers + 3]
+        self._use([args])
+        self._call(rate if training and args[layers] > 1 else 0.0, on_attention=False)
+        return (*args[: layers + 1], 0.0, *args[layers + 2 :])
 
     def _call(self, rate: float, *, on_attention: bool) -> None:
         if rate == 0:
