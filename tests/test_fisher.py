@@ -196,6 +196,40 @@ def test_parameters_whose_samples_cannot_be_told_apart_take_the_loop_and_are_nam
     assert f"{path}linear.weight" not in profile.coverage["fallback"]
 
 
+class Typed(nn.Module):
+    """Asks one parameter for its type, by which another operation of it goes."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(width) + 0.1)
+
+    def forward(self, x):
+        return nn.functional.linear(x.float().type_as(self.weight).to(self.weight), self.weight)
+
+
+def test_a_parameter_may_be_asked_for_its_type():
+    model = bert(4, 1, 2, seed=2)
+    typed = Typed(8)
+    model.bert.encoder.layer[0].output.register_forward_hook(lambda m, a, out: typed(out))
+    model.bert.encoder.layer[0].output.typed = typed
+    samples = draw_samples([6, 8, 5])
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert profile.coverage["fallback"] == []
+    want = estimate_fisher(model, samples, method="reference")
+    assert profile.tensor_means == pytest.approx(want.tensor_means, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("buffer", [torch.ones(1).expand(8), torch.ones(8, requires_grad=True)])
+def test_a_buffer_that_cannot_be_written_to_is_left_alone(buffer):
+    model = bert(4, 1, 2, seed=2)
+    output = model.bert.encoder.layer[0].output
+    output.register_buffer("odd", buffer)
+    output.register_forward_hook(lambda m, a, out: out * m.odd)
+    samples = draw_samples([6, 8, 5])
+    assert estimate_fisher(model, samples, batch_size=3).num_samples == 3
+    assert output.odd is buffer
+
+
 class OddWithSome(nn.Module):
     """Has half of each sample in another's place in one operation, for long or for short samples only."""
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from guided_dropout import estimate_fisher
 from guided_dropout.detection import detect_objective
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares
@@ -139,6 +140,15 @@ def test_whatever_happens_to_the_logits_is_seen(after):
     squares, _ = squares_of(model, samples, 1)
     assert squares.plan.late is None
     assert_exact(diagonal_of(squares, 3), own_loss_oracle(model, samples))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("last", [torch.tanh, torch.relu, lambda z: z.log_softmax(-1)])
+def test_logits_that_their_own_backward_needs_are_left_alone(last, dtype):
+    model, samples = Bigram(last).to(dtype), draw_samples([9, 5, 11, 7])
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert profile.coverage["fallback"] == []
+    assert_exact(profile.diagonal, own_loss_oracle(model, samples), rtol=1e-6 if dtype == torch.float64 else 1e-4)
 
 
 def test_a_head_that_something_hooks_into_stays_in_its_model():

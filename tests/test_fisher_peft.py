@@ -5,6 +5,7 @@ import torch
 from families import language_model
 from fisher_oracles import assert_exact, draw_samples, own_loss_oracle
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from guided_dropout import estimate_fisher
 from guided_dropout.errors import ModelError
@@ -46,6 +47,18 @@ def test_other_forms_of_lora_are_exact(options):
     oracle = own_loss_oracle(model, samples)
     assert set(profile.diagonal) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert_exact(profile.diagonal, {n: oracle[n] for n in profile.diagonal})
+
+
+def test_adapters_in_float32_are_batched_on_a_model_in_half_precision():
+    """As PEFT leaves them: what they get is rounded to the model's precision all the same."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **shape, initializer_range=0.15)).bfloat16().eval()
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    profile = estimate_fisher(model, draw_samples([29, 25]), parameters="trainable")
+    assert profile.coverage["fallback"] == []
+    assert profile.noise == ()
 
 
 def test_a_task_type_changes_the_wrapper_and_nothing_else():

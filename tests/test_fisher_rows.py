@@ -111,6 +111,41 @@ def test_picked_rows_are_their_samples_own(way):
     assert_is_the_loop(ByMask((PICKS | LOST)[way]), draw_samples(LENGTHS * 2), by_rule=by_rule)
 
 
+@pytest.mark.parametrize("way", [*PICKS, *LOST])
+def test_they_are_where_nothing_before_them_needs_a_gradient(way):
+    samples = draw_samples([*LENGTHS, 9, 9, 9, 9])
+    assert_is_the_loop(ByMask((PICKS | LOST)[way]), samples, parameters=lambda name, _: "experts" in name)
+
+
+class TwoTables(ByMask):
+    """Tokens from 50 on have a table of their own, in which they are looked up by themselves."""
+
+    def __init__(self, project, flat):
+        super().__init__(None)
+        self.extra, self.own = nn.Embedding(12, 16), nn.Linear(16, 16) if project else nn.Identity()
+        self.flat = flat
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        h, mask = self.emb(input_ids), input_ids >= 50
+        picked = input_ids.view(-1)[mask.view(-1).nonzero()[:, 0]] if self.flat else input_ids[mask]
+        h = h.masked_scatter(mask[..., None], self.own(self.extra(picked - 50)))
+        logits = self.head(torch.tanh(self.experts[0](h)))
+        loss = None if labels is None else F.cross_entropy(logits.view(-1, 60), labels.view(-1))
+        return MaskedLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("project", [True, False])
+def test_picked_tokens_are_their_samples_own(project, flat):
+    """The first two samples have equally many, as those that come after have not."""
+    samples = []
+    for number, picked in enumerate([2, 2, 5, 1, 3, 1, 0, 4]):
+        ids = torch.arange(9) + 5 * (number + 1) % 40
+        ids[torch.arange(picked) * 2 % 9] = 50 + torch.arange(picked)
+        samples.append({"input_ids": ids, "labels": ids.clone()})
+    assert_is_the_loop(TwoTables(project, flat), samples, sizes=(1, 2, 4))
+
+
 def switch():
     torch.manual_seed(0)
     config = SwitchTransformersConfig(

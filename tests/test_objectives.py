@@ -5,10 +5,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from families import classifier_of, language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from transformers import (
+    BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    ProphetNetConfig,
+    ProphetNetForConditionalGeneration,
+)
 
 from guided_dropout import estimate_fisher
 from guided_dropout.detection import NotFiniteError, detect_objective
@@ -339,6 +348,47 @@ def test_what_the_decoder_reads_is_as_long_as_what_it_should_say(more):
     sample = {"input_ids": [5, 6, 7, 8], "labels": [9, 8], **more}
     with pytest.raises(DataError, match=rf"sample 0 has \d {next(iter(more))} for 2 labels"):
         estimate_fisher(language_model("t5"), [sample])
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [(40, 64), (64, 40)])
+def test_labels_are_of_the_decoders_vocabulary(encoder, decoder):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(vocab_size=encoder, **shape), BertConfig(vocab_size=decoder, **shape)
+    )
+    both.decoder_start_token_id, both.pad_token_id = 1, 0
+    model = EncoderDecoderModel(config=both).double().eval()
+    fits = {"input_ids": [5, encoder - 1, 7], "labels": [5, decoder - 1, 7]}
+    profile = estimate_fisher(model, [fits, {"input_ids": [9, 8, 7], "labels": [6, 5, 4, 9]}])
+    assert profile.objective == "seq2seq"
+    with pytest.raises(DataError, match=f"sample 1 has {decoder} in its labels; expected 0 to {decoder - 1}"):
+        estimate_fisher(model, [fits, {**fits, "labels": [5, decoder, 7]}])
+    with pytest.raises(DataError, match=f"sample 1 has {encoder} in its input_ids; expected 0 to {encoder - 1}"):
+        estimate_fisher(model, [fits, {**fits, "input_ids": [5, encoder, 7]}])
+
+
+class Smoothed(BartForConditionalGeneration):
+    def forward(self, labels=None, **inputs):
+        out = super().forward(labels=labels, **inputs)
+        if labels is not None:
+            out.loss = F.cross_entropy(out.logits[0], labels[0], label_smoothing=0.3)
+        return out
+
+
+def test_a_decoder_with_a_loss_of_its_own_is_refused():
+    sample = {"input_ids": [5, 6, 7, 8], "labels": [9, 8, -100, 7]}
+    shape = {"hidden_size": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 32}
+    layers = {f"num_{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    torch.manual_seed(0)
+    own = ProphetNetForConditionalGeneration(ProphetNetConfig(vocab_size=64, **shape, **layers, ngram=2))
+    smoothed = Smoothed(language_model("bart").config)
+    for model in (own, smoothed):
+        nn.init.normal_(model.get_output_embeddings().weight)
+        with pytest.raises(ModelError, match=r"computes a loss .* that is not the cross-entropy of what its decoder"):
+            estimate_fisher(model.eval(), [sample])
+    for family in ("t5", "bart", "mt5", "pegasus"):
+        assert detect_objective(language_model(family), sample).name == "seq2seq"
 
 
 def test_losses_are_those_of_the_targets_alone():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -77,8 +78,8 @@ def has_lm_head(model: nn.Module) -> bool:
 def _of_language_model(model: nn.Module, sample: Sample) -> str:
     require_lm_head(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "seq2seq"
-    ids = as_tensor("input_ids", sample["input_ids"])[:16]
+        return _of_decoder(model, sample)
+    ids = as_tensor("input_ids", sample["input_ids"])[:6]
     if len(ids) < 3:  # one or two tokens cannot tell the two apart
         ids = ids.repeat(3)[:3]
     ids = ids.to(next(model.parameters()).device)
@@ -93,6 +94,23 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
             f"nor next-token cross-entropy ({found['causal']:.4f}); expected a language model"
         )
     return name
+
+
+def _of_decoder(model: nn.Module, sample: Sample) -> str:
+    objective, labels = Objective("seq2seq"), as_tensor("labels", sample["labels"]).clamp(min=0)
+    batch = objective.collate(model, [{**sample, "labels": labels}])
+    inputs = {name: t for name, t in batch.inputs.items() if name in sample or not name.startswith("decoder")}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # that the EncoderDecoderModel of old had another loss
+        out = model(**inputs, labels=batch.targets)  # it makes its decoder's inputs itself
+    _require_finite(model, out.loss)
+    ours = _nearest(F.cross_entropy, out.logits[0], batch.targets[0], out.loss)
+    if not _same(ours, out.loss):
+        raise ModelError(
+            f"{type(model).__name__} computes a loss ({out.loss:.4f}) that is not the cross-entropy of what its "
+            f"decoder should say ({ours:.4f}); expected one that is: without label smoothing or a loss of its own"
+        )
+    return objective.name
 
 
 def _losses_as(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -199,7 +199,8 @@ def prepare_sample(model: nn.Module, objective: Objective, sample: Sample) -> di
 def pad_value(model: nn.Module, name: str) -> int:
     """What fills `name` beyond a sample's end; masked out, so that it never counts."""
     if name.endswith("input_ids"):
-        return getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+        token = getattr(getattr(model, "config", None), "pad_token_id", None)
+        return token if isinstance(token, int) and token >= 0 else 0  # some configurations say -1 for none
     return 0
 
 

@@ -44,6 +44,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
             beyond the vocabulary or a label beyond the classes.
     """
     vocabulary, accepted, positions = vocabulary_size(model), _accepted(model), _positions(model)
+    decoded = _decoded_vocabulary(model, vocabulary)
     encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     keys: set[str] = set()
     for i, s in enumerate(samples, start=first):
@@ -78,7 +79,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
                 )
         for name in ("input_ids", "labels") if labels.dim() else ("input_ids",):
             _check_length(model, i, name, tensors, positions)
-            _check_tokens(model, i, name, tensors[name], vocabulary)
+            _check_tokens(model, i, name, tensors[name], vocabulary if name == "input_ids" else decoded)
         if not labels.dim():
             _check_label(model, i, labels.item())
         yield {**tensors, INDEX: int(s.get(INDEX, i))}
@@ -117,6 +118,14 @@ def vocabulary_size(model: nn.Module) -> int:
         )
     embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
     return embeddings.weight.shape[0]
+
+
+def _decoded_vocabulary(model: Any, vocabulary: int) -> int:
+    """How many tokens a decoder tells apart, which may be others than its encoder reads."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return vocabulary
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return vocabulary if weight is None else weight.shape[0]
 
 
 def _accepted(model: nn.Module) -> list[str]:

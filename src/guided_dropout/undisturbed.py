@@ -141,5 +141,7 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
         for module, buffers in saved:
             module._buffers.update(buffers)
             for buffer in buffers.values():
-                if buffer is not None:
-                    buffer.copy_(copies[id(buffer)])
+                # One that is expanded, or requires a gradient, cannot be written to, and so was not.
+                if buffer is not None and (buffer.is_meta or not torch.equal(buffer, copies[id(buffer)])):
+                    with torch.no_grad():
+                        buffer.copy_(copies[id(buffer)])

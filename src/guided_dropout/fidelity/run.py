@@ -21,7 +21,6 @@ from guided_dropout.fidelity.sums import SubsampleSums
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_arguments, check_devices, profile_of
 from guided_dropout.fisher.experts import experts_apart
-from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.processes import Processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.run import Run
@@ -109,8 +108,8 @@ def fidelity(
     chosen, outer, inner = select_parameters(model), model, without_wrapper(model)
     with evaluating(inner), own_precision(inner), torch.enable_grad(), experts_apart(inner):
         check_devices(inner)
-        goal, checked = begin(inner, samples, objective, reduction, labels="data", seed=seed)
-        stream = Stream(goal, checked, unpadded=goes_by_longest(inner))
+        goal, checked, unpadded = begin(inner, samples, objective, reduction, labels="data", seed=seed)
+        stream = Stream(goal, checked, unpadded=unpadded)
         items = list(stream)
         if not items:
             raise DataError(

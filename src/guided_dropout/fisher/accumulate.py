@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import Added, BatchedSquares
+from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.site_scores import Observer
 from guided_dropout.fisher.stream import Item
@@ -231,8 +232,7 @@ class Accumulator:
         batches = [batch for batch in batches if batch]
         if batches and not self._proved and isinstance(self._squares, BatchedSquares):
             # The plan may have been checked on what overflows, where everything seems to be wrong.
-            first = _samples(batches[0])
-            self._squares.plan = checked_plan(self.model, self.objective, self.parameters, first)
+            self._squares.plan = self._plan(batches[0])
             self._squares.fallback = dict(self._squares.plan.fallback)
             self.noise = set(self._squares.plan.noise)
         for batch in batches:
@@ -266,12 +266,16 @@ class Accumulator:
         if self._squares is not None:
             self._take_up(self._squares.totals)
 
+    def _plan(self, batch: Sequence[Item]) -> Plan:
+        unpadded = any(item.unpadded for item in batch)
+        return checked_plan(self.model, self.objective, self.parameters, _samples(batch), unpadded=unpadded)
+
     def _begin(self, batch: Sequence[Item]) -> BatchedSquares | ReferenceSquares:
         """Begun late: the plan's own check needs as much memory as the sums, and is done with it before they exist."""
         if self.method == "reference":
             squares = ReferenceSquares(self.model, self.objective, self.parameters, scores_only=self.scores_only)
         else:
-            plan = checked_plan(self.model, self.objective, self.parameters, _samples(batch))
+            plan = self._plan(batch)
             self.noise |= plan.noise
             squares = BatchedSquares(
                 self.model, self.objective, self.parameters, plan,

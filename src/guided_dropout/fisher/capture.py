@@ -63,7 +63,7 @@ class Capture:
         self._is_late = False
         self._is_left_out = False  # whether the head is being called with no rows, instead of later
         self._later: list[Origin] = []  # what the head uses that is called later
-        self._gathered = GatheredRows(len(batch), self._layout, self.narrowed)
+        self._gathered = GatheredRows(batch, (*model.parameters(), *model.buffers()), self._layout, self.narrowed)
 
     def run(self) -> Tensor:
         """Forward and, where all losses are finite, backward; returns the losses [B]."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.fast import BatchedSquares
-from guided_dropout.fisher.lengths import goes_by_longest, predicts_from_padding
+from guided_dropout.fisher.lengths import predicts_from_padding
 from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import make_plan
@@ -22,17 +22,22 @@ from guided_dropout.objectives import PER_SAMPLE, Objective, Sample
 from guided_dropout.undisturbed import requiring_grad
 
 # How far the squares' norm may be off: a wrong rule is off by far more, rounding by less.
-_TOLERANCE = {torch.float64: 1e-2, torch.float32: 1e-2}
+_TOLERANCE = 1e-2
 _TOLERANCE_HALF = 0.25
 # Of two computations of a gradient that is rounding noise, this share differs at least; of a true one, far less.
-_NOISE = {torch.float64: 0.05, torch.float32: 0.05}
+_NOISE = 0.05
 _NOISE_HALF = 0.3
 _SMALL = 1 << 16  # tensors up to this size are looked at for noise: biases are, and it costs no memory
 _SLICE = 1 << 18  # elements
 
 
 def checked_plan(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], samples: Sequence[Sample]
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    samples: Sequence[Sample],
+    *,
+    unpadded: bool = False,
 ) -> Plan:
     """A plan whose squares were compared with plain autograd on the first samples.
 
@@ -40,24 +45,31 @@ def checked_plan(
     has no gradient but rounding noise (attention's key biases, which softmax does not see), and is named in the plan.
 
     The plan is made on a few tokens of the first sample and proved on the first two samples as they are. Should any
-    parameter need the loop then, it is made and proved once more on as many tokens as the samples have.
+    parameter need the loop then, it is made and proved once more on as many tokens as the samples have. No sample is
+    padded where `unpadded` says that none may be (see `lengths.goes_by_longest`), or one has a target in its padding.
     """
     objective = replace(objective, labels="data")  # a label drawn on the edge may differ, and is not what is checked
-    plan = _checked(model, objective, parameters, [samples[0], samples[1] if len(samples) > 1 else turned(samples[0])])
+    first = [samples[0], samples[1] if len(samples) > 1 else turned(samples[0])]
+    unpadded = unpadded or any(predicts_from_padding(objective, sample) for sample in first)
+    plan = _checked(model, objective, parameters, first, unpadded)
     release_memory()  # with what the check took still held, all that follows would have a higher peak
     return plan
 
 
 def _checked(
-    model: nn.Module, objective: Objective, parameters: Mapping[str, nn.Parameter], first: Sequence[Sample]
+    model: nn.Module,
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    first: Sequence[Sample],
+    unpadded: bool,
 ) -> Plan:
     longest = max(len(t) for s in first for t in sequences(s).values())
     if longest > SHORT + 1:
         with suppress(*UNSUITED):  # a model that does not take so few tokens
-            plan, fallback = _proved(model, objective, parameters, first, SHORT)
+            plan, fallback = _proved(model, objective, parameters, first, unpadded, SHORT)
             if not fallback:
                 return plan
-    return _proved(model, objective, parameters, first, longest)[0]
+    return _proved(model, objective, parameters, first, unpadded, longest)[0]
 
 
 def _proved(
@@ -65,12 +77,12 @@ def _proved(
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
     first: Sequence[Sample],
+    unpadded: bool,
     length: int,
 ) -> tuple[Plan, set[str]]:
     """A plan made on `length` tokens, checked on the first two samples; and what took the loop in the check."""
     short = shortened(objective, first[0], length)
     plan = make_plan(model, objective, parameters, short)
-    unpadded = goes_by_longest(model) or any(predicts_from_padding(objective, s) for s in first)
     batches = _batches(objective, first, short, unpadded=unpadded)
     problem = ""
     # Logits that their own backward needs must not be overwritten. Parts as small as can be prove the way in parts.
@@ -85,17 +97,23 @@ def _proved(
     else:
         return replace(plan, fallback=dict.fromkeys(parameters, problem)), set(parameters)
     norms = _subtract_plain(fast.totals, model, objective, parameters, [s for batch in batches for s in batch])
-    tolerance = max(_TOLERANCE.get(p.dtype, _TOLERANCE_HALF) for p in parameters.values())
+    half = _computes_in_half(model)
+    tolerance = _TOLERANCE_HALF if half else _TOLERANCE
     differences = {n: torch.stack([_norm(t) for t in _slices(fast.totals[n])]).norm().item() for n in parameters}
     off = {n: d for n, d in differences.items() if not d <= tolerance * norms[n]}
     # In half precision both ways round alike, so that noise does not show as a difference between them.
-    doubtful = off if tolerance < _TOLERANCE_HALF else parameters
+    doubtful = parameters if half else off
     small = {n: parameters[n] for n in doubtful if parameters[n].numel() <= _SMALL}
     noise = _noise(model, objective, small, batches[-1], unpadded=unpadded)
     floor = 1e-9 * max(norms.values())
     wrong = [n for n in off if n not in noise and not off[n] <= tolerance * norms[n] + floor]
     plan = replace(fast.plan, fallback=dict.fromkeys(wrong, "differs from plain autograd"), noise=frozenset(noise))
     return plan, {*wrong, *fast.fallback}
+
+
+def _computes_in_half(model: nn.Module) -> bool:
+    """Whether some of a model is in half precision, to which what is in float32, as PEFT's adapters, is rounded too."""
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
 
 
 def _batches(objective: Objective, first: Sequence[Sample], short: Sample, *, unpadded: bool) -> list[Sequence[Sample]]:
@@ -174,10 +192,10 @@ def _noise(
     beside = longest if unpadded else longer(longest)
     together = _gradients(model, objective, parameters, [*samples, beside], of=len(samples), scale=0.7)
     found = set()
-    for name, p in parameters.items():
+    share = _NOISE_HALF if _computes_in_half(model) else _NOISE
+    for name in parameters:
         pairs = [(a[name], t[name]) for a, t in zip(alone, together, strict=True)]
         size = sum(a.norm().item() ** 2 for a, _ in pairs)
-        share = _NOISE.get(p.dtype, _NOISE_HALF)
         if size and sum((a - t).norm().item() ** 2 for a, t in pairs) > share**2 * size:
             found.add(name)
     return found

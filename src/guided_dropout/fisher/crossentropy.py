@@ -89,6 +89,7 @@ def _differentiate_by_kernel(logits: Tensor, targets: Tensor, norm: Tensor, g: T
     assert kernel is not None
     rows = [t.data_ptr() for t in (norm, scales, targets)]
     kernel.cross_entropy_gradient(logits.data_ptr(), logits.stride(0), *rows, *logits.shape, torch.get_num_threads())
+    torch.autograd.graph.increment_version(logits)  # an activation that keeps its output must not use this for it
 
 
 def _rows_at_once(logits: Tensor) -> int:

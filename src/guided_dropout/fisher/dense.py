@@ -53,8 +53,10 @@ class OneByOne:
 
             args, kwargs = replaced((self.args, self.kwargs), own)
             out = self.function(*args, **kwargs)
+            if not out.requires_grad:  # it was asked for its type alone
+                return torch.zeros_like(leaf)
             gradient = part_of(self.gradient, self.gradient_dim, sample, self.num_samples)
-            return torch.autograd.grad(out, leaf, gradient)[0]
+            return torch.autograd.grad(out, leaf, gradient, materialize_grads=True)[0]
 
 
 def part_of(t: Tensor, dim: int, sample: int, num_samples: int) -> Tensor:

@@ -135,10 +135,10 @@ def estimate_fisher(
                 )
             if checkpoint is not None and resume is None:
                 check_unused(checkpoint)
-            goal, checked = begin(model, samples, objective, reduction, labels=labels, seed=seed)
+            goal, checked, unpadded = begin(model, samples, objective, reduction, labels=labels, seed=seed)
             # A rule is told the samples of all, in the order of a single process: whole batches are dealt out.
             share = (world.index, world.count) if until_ranked is None else (0, 1)
-            stream = Stream(goal, checked, process=share[0], processes=share[1], unpadded=goes_by_longest(model))
+            stream = Stream(goal, checked, process=share[0], processes=share[1], unpadded=unpadded)
             means = None if until_ranked is None else BatchMeans(list(chosen))
             sums = Accumulator(
                 model,
@@ -254,8 +254,11 @@ def check_devices(model: nn.Module) -> None:
 
 def begin(
     model: nn.Module, samples: Iterable[Sample], objective: str, reduction: str, *, labels: str, seed: int
-) -> tuple[Objective, Iterator[Sample]]:
-    """The model's objective, found on the first sample with a finite loss, and all samples, checked when read."""
+) -> tuple[Objective, Iterator[Sample], bool]:
+    """The model's objective, all samples, checked when read, and whether none of them may be padded.
+
+    Found on the first sample with a finite loss.
+    """
     stream = check_samples(model, samples)
     seen: list[Sample] = []
     goal = None
@@ -276,7 +279,7 @@ def begin(
             f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
             f"{objective}: use --objective {goal.name} or load another head"
         )
-    return goal, itertools.chain(seen, stream)
+    return goal, itertools.chain(seen, stream), goes_by_longest(model, goal, seen[-1])
 
 
 def profile_of(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from guided_dropout.fisher.layout import Layout
 from guided_dropout.fisher.narrow import Narrowed
 from guided_dropout.fisher.operations import tensors_of
+from guided_dropout.objectives import Batch
 
 # By name, as functions and methods. What picks rows, by numbers that may depend on what the samples say;
 _PICKING = {"getitem", "index_select", "gather", "take_along_dim", "masked_select", "take", "embedding"}
@@ -45,13 +46,16 @@ class GatheredRows:
     an order of its own.
 
     Args:
-        num_samples: B; what rows are picked from holds equally many of each sample, sample after sample.
+        batch: what rows are picked from holds equally many of each of its samples, sample after sample.
+        tables: parameters and buffers, of which no row belongs to a sample.
         layout: of the targets, which is what rows are picked from where the model runs on them alone.
         narrowed: says where it does.
     """
 
-    def __init__(self, num_samples: int, layout: Layout, narrowed: Narrowed):
-        self._num_samples, self._layout, self._narrowed = num_samples, layout, narrowed
+    def __init__(self, batch: Batch, tables: Iterable[Tensor], layout: Layout, narrowed: Narrowed):
+        self._num_samples, self._layout, self._narrowed = len(batch), layout, narrowed
+        self._tables = {id(t) for t in tables}
+        self._shapes = {tuple(t.shape[:2]) for t in batch.inputs.values() if t.dim() > 1}
         self._owners: Any = WeakTensorKeyDictionary()
         self._lost: Any = WeakTensorKeyDictionary()
 
@@ -98,17 +102,28 @@ class GatheredRows:
     def _inherit(self, inputs: Sequence[Any], out: Any) -> None:
         """Lost is what is made of picked rows in a way that does not show whose they are then."""
         if any(t in self._owners or t in self._lost for t in tensors_of(inputs)):
+            of_numbers = any(t in self._lost and not t.is_floating_point() for t in tensors_of(inputs))
             for t in tensors_of(out):
-                if t.is_floating_point() and t not in self._owners:
+                if (t.is_floating_point() or of_numbers) and t not in self._owners:
                     self._lost[t] = True
 
     def _pick(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> None:
         source = args[1] if name == "embedding" and len(args) > 1 else args[0]
-        if not isinstance(source, Tensor) or not (
-            source.requires_grad or source in self._owners or source in self._lost
-        ):
-            return  # a table, not samples
+        if not isinstance(source, Tensor):
+            return
+        if name == "embedding" and any(args[0] in known for known in (self._owners, self._lost)):  # picked numbers
+            owners = None if args[0] in self._lost else self._owners[args[0]]
+            if owners is None or leading_ones(out, len(owners)) is None:
+                self._lost[out] = True
+            else:
+                self._owners[out] = owners
+            return
         numbers = _numbers(name, args, kwargs)
+        followed = source.requires_grad or source in self._owners or source in self._lost
+        # A mask of attention is looked up by numbers of many dimensions.
+        is_mask = name == "getitem" and not isinstance(numbers, Tensor)
+        if not followed and (is_mask or not self._is_of_samples(source)):
+            return  # a table, not samples
         if isinstance(numbers, Tensor):
             owners = None if source in self._lost else self._all_owners(source)
             if owners is not None:
@@ -123,6 +138,12 @@ class GatheredRows:
             self._inherit([source], out)
         else:
             self._lost[out] = True
+
+    def _is_of_samples(self, source: Tensor) -> bool:
+        """Of what needs no gradient, as the tokens themselves, or hidden states before all that was chosen."""
+        if self._num_samples == 1 or id(source) in self._tables or source.dtype == torch.bool:
+            return False
+        return tuple(source.shape[:2]) in self._shapes or len(source) in {b * t for b, t in self._shapes}
 
     def _all_owners(self, source: Tensor) -> Tensor | None:
         if source in self._owners:

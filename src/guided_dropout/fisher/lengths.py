@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import nn
 
+from guided_dropout.fisher.shortcuts import UNSUITED
+from guided_dropout.fisher.variants import longer, shortened
 from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample
 
-# Rotary embeddings that go by the longest sample of a batch.
+# Rotary embeddings that go by the longest sample of a batch, once it is long enough.
 _BY_LONGEST = {"longrope", "dynamic"}
+# How far logits may be apart, as a share of the largest, by rounding alone.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+_ROUNDING_HALF = 0.1
+_FEW = 4  # tokens, which take next to no time
 
 
-def goes_by_longest(model: nn.Module) -> bool:
-    """Whether a model treats each sample of a batch as its longest one asks for."""
+def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> bool:
+    """Whether a model makes something else of a sample beside a longer one than of the sample alone.
+
+    It does where it looks at padding: FNet has no mask, ConvBERT's convolutions and Funnel's pooling do not go by it.
+    """
     found = [getattr(module, "rope_type", None) for module in model.modules()]
     kinds = [kind for one in found for kind in (one.values() if isinstance(one, dict) else [one])]
-    return any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds)
+    if any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds):
+        return True
+    short = shortened(objective, sample, _FEW)
+    with torch.no_grad(), suppress(*UNSUITED):  # some take no batch without a token to pad with
+        alone, padded = (
+            model(**objective.collate(model, batch).inputs).logits[0] for batch in ([short], [short, longer(short)])
+        )
+        apart = (alone - padded[: len(alone)]).abs().max()
+        return bool(apart > _ROUNDING.get(alone.dtype, _ROUNDING_HALF) * alone.abs().max())
+    return False
 
 
 def predicts_from_padding(objective: Objective, sample: Sample) -> bool:

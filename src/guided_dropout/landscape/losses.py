@@ -68,12 +68,13 @@ class Evaluation:
         self.model = model
         with evaluating(model), same_random_states(model):
             self.objective = detect_objective(model, checked[0], reduction)
+            unpadded = goes_by_longest(model, self.objective, checked[0])
         if objective not in ("auto", self.objective.name):
             raise ModelError(
                 f"{type(model).__name__} computes the {self.objective.name} loss itself, not {objective}; expected one "
                 f"of auto, {', '.join(OBJECTIVES)} that is the model's: use --objective {self.objective.name}"
             )
-        stream = Stream(self.objective, checked, unpadded=goes_by_longest(model))
+        stream = Stream(self.objective, checked, unpadded=unpadded)
         digest, self._batches = Digest(), list[Batch]()
         for items in batches(stream, batch_size=batch_size, tokens_per_batch=tokens_per_batch):
             digest.add(items)
