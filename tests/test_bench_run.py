@@ -453,6 +453,7 @@ def in_process(folder, monkeypatch, capsys):
 
     def run(out, *more):
         monkeypatch.chdir(folder)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in `finished`: another number of threads rounds in another way
         monkeypatch.setattr(signal, "signal", lambda *_: None)
         monkeypatch.setattr(sys, "argv", ["guided-dropout", "bench", "run", *LINE, "--out", out, *more])
         with pytest.raises(SystemExit) as stopped:
@@ -683,7 +684,9 @@ def test_a_damaged_run_is_made_again(begun, finished, in_process, monkeypatch, l
     if left:
         assert missing == [key]
     else:
-        assert json.loads(begun.file(key).read_text())["key"] == asdict(key)
+        made = json.loads(begun.file(key).read_text())
+        assert made["key"] == asdict(key)
+        assert made["result"]["provenance"]["threads"] == 1  # as the environment says
         assert outcomes(begun) == outcomes(finished[1])
 
 

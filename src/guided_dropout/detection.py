@@ -97,7 +97,8 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
 
 
 def _of_decoder(model: nn.Module, sample: Sample) -> str:
-    objective, labels = Objective("seq2seq"), as_tensor("labels", sample["labels"]).clamp(min=0)
+    objective = Objective("seq2seq")
+    labels = as_tensor("labels", sample.get("labels", sample["input_ids"])).clamp(min=0)
     batch = objective.collate(model, [{**sample, "labels": labels}])
     inputs = {name: t for name, t in batch.inputs.items() if name in sample or not name.startswith("decoder")}
     with torch.no_grad(), warnings.catch_warnings():

@@ -62,13 +62,13 @@ def run_experiment(
         experiment: where they are written.
         keys: which, in order.
         jobs: processes; each keeps a model of its own.
-        threads: of torch, in each process; by default the processors shared out.
+        threads: of torch, in each process; by default the processors shared out, or ``OMP_NUM_THREADS`` if less.
         told: called after each run.
 
     Raises:
         ArtefactError: a run was made in another way than those that it would stand beside, or cannot be written.
     """
-    threads = threads or max(1, processors() // jobs)
+    threads = threads or max(1, min(processors() // jobs, _threads_asked_for()))
     waiting = deque(keys)
     workers: list[_Worker] = []
     try:
@@ -107,6 +107,11 @@ def check_joining(plan: Plan, experiment: Experiment, keys: Iterable[RunKey]) ->
 
 def _cell(key: RunKey) -> tuple[str, str, float]:
     return key.model, key.task, key.fraction
+
+
+def _threads_asked_for() -> int:
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else sys.maxsize
 
 
 def processors() -> int:

@@ -59,7 +59,7 @@ class Mixout(Regularizer):
                 "layer, so that mixout mixes nothing; expected at least one: unfreeze a layer, or choose another arm"
             )
         handle = Handle({"mixed": len(mixed), "untouched": len(pretrained) - len(mixed)})
-        handle.whole_batches = True
+        handle.whole_batches = 0 < self.p < 1
         by_module: dict[str, dict[str, Tensor]] = {}
         targets = {id(parameter): parameter.detach().clone() for parameter in mixed.values()}
         for name, parameter in model.named_parameters(remove_duplicate=False):  # in each module that shares a weight
