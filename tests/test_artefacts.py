@@ -165,6 +165,8 @@ def test_a_folder_that_cannot_be_renamed_is_written_into(tmp_path, monkeypatch, 
 def test_beside_a_path_without_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert artefacts.beside(Path("a/b.json"), ".x") == Path("a/b.json.x")
+    Path("link").symlink_to("elsewhere")
+    assert artefacts.beside(Path("link"), ".x") == Path("link.x")
     assert artefacts.beside(Path(), ".x") == tmp_path.with_name(f"{tmp_path.name}.x")
 
 

@@ -184,7 +184,8 @@ def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Pa
 
 def beside(path: Path, suffix: str) -> Path:
     """A path in the same folder as `path`, called as that is and `suffix`; of ``.`` too, which has no name."""
-    return (path if path.name not in ("", "..") else path.resolve()).with_name(f"{path.resolve().name}{suffix}")
+    named = path.resolve() if path.name in ("", "..") else path
+    return named.with_name(f"{named.name}{suffix}")
 
 
 def check_output_file(path: str | Path) -> Path:
