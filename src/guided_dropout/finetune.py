@@ -23,6 +23,7 @@ from guided_dropout.provenance import provenance
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
+from guided_dropout.samples import vocabulary_size
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.task_data import TaskData
 from guided_dropout.tasks import Examples, Task, subset
@@ -221,13 +222,7 @@ def cut_note(max_length: int, tokenizer: PreTrainedTokenizerBase, model: PreTrai
 
 
 def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:
-    try:
-        rows = model.get_input_embeddings().get_parameter("weight").shape[0]
-    except (NotImplementedError, AttributeError) as e:  # transformers' answers where there is none, or several
-        raise ModelError(
-            f"{type(model).__name__} has no table of its tokens; expected a model that looks them up in one: choose "
-            "another"
-        ) from e
+    rows = vocabulary_size(model)
     if largest_id >= rows:
         raise ModelError(
             f"the tokenizer gives the token {largest_id}; expected less than {rows}, the model's vocabulary: "

@@ -110,14 +110,24 @@ def as_tensor(name: str, value: Any) -> Tensor:
 
 
 def vocabulary_size(model: nn.Module) -> int:
-    """How many tokens the model knows."""
+    """How many tokens the model knows.
+
+    Raises:
+        ModelError: it is no model of transformers, or looks its tokens up in no table, or in several.
+    """
     if not hasattr(model, "get_input_embeddings"):
         raise ModelError(
             f"{type(model).__name__} is no model of transformers; expected a PreTrainedModel, whose Fisher is measured "
             "by its own loss: wrap it in one (`find_sites(model, inputs=…)` and rates do without)"
         )
-    embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-    return embeddings.weight.shape[0]
+    try:
+        embeddings: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        return embeddings.weight.shape[0]
+    except (NotImplementedError, AttributeError) as e:  # what transformers answers then
+        raise ModelError(
+            f"{type(model).__name__} has no table of its tokens; expected a model that looks them up in one: choose "
+            "another"
+        ) from e
 
 
 def _decoded_vocabulary(model: Any, vocabulary: int) -> int:
