@@ -107,6 +107,27 @@ def failed(run):
     return Run(run.key, failure=Failure("RuntimeError", "out of memory", ""))
 
 
+@pytest.mark.parametrize("gone", ["failed on rte", "not run on rte"])
+def test_plain_dropout_of_the_same_mean_is_not_passed_over_either(gone):
+    """It is the even control there, though its role is another."""
+    same = {"dropout": {"rates": {"mean": 0.05}}}
+    held = []
+    for run in runs({"dropout": 0.6, "shuffled": 0.6, "guided": 0.65}, tasks=("cola", "mrpc", "rte"), **same):
+        if (run.key.arm, run.key.task) != ("dropout", "rte"):
+            held.append(run)
+        elif gone == "failed on rte":
+            held.append(failed(run))
+    a = analyse(held)
+    overall = next(g for g in a.guidance if g.task is None)
+    assert overall.verdict == "undecided at this n"
+    assert "dropout" in guidance_sentence(overall).partition("That is no verdict on guidance:")[2]
+    verdicts_by_task = {g.task: g.verdict for g in a.guidance if g.task}
+    assert verdicts_by_task == {"cola": "helps", "mrpc": "helps", "rte": "undecided at this n"}
+    if gone == "failed on rte":
+        first = next(iter(claims(a)))
+        assert "helps on cola† and mrpc†; no seed has a result in both arms on rte" in first
+
+
 @pytest.mark.parametrize("gone", ["failed on rte", "run on cola alone", "failed on all"])
 def test_a_control_without_results_on_each_task_is_not_passed_over(gone):
     arms = {"dropout": 0.6, "uniform": 0.6, "shuffled": 0.6, "reversed": 0.7, "guided": 0.65}

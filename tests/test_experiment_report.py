@@ -158,7 +158,7 @@ def test_an_unfinished_experiment_says_so(tmp_path):
     assert (len(analysis.runs), len(analysis.missing)) == (24, 8)
     assert "**Not finished: 24 of 32 runs are there." in text
     assert "24 runs of 32: 1 model (demo), 2 tasks (cola, rte)" in text
-    assert "2 to 4 paired seeds." in text
+    assert "2 to 4 seeds." in text
     assert re.search(r"^\| guided \| 6 \| 0 \| 0 \| 0 \| 2 \|$", text, re.MULTILINE)
 
 
@@ -189,6 +189,28 @@ def test_what_went_wrong_is_counted_and_named(tmp_path):
 def test_a_task_on_which_little_is_learned_is_named(tmp_path):
     _, text, _ = report(tmp_path, fractions=[0.1], seeds=4, collapsed=lambda k: k.task == "rte" and k.seed > 1)
     assert "Half of the runs or more collapsed on rte (10 % of the training data)." in text
+
+
+def test_an_arm_that_learned_little_is_named(tmp_path):
+    _, text, _ = report(
+        tmp_path, fractions=[0.1], seeds=4, collapsed=lambda k: (k.task, k.arm) == ("rte", "dropout") and k.seed > 1
+    )
+    assert "Half of the runs or more collapsed, of dropout on rte (10 % of the training data)." in text
+
+
+def test_limits_name_what_was_run_at_another_mean(tmp_path):
+    words = "from a guided schedule in the mean rate as well"
+    assert f"- Standard dropout differs {words}" in report(tmp_path, seeds=3)[1]
+    _, text, _ = report(tmp_path / "none", arms=["none", "guided"], seeds=3)
+    assert f"- No dropout differs {words}" in text
+    assert "deals the guided rates out once" not in text
+
+
+def test_seeds_of_an_arm_alone_are_not_called_paired(tmp_path):
+    _, text, _ = report(tmp_path, seeds=6, missing=lambda k: k.arm == "guided" and k.seed > 1)
+    assert "6 seeds." in text
+    assert "6 paired seeds" not in text
+    assert "`shuffled` deals the guided rates out once, in the same way in all runs" in text
 
 
 def test_everything_failed(tmp_path):

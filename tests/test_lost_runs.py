@@ -48,6 +48,19 @@ def test_runs_that_diverge_count_no_better_than_such_that_learn_nothing():
         assert compare(worse, by_seed(base) | dict.fromkeys(range(3), bad)).verdict() == "undecided at this n"
 
 
+@pytest.mark.parametrize("tilt", [1e-5, 0.0, -1e-5])
+@pytest.mark.parametrize("lost", ["guided", "dropout"])
+def test_no_difference_is_not_claimed_of_an_arm_that_loses_a_fifth_of_its_runs(lost, tilt):
+    """Whichever is ahead by a hair: that must not decide what stands in for them."""
+    base = {s: BASE[s % 8] for s in range(20)}
+    other = {s: x + tilt + 0.001 * (-1) ** s for s, x in base.items()}
+    assert compare(other, base).verdict(margin=0.02) == "no difference within ±0.02"
+    few = dict.fromkeys(range(4))
+    c = compare(other | few, base) if lost == "guided" else compare(other, base | few)
+    assert verdict(c.statistics, margin=0.02) == "no difference within ±0.02"
+    assert c.verdict(margin=0.02) == "undecided at this n"
+
+
 def test_the_other_arms_lost_runs_do_not_blur_what_is_found_without_them():
     better = {s: x + 0.02 + 0.001 * s for s, x in enumerate(BASE)}
     assert compare(better, by_seed(BASE) | {0: None}).verdict() == "helps"

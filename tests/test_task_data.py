@@ -121,6 +121,9 @@ def test_a_regression_is_stated(tmp_path: Path) -> None:
         ([("a", "x"), ("b", "")], r"train\.csv:3: found label ''; expected a class"),
         ([("a", "x"), (" ", "y")], r"train\.csv:3: found ' ' for a text; expected words"),
         ([], r"found no examples in 'label'"),
+        ([("a", "1"), ("b", "1.5"), ("c", "2")], r"numbers with fractions in 'label', such as '1\.5'"),
+        ([("a", "1"), ("b", "+1"), ("c", "2")], r"labels '\+1' and '1' in 'label'; expected one spelling of each"),
+        ([("a", "1"), ("b", "01"), ("c", "2")], r"labels '01' and '1' in 'label'; expected one spelling of each"),
     ],
 )
 def test_labels_and_texts_that_are_none_are_named(rows: list, message: str, tmp_path: Path) -> None:

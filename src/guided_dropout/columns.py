@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from guided_dropout.tables import Table
 FORM = "text=NAME or text=NAME,NAME, then :label=NAME for classes or :score=NAME for a regression"
 # More classes than this, and more than half as many as examples: the column is an index or a score.
 _MANY_CLASSES = 100
+_INTEGER = r"[+-]?[0-9]+"
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,20 @@ def find_classes(tables: Sequence[Table], column: str) -> tuple[str, ...]:
     """
     names = [class_name(value, t.where(i)) for t in tables for i, value in enumerate(t.columns[column])]
     found, source = set(names), ", ".join(t.source for t in tables[:3])
-    integers = all(re.fullmatch(r"[+-]?[0-9]+", name) for name in found)
+    integers = all(re.fullmatch(_INTEGER, name) for name in found)
     many = len(found) > _MANY_CLASSES and 2 * len(found) > len(names)
     if many or (not integers and all(map(_is_number, found))):
         what = f"{len(found):,} different labels in {len(names):,} examples" if many else "numbers with fractions"
+        shown = min(name for name in found if many or not re.fullmatch(_INTEGER, name))
         raise DataError(
-            f"{source}: found {what} in {column!r}, such as {min(found)!r}; expected classes: name another column, or "
+            f"{source}: found {what} in {column!r}, such as {shown!r}; expected classes: name another column, or "
             f"state a regression, :score={column} in --columns"
+        )
+    if integers and len({int(name) for name in found}) < len(found):
+        first, second = next((a, b) for a, b in itertools.combinations(sorted(found), 2) if int(a) == int(b))
+        raise DataError(
+            f"{source}: found the labels {first!r} and {second!r} in {column!r}; expected one spelling of each class: "
+            "write a number in one way"
         )
     if len(found) < 2:
         shown = f"one class, {names[0]!r}," if found else "no examples"

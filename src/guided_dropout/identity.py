@@ -22,15 +22,21 @@ _PEFT = re.compile(r"^base_model\.(?:model\.)?")  # what its models are called i
 _SAMPLED = 4096  # elements of each tensor that go into a digest
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether the model names a part of its own as its backbone, around which it has a head."""
+    inner = unwrapped(model)
+    prefix = getattr(inner, "base_model_prefix", "")
+    return bool(prefix) and isinstance(getattr(inner, prefix, None), nn.Module)
+
+
 def backbone_prefix(model: nn.Module) -> str:
     """``"bert."`` for a model with a head around ``model.bert``; ``""`` where the model is its own backbone.
 
     Of a model that PEFT has wrapped, the wrapper's own prefix comes before it: ``"base_model.model.bert."``.
     """
     inner = unwrapped(model)
-    prefix = getattr(inner, "base_model_prefix", "")
     outer = next(f"{name}." if name else "" for name, m in model.named_modules() if m is inner)
-    return outer + (f"{prefix}." if prefix and isinstance(getattr(inner, prefix, None), nn.Module) else "")
+    return outer + (f"{getattr(inner, 'base_model_prefix')}." if has_head(model) else "")  # noqa: B009
 
 
 def backbone_name(model: nn.Module, name: str) -> str:

@@ -143,13 +143,13 @@ class _Watch(TorchFunctionMode):
         if not isinstance(result, Tensor) or not result.is_floating_point():
             return result
         self._kept.append(result)
-        operands = [t for t in args if isinstance(t, Tensor)]
+        operands = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, Tensor)]
         name = getattr(func, "__name__", "")
         if func in DROPOUTS:
             self._dropped.add(id(result))
         elif name in _ADDS and len(operands) == 2 and operands[0].shape == operands[1].shape:
             self._add(operands[0], operands[1], result)
-        elif name in _SAME and result is not operands[0]:
+        elif name in _SAME and operands and result is not operands[0]:
             large = [t for t in operands if t.numel() > 1]
             if len(large) == 1 and large[0].numel() == result.numel():
                 self._same[id(result)] = id(large[0])

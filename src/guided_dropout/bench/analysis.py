@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from guided_dropout.bench import controls
@@ -316,7 +316,9 @@ def _guidance(comparisons: Sequence[Comparison], of_tasks: Sequence[Comparison] 
         families[c.model, c.task, c.fraction, c.pair.a].append(c)
     for c in of_tasks or comparisons:
         asked[c.model, None if of_tasks else c.task, c.fraction, c.pair.a].append(c)
-    return [_judged(m, t, f, a, family, asked[m, t, f, a]) for (m, t, f, a), family in families.items()]
+    # Plain dropout is a control where it has the schedule's mean, which runs that all failed do not show.
+    fair = {(c.model, c.fraction, c.pair.a, c.pair.b) for c in of_tasks or comparisons if c.same_mean}
+    return [_judged(m, t, f, a, family, asked[m, t, f, a], fair) for (m, t, f, a), family in families.items()]
 
 
 def _judged(
@@ -326,6 +328,7 @@ def _judged(
     guided: str,
     comparisons: Sequence[Comparison],
     asked: Sequence[Comparison],
+    known_fair: Set[tuple[str, float, str, str]],
 ) -> Guidance:
     fair = [c for c in comparisons if c.same_mean and c.pair.statistics is not None]
     by_verdict: dict[str, tuple[str, ...]] = {}
@@ -335,17 +338,20 @@ def _judged(
     names = [controls.name_of(c.pair.b) for c in fair]
     even = [name for name in names if name not in (*of_kind.uneven, *of_kind.partly)]
     lacking = (*(() if even else ("even",)), *(() if {*names} & {*of_kind.uneven} else ("uneven",)))
-    unpaired, partial = _not_everywhere(asked)
+    unpaired, partial = _not_everywhere(asked, known_fair)
     agreed = len(by_verdict) == 1 and not (lacking or unpaired or partial)
     verdict = next(iter(by_verdict)) if agreed else UNDECIDED
     return Guidance(model, task, fraction, guided, verdict, by_verdict, lacking, unpaired, partial)
 
 
-def _not_everywhere(asked: Sequence[Comparison]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _not_everywhere(
+    asked: Sequence[Comparison], known_fair: Set[tuple[str, float, str, str]]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Controls without a seed that has a result in both arms, on any of the tasks; and those without on some."""
     paired: dict[str, set[str | None]] = {}
     for c in asked:
-        if c.role == controls.CONTROL and (c.same_mean or c.pair.statistics is None):
+        fair = c.role == controls.CONTROL or (c.model, c.fraction, c.pair.a, c.pair.b) in known_fair
+        if fair and (c.same_mean or c.pair.statistics is None):
             paired.setdefault(c.pair.b, set()).update([c.task] if c.pair.statistics else [])
     everywhere = {c.task for c in asked}
     unpaired = tuple(b for b, tasks in paired.items() if not tasks)

@@ -3,8 +3,9 @@
 A run is *lost* if it gave no metric: it *diverged* (an outcome of the arm) or *failed* (an error, whose fault is open).
 A comparison is made of the seeds for which both arms have a metric. That alone would favour an arm that loses its worst
 runs, so a verdict must also hold once every lost run stands in: those of the arm that is ahead as of no use (a metric
-of 0, or the worst of the two arms where that is lower), those of the other at the worst of the two arms. Runs that
-*collapsed* (one class for everything) have a metric and count like any other.
+of 0, or the worst of the two arms where that is lower), those of the other at the worst of the two arms. That there is
+no difference must hold whichever is taken to be ahead. Runs that *collapsed* (one class for everything) have a metric
+and count like any other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from guided_dropout.bench.stats import (
+    HELPS,
+    HURTS,
     UNDECIDED,
     ArmSummary,
     PairedComparison,
@@ -121,7 +124,16 @@ class ArmComparison:
         ruling = verdict(self.statistics, margin=margin)
         if self.with_lost is not None and verdict(self.with_lost, margin=margin) != ruling:
             return UNDECIDED
+        if ruling not in (HELPS, HURTS, UNDECIDED) and not all(self._rules_alike(s, margin) for s in self.stood_in):
+            return UNDECIDED
         return ruling
+
+    def _rules_alike(self, stood_in: Pairs, margin: float | None) -> bool:
+        """Whether there is no difference with these in the place of lost runs either."""
+        if stood_in == self.pairs or self.statistics is None:
+            return True
+        compared = paired_comparison(*zip(*stood_in.values(), strict=True), confidence=self.statistics.confidence)
+        return verdict(compared, margin=margin) == verdict(self.statistics, margin=margin)
 
 
 def group_by_arm(

@@ -26,7 +26,7 @@ from guided_dropout.bench.experiment_figures import curves, forests, run_by_run
 from guided_dropout.bench.experiment_runs import what_became, what_was_run
 from guided_dropout.bench.experiment_verdicts import comparisons, place_name, verdicts
 from guided_dropout.bench.folder import Experiment
-from guided_dropout.bench.phrases import count, listing
+from guided_dropout.bench.phrases import capital, count, listing
 from guided_dropout.bench.restarts import restarts, to_latex
 from guided_dropout.bench.sections import origins
 
@@ -88,7 +88,7 @@ def _progress(analysis: Analysis) -> list[Block]:
     for run in analysis.runs:
         cells[run.key.model, run.key.task, run.key.fraction].add(run.key.seed)
     fewest, most = min(map(len, cells.values())), max(map(len, cells.values()))
-    seeds = f"{fewest} to {count(most, 'paired seed')}" if fewest < most else count(most, "paired seed")
+    seeds = f"{fewest} to {count(most, 'seed')}" if fewest < most else count(most, "seed")
     lost = Counter(run.status for run in analysis.runs)
     wrong = listing([f"{lost[s]:,} {s}" for s in STATUSES[1:] if lost[s]])
     blocks: list[Block] = []
@@ -129,6 +129,12 @@ def _again(analysis: Analysis, experiment: Experiment) -> list[Block]:
     ]
 
 
+def _of_another_mean(analysis: Analysis) -> list[str]:
+    """Standard dropout and no dropout, where they were run at another mean rate than a guided arm."""
+    unlike = {c.role for c in analysis.comparisons if not c.same_mean and c.pair.statistics is not None}
+    return [role for role in (controls.STANDARD, controls.NONE) if role in unlike]
+
+
 def _limits(analysis: Analysis) -> list[Block]:
     limits = [
         "The intervals are about repeated fine-tuning (seeds) with these training and evaluation data; they say "
@@ -136,12 +142,16 @@ def _limits(analysis: Analysis) -> list[Block]:
         "Holm's correction is over the tasks of one pair of arms, model and fraction. Fractions, controls and models "
         "are not corrected for each other.",
     ]
-    if controls.NONE in {c.role for c in analysis.comparisons} or controls.STANDARD in {
-        c.role for c in analysis.comparisons
-    }:
+    if unlike := _of_another_mean(analysis):
         limits.append(
-            "Standard dropout and no dropout differ from a guided schedule in their mean rate as well, so they cannot "
-            "tell guidance from less or more dropout. Only the controls at the same mean rate can."
+            f"{capital(listing(unlike))} {'differs' if len(unlike) == 1 else 'differ'} from a guided schedule in the "
+            "mean rate as well, and so cannot tell guidance from less or more dropout. Only the controls at the same "
+            "mean rate can."
+        )
+    if any(controls.name_of(arm) == "shuffled" for arm in analysis.arms):
+        limits.append(
+            "`shuffled` deals the guided rates out once, in the same way in all runs: what it shows is of that deal; "
+            "the intervals hold no other."
         )
     if any(c.role == controls.OTHER for c in analysis.comparisons):
         limits.append(

@@ -11,6 +11,7 @@ from guided_dropout.bench.csv_files import OVERALL
 from guided_dropout.bench.document import Block, Bullets, Details, Heading, Paragraph, Table
 from guided_dropout.bench.phrases import (
     NOTHING,
+    capital,
     cell_text,
     count,
     guidance_sentence,
@@ -77,20 +78,22 @@ def _rules(analysis: Analysis) -> Paragraph:
 
 
 def _untrained(analysis: Analysis) -> list[Block]:
-    """A warning where half of the runs or more learned nothing."""
-    places = []
+    """A warning where half of the runs or more learned nothing, of all or of an arm."""
+    places, arms = [], []
     for cell in analysis.cells.values():
+        place = f"{cell.task} ({place_name(analysis, cell.model, cell.fraction)})"
         collapsed = sum(arm.collapsed for arm in cell.arms.values())
         if 2 * collapsed >= sum(arm.made for arm in cell.arms.values()):
-            places.append(f"{cell.task} ({place_name(analysis, cell.model, cell.fraction)})")
-    if not places:
-        return []
+            places.append(place)
+        elif mostly := [name for name, arm in cell.arms.items() if 2 * arm.collapsed >= arm.made]:
+            arms.append(f"of {listing(mostly)} on {place}")
     return [
         Paragraph(
-            f"Half of the runs or more collapsed on {listing(places)}. There, a difference is about whether training "
-            "works at all, and the lack of one says little.",
+            f"Half of the runs or more collapsed{found}. There, a difference is about whether training works at all, "
+            "and the lack of one says little.",
             strong=True,
         )
+        for found in ([f" on {listing(places)}"] if places else []) + ([f", {'; '.join(arms)}"] if arms else [])
     ]
 
 
@@ -200,7 +203,7 @@ def _text(analysis: Analysis, c: Comparison | None) -> str:
 
 def place_name(analysis: Analysis, model: str, fraction: float) -> str:
     """Model, where there are several, and fraction, for people."""
-    return f"{model}, {of_the_data(fraction)}" if len(analysis.models) > 1 else _capital(of_the_data(fraction))
+    return f"{model}, {of_the_data(fraction)}" if len(analysis.models) > 1 else capital(of_the_data(fraction))
 
 
 def place_head(analysis: Analysis) -> list[str]:
@@ -211,7 +214,3 @@ def place_head(analysis: Analysis) -> list[str]:
 def place_cells(analysis: Analysis, model: str, fraction: float, task: str | None) -> list[str]:
     """A table's first cells."""
     return [*([model] if len(analysis.models) > 1 else []), f"{100 * fraction:g} %", task or OVERALL]
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -54,6 +54,11 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s'[: n != 1]}"
 
 
+def capital(text: str) -> str:
+    """`text` as a sentence begins."""
+    return text[:1].upper() + text[1:]
+
+
 def of_the_data(fraction: float) -> str:
     """``"10 % of the training data"``."""
     return f"{100 * fraction:g} % of the training data"
@@ -98,7 +103,8 @@ def overview_sentence(comparisons: Sequence[Comparison], overall: Comparison | N
         return " ".join(f"{c.task}: {_short(c, a, b)}.{_lost(c.pair)}" for c in comparisons)
     by_verdict: dict[str, list[str]] = {}
     for c in comparisons:
-        by_verdict.setdefault(c.verdict, []).append(f"{c.task}{dagger(c, alpha)}")
+        found = c.verdict if c.pair.statistics else "no seed has a result in both arms"
+        by_verdict.setdefault(found, []).append(f"{c.task}{dagger(c, alpha)}")
     tasks = "; ".join(f"{v} on {listing(names)}" for v, names in by_verdict.items())
     mean = f"Mean over {overall.tasks} tasks: {_short(overall, a, b)}.{_lost(overall.pair)}"
     return f"{mean} Task by task: {tasks}."

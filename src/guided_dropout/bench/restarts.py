@@ -88,7 +88,7 @@ def _columns(cell: Cell) -> list[tuple[str, str, dict[str, tuple[float, float]]]
 
 
 def _values(arm: ArmResult, metric: str) -> list[float]:
-    return [value for r in arm.runs if (value := r.metrics.get(metric)) is not None]
+    return [value for r in arm.runs if r.value is not None and (value := r.metrics.get(metric)) is not None]
 
 
 def _label(row: PublishedRow) -> str:

@@ -169,3 +169,27 @@ def check_number(name: str, value: Any, holds: bool, wanted: str) -> None:
     """
     if not holds:
         raise GuidedDropoutError(f"{name} is {value}; expected {wanted}")
+
+
+def itself(parameter: Any) -> nn.Parameter:
+    """A parameter of an optimizer's group, which may hold ``(name, parameter)``, as from ``named_parameters()``."""
+    return parameter[1] if isinstance(parameter, tuple) else parameter
+
+
+def check_known(groups: Sequence[Mapping[str, Any]], known: Mapping[int, Any], what: str) -> None:
+    """Refuse parameter groups of another model, on which `what` would do nothing.
+
+    Args:
+        groups: of the optimizer.
+        known: `id` of each parameter of the model.
+        what: it acts on the groups.
+
+    Raises:
+        GuidedDropoutError: no parameter is of the model.
+    """
+    held = [itself(parameter) for group in groups for parameter in group["params"]]
+    if held and not any(id(parameter) in known for parameter in held):
+        raise GuidedDropoutError(
+            f"none of the {len(held)} parameters in these groups is of the model that {what} was put on; expected that "
+            "model's own: make the groups from it, after the regularizer was applied"
+        )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from guided_dropout.errors import GuidedDropoutError
-from guided_dropout.regularizers.base import Context, Handle, Regularizer
+from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_known, itself
 from guided_dropout.regularizers.strengths import relative_strengths
 
 
@@ -45,11 +45,12 @@ class _GuidedDecay(Handle):
             raise GuidedDropoutError(
                 "guided weight decay has no weight decay to spread, it is 0; expected more than 0: set weight_decay"
             )
+        check_known(groups, self._strengths, "guided weight decay")
         finer = []
         for group in groups:
             by_strength: dict[float, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                strength = self._strengths.get(id(parameter), 1.0) if group["weight_decay"] else 1.0
+                strength = self._strengths.get(id(itself(parameter)), 1.0) if group["weight_decay"] else 1.0
                 by_strength.setdefault(strength, []).append(parameter)
             finer += [
                 {**group, "params": params, "weight_decay": group["weight_decay"] * strength}

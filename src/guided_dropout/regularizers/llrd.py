@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
+from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_known, check_number, itself
 from guided_dropout.regularizers.layers import find_layers
 
 
@@ -43,11 +43,12 @@ class _LayerwiseDecay(Handle):
         self._decay, self._below = decay, below
 
     def _parameter_groups(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        check_known(groups, self._below, "the layer-wise learning-rate decay")
         finer = []
         for group in groups:
             by_depth: dict[int, list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                by_depth.setdefault(self._below.get(id(parameter), 0), []).append(parameter)
+                by_depth.setdefault(self._below.get(id(itself(parameter)), 0), []).append(parameter)
             # The head's first: the learning rate of the first group is the one that trainers log.
             finer += [
                 {**group, "params": by_depth[below], "lr": group["lr"] * self._decay**below}

@@ -60,16 +60,15 @@ class Mixout(Regularizer):
             )
         handle = Handle({"mixed": len(mixed), "untouched": len(pretrained) - len(mixed)})
         handle.whole_batches = 0 < self.p < 1
-        by_module: dict[str, dict[str, Tensor]] = {}
         targets = {id(parameter): parameter.detach().clone() for parameter in mixed.values()}
-        for name, parameter in model.named_parameters(remove_duplicate=False):  # in each module that shares a weight
-            path, _, own_name = name.rpartition(".")
-            if id(parameter) in targets:
-                by_module.setdefault(path, {})[own_name] = targets[id(parameter)]
-        _check_reached(model, context, by_module)
-        for path, targets in by_module.items():
-            module = model.get_submodule(path)
-            wrap_forward(handle, module, partial(_mixed, targets=targets, p=self.p))
+        holders: dict[nn.Module, dict[str, Tensor]] = {}  # each module that shares a weight, and each module once
+        for module in model.modules():
+            held = {name: targets[id(p)] for name, p in module._parameters.items() if id(p) in targets}
+            if held:
+                holders[module] = held
+        _check_reached(model, context, holders)
+        for module, held in holders.items():
+            wrap_forward(handle, module, partial(_mixed, targets=held, p=self.p))
         return handle
 
 
@@ -97,8 +96,8 @@ def _mixed(module: nn.Module, targets: dict[str, Tensor], p: float) -> Iterator[
     place: dict[str, Any] = vars(module) if is_replica(module) else module._parameters
     own = {name: place[name] for name in targets}
     for name, weight in own.items():
-        target = targets[name].to(weight.device)
-        if not is_replica(module):  # the model may have moved since
+        target = targets[name].to(weight)
+        if not is_replica(module):  # the model may have moved, or changed its precision, since
             targets[name] = target
         place[name] = mixout(weight, target, p)
     try:
@@ -107,21 +106,21 @@ def _mixed(module: nn.Module, targets: dict[str, Tensor], p: float) -> Iterator[
         place.update(own)
 
 
-def _check_reached(model: nn.Module, context: Context, by_module: dict[str, dict[str, Tensor]]) -> None:
-    """A weight that is used without its module being called would never be mixed."""
-    called: set[str] = set()
-    hooks = [
-        model.get_submodule(path).register_forward_pre_hook(lambda *_, path=path: called.add(path))
-        for path in by_module
-    ]
+def _check_reached(model: nn.Module, context: Context, holders: dict[nn.Module, dict[str, Tensor]]) -> None:
+    """A weight that is used without a call of any module that holds it would never be mixed."""
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, *_: called.add(module)) for module in holders]
     try:
         used = parameters_in_order(model, context.inputs)
     finally:
         for hook in hooks:
             hook.remove()
+    by_parameter: dict[int, list[nn.Module]] = {}
+    for module, held in holders.items():
+        for name in held:
+            by_parameter.setdefault(id(module._parameters[name]), []).append(module)
     for name in used:
-        path, _, own_name = name.rpartition(".")
-        if own_name in by_module.get(path, {}) and path not in called:
+        if (own := by_parameter.get(id(model.get_parameter(name)))) and not called.intersection(own):
             raise SiteError(
                 f"{name} is used without a call of its module, where mixout would not reach it; expected weights that "
                 "belong to the layer that uses them: choose another model or arm"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
 
 from guided_dropout.adapters import adapter_parts
 from guided_dropout.errors import ModelError, ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import backbone_name, in_head, model_identity, relative_name
+from guided_dropout.identity import backbone_name, has_head, in_head, model_identity, relative_name, unwrapped
 from guided_dropout.regularizers.base import Context
 from guided_dropout.regularizers.layers import stack_entries
 
@@ -42,8 +44,21 @@ def new_parameters(model: nn.Module, context: Context) -> dict[str, nn.Parameter
 
 
 def is_new(model: nn.Module, name: str, context: Context) -> bool:
-    """Whether the parameter, which is no adapter's, is not pretrained."""
-    return in_head(model, name) if context.new is None else name in context.new
+    """Whether the parameter, which is no adapter's, is not pretrained.
+
+    Raises:
+        ModelError: that is not known: a classifier that does not say which of its parts is the backbone.
+    """
+    if context.new is not None:
+        return name in context.new
+    kind = type(unwrapped(model)).__name__
+    if re.search(r"For\w*(Classification|Choice|QuestionAnswering)$", kind) and not has_head(model):
+        raise ModelError(
+            f"{kind} does not say which of its parts is the backbone, so that its new head would pass for pretrained; "
+            "expected the names of what is new: give Context(new={...}), as load_classifier or the checkpoint's "
+            "missing keys tell them"
+        )
+    return in_head(model, name)
 
 
 def measured_names(model: nn.Module, profile: FisherProfile) -> dict[str, str]:

@@ -112,19 +112,21 @@ def depth_linear(schedule: DropoutSchedule) -> DropoutSchedule:
     r"""Rates that rise with depth, without Fisher information.
 
     With the sites in the order of their first call, :math:`k = 0 \dots L-1`, the rate is
-    :math:`p_{min} + k\,(p_{max} - p_{min}) / (L - 1)`, from the schedule's lowest rate to its highest, times one number
-    such that the mean is the schedule's; of a linear schedule's rates it is a permutation. Early layers are kept, as
-    with stochastic depth (Huang et al., 2016).
+    :math:`p_{min} + k\,(p_{max} - p_{min}) / (L - 1)`, from their lowest rate to their highest, times one number such
+    that their mean stays; of a linear schedule's rates it is a permutation. Early layers are kept, as with stochastic
+    depth (Huang et al., 2016).
 
     Raises:
         ScheduleError: that number would take a rate to 1 or above.
     """
-    low, high = min(schedule.rates.values()), max(schedule.rates.values())
-    steps = max(len(schedule.rates) - 1, 1)
-    ramp = {path: low + k / steps * (high - low) for k, path in enumerate(schedule.rates)}
+    scored = _scored(schedule) or schedule.rates
+    rates = {path: rate for path, rate in schedule.rates.items() if path in scored}
+    low, high = min(rates.values()), max(rates.values())
+    steps = max(len(rates) - 1, 1)
+    ramp = {path: low + k / steps * (high - low) for k, path in enumerate(rates)}
     return schedule.derive(
         "depth_linear",
-        with_mean(ramp, schedule.mean_rate),
+        {**schedule.rates, **with_mean(ramp, math.fsum(rates.values()) / len(rates))},
         scores=dict.fromkeys(schedule.rates),
         profile={},
     )
@@ -148,10 +150,12 @@ def magnitude(
     """
     found, expected = model_identity(model)["model_type"], schedule.model["model_type"]
     sites = [site for site in find_sites(model, inputs, per_call=schedule.per_call) if not site.in_head]
-    by_name = weight_scores(model, sites, schedule.grouping, schedule.aggregate)
-    scores = {backbone_name(model, path): score for path, score in by_name.items()}
     prefix = schedule.model["backbone_prefix"]
     wanted = {path: relative_name(path, prefix) for path in schedule.rates if path.startswith(prefix)}
+    # A schedule need not hold the sites of adapters, which came later.
+    sites = [s for s in sites if not s.in_adapter or backbone_name(model, s.path) in wanted.values()]
+    by_name = weight_scores(model, sites, schedule.grouping, schedule.aggregate)
+    scores = {backbone_name(model, path): score for path, score in by_name.items()}
     if found != expected or set(wanted.values()) != set(scores):
         raise ScheduleError(
             f"{type(model).__name__} (model type {found!r}) has other dropout sites than the schedule, which was made "
