@@ -50,11 +50,12 @@ def test_it_holds_the_numbers_of_each_committed_experiment(summary):
         for control, found in rows[label].effects.items():
             assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(from_runs(name, task, control))
             assert found.decided == (found.low * found.high > 0)
-    whole = rows["embedded model: CoLA, 100 %"].effects
-    assert {*whole} == {*summary.CONTROLS}
-    for control, found in whole.items():
-        expected = from_runs("demo-controls", "cola", control, 1.0)
-        assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(expected)
+    for label, task in (("CoLA", "cola"), ("MRPC", "mrpc")):
+        whole = rows[f"embedded model: {label}, 100 %"].effects
+        assert {*whole} == {*summary.CONTROLS}
+        for control, found in whole.items():
+            expected = from_runs("demo-controls", task, control, 1.0)
+            assert (found.mean, found.low, found.high, found.pairs) == pytest.approx(expected)
     # Plain dropout has the mean rate of this one, and is its uniform control.
     same_mean = rows["embedded model, rates up to 0.2: SST-2, 10 %"].effects
     for control, arm in (("uniform", "dropout"), ("top-only", "top-only")):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from families import FAMILIES, classifier_of, language_model, profile_of
+from peft import LoraConfig, get_peft_model
 from random_profiles import random_profile
 from test_sites_families import build
 
@@ -62,6 +63,27 @@ def test_top_only_goes_by_the_rates_where_there_are_no_scores() -> None:
     table = DropoutSchedule.from_rates({path: (k + 2) % 7 / 10 for k, path in enumerate(paths)}, model)
     rates = controls.top_only(table).rates
     assert list(rates.values()) == pytest.approx([*[2.1 / 6] * 5, 0, 2.1 / 6])
+
+
+def test_sites_without_a_score_keep_their_rates_under_depth_linear() -> None:
+    model = classifier_of("bert")
+    schedule = DropoutSchedule.from_profile(random_profile(language_model("bert")), model, include_head=True)
+    (head,) = [path for path, score in schedule.scores.items() if score is None]
+    control = controls.depth_linear(schedule)
+    assert control.rates[head] == schedule.rates[head]
+    backbone = [path for path in schedule.rates if path != head]
+    assert sum(control.rates[p] for p in backbone) == pytest.approx(sum(schedule.rates[p] for p in backbone))
+    rising = [control.rates[path] for path in backbone]
+    assert rising == sorted(rising)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_magnitude_takes_a_model_with_adapters_that_came_later() -> None:
+    plain = language_model("bert")
+    schedule = DropoutSchedule.from_profile(random_profile(plain), plain)
+    expected = controls.magnitude(schedule, plain)
+    adapted = get_peft_model(plain, LoraConfig(target_modules=["query"], lora_dropout=0.1))
+    assert controls.magnitude(schedule, adapted).rates == expected.rates
 
 
 def test_role_mean_gives_the_same_place_in_each_layer_the_mean_of_its_rates() -> None:

@@ -1,6 +1,7 @@
 """Curvature, sharpness and comparisons against plain computations in float64."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy import stats
 from test_landscape import LINE, SAMPLES
 from transformers import BertConfig, BertForMaskedLM
 
+from guided_dropout.console_landscape import number_text
 from guided_dropout.errors import DataError
 from guided_dropout.landscape import gaussian_direction, hessian_directions, loss_landscape
 from guided_dropout.landscape.compare import as_json, differences, numbers
@@ -192,12 +194,65 @@ def test_intervals_and_verdicts_are_paired_by_seed():
 
 
 def test_what_is_not_finite_has_no_interval():
-    found = bowl({"all": 2.0, "top:0.5": np.inf, "random:0.5": 1.0})
+    found = bowl({"all": 2.0, "top:0.5": np.inf, "random:0.5": 8.0})
     by = {(n.mask, n.measure): n for n in numbers(found)}
     assert by["top:0.5", "rise at 1"].summary is None
     assert by["top:0.5", "rise at 1"].values == (None,) * 5
     assert by["all", "rise at 1"].summary is not None
     assert {d.measure for d in differences(found)} == {"area below +1"}
+
+
+def bent(points, curvature=14.7, scale=4.0):
+    """A line like those of real models: a bowl near the weights, and level far from them."""
+    found = bowl({"all": 0.0}, dims=1, points=points, seeds=3)
+    rise = scale * (1 - np.exp(-curvature / 2 / scale * found.grid.coordinates[:, 0] ** 2))
+    return replace(found, losses=np.broadcast_to(4.0 + rise, found.losses.shape).copy())
+
+
+def test_the_length_below_a_level_is_right_or_not_told():
+    exact = 2 * np.sqrt(-np.log(1 - 1 / 4.0) * 2 * 4.0 / 14.7)
+    for points in (9, 13, 25, 65):
+        assert bent(points).areas("all")[0] == pytest.approx([exact] * 3, rel=0.02)
+        (area,) = [n for n in numbers(bent(points)) if n.measure == "area below +1"]
+        assert (area.why_not, area.at_least) == (None, False)
+        assert area.summary.mean == pytest.approx(exact, rel=0.02)
+    (area,) = [n for n in numbers(bent(5, curvature=40.0)) if n.measure == "area below +1"]
+    assert (area.why_not, area.summary) == ("not resolved", None)
+    assert abs(area.values[0] - exact * np.sqrt(14.7 / 40)) < area.errors[0]
+
+
+def test_an_area_that_meets_the_edge_is_a_lower_bound_and_is_not_compared():
+    found = bowl({"all": 8.0, "top:0.5": 8.0, "random:0.5": 1.0, "bottom:0.5": 1.5})
+    by = {(n.mask, n.measure): n for n in numbers(found)}
+    assert by["random:0.5", "area below +1"].at_least
+    assert not by["top:0.5", "area below +1"].at_least
+    assert number_text(by["random:0.5", "area below +1"]).startswith("≥ ")
+    assert not any(d.measure == "area below +1" for d in differences(found))
+    assert as_json(found)["masks"][2]["numbers"]["area below +1"]["at_least"] is True
+
+
+def test_a_step_and_the_same_stretched_have_the_curvature_of_whichever_shows_it_better():
+    found = bowl({"all": 2.0, "top:0.5": 1e-4, "top:0.5=": 1e-2}, dims=1)
+    lengths = found.lengths.copy()
+    lengths[2] *= 10
+    noisy, rng = found.losses.copy(), np.random.default_rng(0)
+    noisy[1:] += 1e-8 * rng.standard_normal(noisy[1:].shape)  # as rounding would, of both the same
+    by = {(n.mask, n.measure): n for n in numbers(replace(found, losses=noisy, lengths=lengths))}
+    short, long = (by[name, "curvature per length²"] for name in ("top:0.5", "top:0.5="))
+    assert short.values == long.values
+    assert short.values == pytest.approx([1e-4] * 5, rel=0.15)
+    assert by["top:0.5", "curvature"].values == pytest.approx(short.values)
+    assert by["top:0.5=", "curvature"].values == pytest.approx([100 * v for v in long.values])
+
+
+def test_a_curvature_that_rounding_hides_is_not_told():
+    found = bowl({"all": 2.0, "top:0.5": 1e-7, "random:0.5": 1e-7}, dims=1)
+    noisy = found.losses + 1e-6 * np.random.default_rng(0).standard_normal(found.losses.shape)
+    found = replace(found, losses=noisy)
+    by = {(n.mask, n.measure): n for n in numbers(found)}
+    assert by["all", "curvature"].why_not is None
+    assert by["top:0.5", "curvature"].why_not == "not resolved"
+    assert {d.measure for d in differences(found)}.isdisjoint({"curvature", "curvature per length²"})
 
 
 def test_unknown_masks_seeds_and_radii_are_told():

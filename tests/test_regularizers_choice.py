@@ -13,7 +13,7 @@ from families import FAMILIES, classifier_of, language_model, profile_of
 from test_regularizers_pull import HEAD, POOLER, random_profile
 from torch import Tensor, nn
 
-from guided_dropout.errors import ArtefactError, ModelError
+from guided_dropout.errors import ArtefactError, GuidedDropoutError, ModelError
 from guided_dropout.regularizers import ChildTuning, Context, LayerwiseDecay, Surgical
 from guided_dropout.regularizers.layers import find_layers, parameters_in_order
 
@@ -302,3 +302,19 @@ def test_learning_rates_fall_geometrically_and_each_parameter_has_one(family: st
     assert finer[0]["lr"] == 0.5
     used = sorted({group["lr"] for group in finer}, reverse=True)
     assert all(math.isclose(b / a, 0.8) for a, b in itertools.pairwise(used))
+
+
+def test_learning_rates_fall_for_named_parameters_too_and_others_are_refused() -> None:
+    model = classifier_of("bert")
+    handle = LayerwiseDecay(0.5).apply(model, Context())
+    bare, named = (
+        handle.parameter_groups([{"params": list(params), "lr": 1.0, "weight_decay": 0.1}])
+        for params in (model.parameters(), model.named_parameters())
+    )
+    assert [g["lr"] for g in named] == [g["lr"] for g in bare] == [1.0, 0.5, 0.25, 0.125]
+    ids = [[id(p) for p in group["params"]] for group in bare]
+    assert [[id(p) for _, p in group["params"]] for group in named] == ids
+    torch.optim.AdamW(named)
+    other = [{"params": list(classifier_of("bert").parameters()), "lr": 1.0, "weight_decay": 0.1}]
+    with pytest.raises(GuidedDropoutError, match="none of the 41 parameters in these groups is of the model"):
+        handle.parameter_groups(other)

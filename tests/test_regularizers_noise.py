@@ -318,6 +318,41 @@ def test_a_weight_that_two_layers_share_is_mixed_in_both() -> None:
         assert torch.equal(logits(model), pretrained)
 
 
+def test_a_layer_that_stands_in_two_places_is_mixed_once() -> None:
+    """Mixed once for each place, the draws would multiply: a share of 0.75 instead of 0.5."""
+    model = classifier_of("bert").double().train()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    dense = model.bert.encoder.layer[0].intermediate.dense
+    start = dense.weight.detach().clone()
+    with Mixout(0.5).apply(model, Context()):
+        dense.weight.data += 1
+        torch.manual_seed(0)
+        mixed = dense(torch.eye(16, dtype=torch.float64)).T - dense.bias[:, None]
+    share = torch.isclose(mixed, start).double().mean().item()
+    assert abs(share - 0.5) < 6 * math.sqrt(0.25 / start.numel())
+
+
+def test_a_weight_is_mixed_in_whichever_of_its_layers_is_called() -> None:
+    model = classifier_of("bert").train()
+    layer = model.bert.encoder.layer[0].intermediate
+    first, twin = layer.dense, nn.Linear(16, layer.dense.out_features)
+    layer.dense = nn.ModuleDict({"idle": first, "used": twin})
+    layer.dense.forward = lambda x: twin(x)
+    twin.weight = first.weight
+    with Mixout(1.0).apply(model, Context()):
+        x = torch.randn(3, 16)
+        before = twin(x)
+        first.weight.data += 1
+        torch.testing.assert_close(twin(x), before)
+
+
+def test_mixout_follows_a_model_into_another_precision() -> None:
+    model = classifier_of("bert").train()
+    with Mixout(0.5).apply(model, Context()):
+        model.to(torch.bfloat16)
+        assert logits(model).dtype == torch.bfloat16
+
+
 def test_the_gradient_goes_to_the_kept_weights_and_none_gets_lost() -> None:
     w, start = torch.randn(1000, requires_grad=True), torch.randn(1000)
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import classifier_of, language_model, profile_of
 from torch import Tensor, nn
+from transformers import WhisperConfig, WhisperForAudioClassification
 
 from guided_dropout.errors import ArtefactError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.fisher import FisherProfile
@@ -195,6 +196,32 @@ def test_guided_decay_spreads_the_decay_and_spares_what_does_not_decay() -> None
     for name, parameter in model.named_parameters():
         shrunk = 1 - 0.01 * 0.5 * strengths[name] if parameter.dim() > 1 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * shrunk)
+
+
+def test_guided_decay_takes_named_parameters_and_refuses_those_of_another_model() -> None:
+    model = classifier_of("bert")
+    handle = GuidedDecay().apply(model, Context(schedule=guided_schedule()))
+    named = [{**g, "params": [(n, p) for n, p in model.named_parameters() if any(p is q for q in g["params"])]}
+             for g in decaying_groups(model, 0.5)]  # fmt: skip
+    bare = handle.parameter_groups(decaying_groups(model, 0.5))
+    assert [g["weight_decay"] for g in handle.parameter_groups(named)] == [g["weight_decay"] for g in bare]
+    assert len({g["weight_decay"] for g in bare}) > 2
+    with pytest.raises(GuidedDropoutError, match=r"none of the .* is of the model that guided weight decay"):
+        handle.parameter_groups(decaying_groups(classifier_of("bert"), 0.5))
+
+
+def test_a_classifier_that_names_no_backbone_is_asked_what_is_new() -> None:
+    """Its new head would pass for pretrained, and be pulled to its random start."""
+    config = WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, num_mel_bins=4, max_source_positions=8, vocab_size=32,
+        classifier_proj_size=8, num_labels=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = WhisperForAudioClassification(config)
+    with pytest.raises(ModelError, match=r"does not say which of its parts is the backbone.*give Context"):
+        L2SP().apply(model, Context())
+    new = ["projector.weight", "projector.bias", "classifier.weight", "classifier.bias"]
+    assert L2SP().apply(model, Context(new=new)).facts["new"] == sorted(new)
 
 
 def test_guided_decay_without_decay_says_so() -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.artefacts import staged_file, write_json, write_text
+from guided_dropout.bench.stats import PairedComparison
 from guided_dropout.cli_inputs import open_text
+from guided_dropout.console_landscape import number_text
 from guided_dropout.inputs import MAX_CHARACTERS, text_inputs
 from guided_dropout.landscape import Landscape, loss_landscape
 from guided_dropout.landscape.compare import as_json, differences, numbers
@@ -133,7 +135,9 @@ def readme(args: argparse.Namespace, planes: Landscape, lines: Landscape) -> str
         f"{planes.seeds[0]}. Lines: {lines.grid.points} points, seeds {lines.seeds[0]} to {lines.seeds[-1]}. "
         f"{versions}; {facts['date'][:10]}.",
         "",
-        "Means over the seeds, 95 % t intervals in brackets; `=` marks steps made as long as the unmasked one.",
+        "Means over the seeds, 95 % t intervals in brackets; `=` marks steps made as long as the unmasked one; ≥: it "
+        "meets the line's end, so that there is more; not resolved: the points are too far apart for it, or rounding "
+        "may be half of it.",
         "",
     ]
     by = {(n.mask, n.measure): n for n in numbers(lines)}
@@ -141,7 +145,7 @@ def readme(args: argparse.Namespace, planes: Landscape, lines: Landscape) -> str
     text += ["| mask | moved | length | " + " | ".join(names) + " |", "|---" * (len(names) + 3) + "|"]
     for i, mask in enumerate(lines.masks):
         cells = [f"`{mask.name}`", f"{lines.moved[i, 0]:,}", f"{lines.lengths[i, :, 0].mean():.3g}"]
-        text.append("| " + " | ".join([*cells, *(_shown(by[mask.name, name].summary) for name in names)]) + " |")
+        text.append("| " + " | ".join([*cells, *(number_text(by[mask.name, name]) for name in names)]) + " |")
     compared = differences(lines)
     text += [
         "",
@@ -158,11 +162,9 @@ def readme(args: argparse.Namespace, planes: Landscape, lines: Landscape) -> str
     return "\n".join([*text, ""])
 
 
-def _shown(number: Any) -> str:
-    if number is None:
-        return "not finite"
-    interval = getattr(number, "interval", None) or getattr(number, "t_interval", None)
-    return f"{number.mean:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+def _shown(compared: PairedComparison) -> str:
+    interval = compared.t_interval
+    return f"{compared.mean:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
 
 
 if __name__ == "__main__":

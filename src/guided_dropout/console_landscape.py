@@ -9,6 +9,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from guided_dropout.bench.stats import Interval
     from guided_dropout.landscape import Landscape
+    from guided_dropout.landscape.compare import Number
 
 
 def landscape_origin(landscape: Landscape) -> str:
@@ -44,8 +45,7 @@ def landscape_table(landscape: Landscape, *, level: float) -> Table:
     for i, mask in enumerate(landscape.masks):
         cells = [mask.name, f"{landscape.moved[i, 0]:,}", f"{landscape.lengths[i, :, 0].mean():.3g}"]
         for measure in shown:
-            summary = found[mask.name, measure.name].summary
-            cells.append("not finite" if summary is None else _with(summary.mean, summary.interval))
+            cells.append(number_text(found[mask.name, measure.name]))
         table.add_row(*cells)
     return table
 
@@ -67,6 +67,13 @@ def difference_table(landscape: Landscape, *, level: float) -> Table | None:
         table.add_row(*cells, d.verdict, style=None if d.verdict in ("more", "less") else "dim")
     table.caption = f"{len(found)} intervals, each at 95 %, not corrected for their number"
     return table
+
+
+def number_text(number: Number) -> str:
+    """Mean and interval; ``≥`` before what meets the grid's edge; in words why there is none."""
+    if number.summary is None:
+        return number.why_not or "none"
+    return f"{'≥ ' * number.at_least}{_with(number.summary.mean, number.summary.interval)}"
 
 
 def _with(mean: float, interval: Interval | None, *, sign: str = "") -> str:

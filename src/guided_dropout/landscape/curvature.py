@@ -21,6 +21,8 @@ from guided_dropout.undisturbed import evaluating, same_random_states
 # Vectors that Lanczos holds for k eigenpairs: more converge in fewer restarts, and take memory.
 _KRYLOV = 12
 _RESTARTS = 30
+# Equal errors of the five losses make so much more of the second derivative than of its distance from the plain one.
+ROUNDING = 4.5
 _Array = npt.NDArray[Any]
 
 
@@ -109,7 +111,8 @@ def second_difference(losses: Sequence[float], step: float) -> tuple[float, floa
     r"""The second derivative in the middle of five losses at equal steps, and how far it can be trusted.
 
     Of fourth order, :math:`(-L_{-2} + 16 L_{-1} - 30 L_0 + 16 L_1 - L_2) / 12 h^2`. The second figure is its distance
-    from the plain :math:`(L_{-1} - 2 L_0 + L_1) / h^2`, an upper bound of the error where the step is small enough.
+    from the plain :math:`(L_{-1} - 2 L_0 + L_1) / h^2`: more than the error of a step that is small enough, and less
+    than a quarter of the losses' rounding (`ROUNDING`).
     """
     a, b, c, d, e = losses
     plain = (b - 2 * c + d) / step**2

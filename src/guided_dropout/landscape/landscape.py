@@ -118,24 +118,35 @@ class Landscape:
         curvature per unit of distance, which does not depend on how many parameters move.
 
         Returns:
-            The derivative and what bounds its error (see `curvature.second_difference`), each [seeds], in nats.
+            The derivative and an estimate of its error (see `curvature.second_difference`), each [seeds], in nats.
         """
         five = self.losses[self._number(mask)][:, self.grid.stencil(axis)]
         both = [second_difference(row, self.grid.stencil_step) for row in five.tolist()]
         return np.array([d for d, _ in both]), np.array([error for _, error in both])
 
-    def areas(self, mask: str | Mask = "", level: float = 1.0) -> tuple[_Array, npt.NDArray[np.bool_]]:
-        """How much of the grid lies less than `level` nats above the origin's loss.
+    def areas(
+        self, mask: str | Mask = "", level: float = 1.0, *, smooth: bool = True
+    ) -> tuple[_Array, npt.NDArray[np.bool_]]:
+        """How much of the grid lies less than `level` nats above the origin's loss; see `level.area_below`.
+
+        Args:
+            mask: its name; the first one if empty.
+            level: in nats.
+            smooth: whether the loss is interpolated smoothly, of a line through all points on it, or linearly.
 
         Returns:
             Length (line) or area (plane) in units of the coordinates, and whether it reaches the grid's edge, so that
             there is more of it outside; each [seeds].
         """
-        number = self._number(mask)
-        cut = [
-            area_below(self.surface(self.masks[number], seed), self.grid.steps, self.origin_loss + level)
-            for seed in self.seeds
-        ]
+        number, cut = self._number(mask), []
+        for place in range(len(self.seeds)):
+            losses = self.losses[number, place]
+            if self.grid.dims == 2:
+                points, losses = self.grid.steps, self.surface(self.masks[number], self.seeds[place])
+            else:
+                points, order = np.unique(self.grid.coordinates[:, 0], return_index=True)
+                losses = losses[order]
+            cut.append(area_below(losses, points, self.origin_loss + level, smooth=smooth))
         return np.array([area for area, _ in cut]), np.array([edge for _, edge in cut])
 
     def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
