@@ -333,6 +333,16 @@ def test_simulated_effects_are_covered_and_null_effects_seldom_claimed():
     assert np.mean(claims) < 0.1
 
 
+def test_both_columns_of_mnli_are_of_the_same_runs():
+    held = []
+    for seed, value, other in ((0, 0.5, 0.52), (1, None, 0.33)):
+        key = RunKey("demo", "mnli", 1.0, "dropout", seed)
+        held.append(Run(key, made(key, value, metrics={"accuracy": value, "accuracy_mismatched": other})))
+    (table,) = restarts(analyse(held))
+    assert table.header[2:] == ("mnli (accuracy)", "mnli-mm (accuracy)")
+    assert table.rows[0][2:] == ("0.5000 / 0.5000", "0.5200 / 0.5200")
+
+
 def test_order_counts_and_expectation(tmp_path):
     experiment = write_experiment(
         tmp_path / "e", tasks=("rte", "cola"), arms=("guided", "dropout", "uniform"), fractions=(0.1, 1.0), seeds=3,

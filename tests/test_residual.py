@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from families import language_model, profile_of
 from test_sites_families import random_states, state_of
+from transformers import RwkvConfig, RwkvForCausalLM
 
 from guided_dropout import DropoutSchedule, add_residual_sites, apply_dropout, find_sites
 from guided_dropout.errors import GuidedDropoutError, ScheduleError, SiteError
@@ -49,6 +50,35 @@ def test_each_block_gets_two_sites_fed_by_its_attention_and_its_feed_forward_net
         for site, part, norm in zip(added[2 * layer :], ("self_attn.", "mlp."), norms, strict=False):
             after = names_of(model, here + norm) if norm else ()
             assert site.parameters == names_of(model, here + part) + after
+
+
+def test_a_norm_on_the_stream_hides_no_write_that_comes_after_it() -> None:
+    """RWKV's first block normalises what comes in, before the first of its writes."""
+    config = RwkvConfig(vocab_size=32, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2, context_length=16)
+    model = RwkvForCausalLM(config)
+    sites = add_residual_sites(model, 0.1).sites
+    assert [path.removesuffix(".residual_dropout") for path in sites] == [
+        f"rwkv.blocks.{k}.{part}" for k in (0, 1) for part in ("attention.output", "feed_forward")
+    ]
+
+
+class PostNorm(torch.nn.Module):
+    """A block with its norms after the additions, and nothing else inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.feed = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.first, self.second = torch.nn.LayerNorm(8), torch.nn.LayerNorm(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x + self.mix(x))
+        return self.second(torch.mul(input=x, other=1.0) + self.feed(x))
+
+
+def test_blocks_with_norms_after_their_additions_have_all_their_writes() -> None:
+    model = torch.nn.Sequential(PostNorm(), PostNorm())
+    handle = add_residual_sites(model, 0.1, inputs={"input": torch.randn(2, 3, 8)})
+    assert [path.removesuffix(".residual_dropout") for path in handle.sites] == ["0.mix", "0.feed", "1.mix", "1.feed"]
 
 
 def by_hand(model: torch.nn.Module, rates: list[float]) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Where a model's blocks write to the residual stream, found by running it, and the hook that can drop there.
 
-A *write* is an addition in a block's forward: one operand is the block's input, or that plus earlier writes; the other
-was made by a part of the block. Of a sum of two parts, as in parallel blocks, each is a write.
+A *write* is an addition in a block's forward: one operand is the block's input, or that plus earlier writes, normalised
+or not; the other was made by a part of the block. Of a sum of two parts, as in parallel blocks, each is a write.
 """
 
 from __future__ import annotations
@@ -134,9 +134,14 @@ class _Watch(TorchFunctionMode):
         parts = [(None, output)] if isinstance(output, Tensor) else []
         if isinstance(output, tuple | list):
             parts = [(i, part) for i, part in enumerate(output) if isinstance(part, Tensor)]
+        # A norm between two writes, or before the first, makes no other stream.
+        passed = call.parent is not None and call.inputs and not _projects(module)
+        goes_on = passed and self._is_stream(id(call.inputs[0]), call.parent)
         for index, part in parts:
             self._kept.append(part)
             self._made.setdefault(id(part), (call, index))
+            if goes_on and part.shape == call.inputs[0].shape:
+                call.parent.stream.add(id(part))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
