@@ -56,9 +56,14 @@ class Knob:
         """The number that stands on the module now."""
         return getattr(self.module, self.attribute)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the module still has it, as it has no longer when somebody took it out."""
+        return hasattr(self.module, self.attribute)
+
     def turn(self, rate: float) -> None:
         """Let `rate` stand on the module from now on; a knob that is gone from its module stays gone."""
-        if hasattr(self.module, self.attribute):
+        if self.is_there:
             setattr(self.module, self.attribute, rate)
 
 
@@ -73,6 +78,11 @@ class ConfigKnob(Knob):
     def rate(self) -> float:
         """The number in the module's configuration now."""
         return getattr(getattr(self.module, "config"), self.attribute)  # noqa: B009 (nn.Module has no such name)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the module's configuration has it."""
+        return hasattr(getattr(self.module, "config", None), self.attribute)
 
     def turn(self, rate: float) -> None:
         """Let `rate` stand in the module's configuration, and in no other module's."""
@@ -97,6 +107,11 @@ class AbsentKnob(Knob):
     def rate(self) -> float:
         """0 for the identity, otherwise the rate of what stands in its place."""
         return getattr(self.module._modules[self.attribute], "p", 0.0)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a dropout module, or the identity, is there."""
+        return isinstance(self.module._modules.get(self.attribute), nn.Identity | FilledDropout)
 
     def turn(self, rate: float) -> None:
         """Put a dropout module of this rate there, or the identity."""
