@@ -48,6 +48,24 @@ def test_make_is_what_schedule_does_by_default(folder, command, tmp_path, line):
     assert "7 sites, mean rate 0.0500, from 0 to 0.1" in out
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "schedule profile --out profile/profile.json",
+        "schedule --rates rates.csv --model model --out rates.csv",
+        "schedule control a.json --kind uniform --out rates.csv",
+    ],
+)
+def test_what_is_no_schedule_is_not_written_over(folder, command, line):
+    file = folder / line.split()[-1]
+    before = file.read_bytes()
+    code, _, err = command(*line.split())
+    assert code == 2
+    assert "is there already and holds" in err
+    assert "choose another name" in err
+    assert file.read_bytes() == before
+
+
 def test_the_help_calls_the_profile_what_the_usage_does(command):
     for line in ("schedule --help", "schedule make --help"):
         _, out, _ = command(*line.split())
