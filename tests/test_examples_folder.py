@@ -80,8 +80,6 @@ def test_lightnings_finder_of_a_learning_rate_trains_with_the_schedule_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lightning = pytest.importorskip("lightning")
-    from lightning.pytorch.callbacks import LearningRateFinder
-
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")
     model = load_lm("demo")
@@ -99,7 +97,7 @@ def test_lightnings_finder_of_a_learning_rate_trains_with_the_schedule_on(
             return torch.optim.AdamW(self.model.parameters(), lr=self.lr)
 
     loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
-    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    finder = lightning.pytorch.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     with torch.random.fork_rng():
         trainer = lightning.Trainer(
             max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False, callbacks=[finder]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -148,11 +150,11 @@ def find_knobs(model: nn.Module) -> dict[str, Knob]:
 
 
 def _knobs_of(name: str, module: nn.Module) -> Iterator[Knob]:
-    if isinstance(module, _DropoutNd):
+    if is_foreign_dropout(module):
+        yield Knob(name, module, foreign_rate(module), "module")
+    elif isinstance(module, _DropoutNd):
         if not isinstance(module, FilledDropout):
             yield Knob(name, module, "p", "module")
-    elif is_foreign_dropout(module):
-        yield Knob(name, module, foreign_rate(module), "module")
     else:
         for key, value in vars(module).items():
             if "drop" in key.lower() and _is_rate(value):
@@ -180,13 +182,27 @@ def _in_config(name: str, module: nn.Module) -> Iterator[Knob]:
 
 
 def is_foreign_dropout(module: nn.Module) -> bool:
-    """Whether this is a dropout module that does not derive from PyTorch's, like DeBERTa's ``StableDropout``.
+    """Whether this is a dropout module that draws its own mask, like DeBERTa's ``StableDropout``.
 
-    One that holds a module of PyTorch's leaves the dropping to that.
+    It may derive from PyTorch's. One that holds a module of PyTorch's leaves the dropping to that.
     """
-    named_so = type(module).__name__.lower().endswith("dropout")
-    named_so = named_so and not any(isinstance(part, _DropoutNd) for part in module.modules())
+    own = isinstance(module, _DropoutNd)
+    named_so = _draws(type(module)) if own else type(module).__name__.lower().endswith("dropout")
+    named_so = named_so and not any(isinstance(part, _DropoutNd) for part in module.modules() if part is not module)
     return named_so and any(_is_rate(vars(module).get(key)) for key in ("p", "drop_prob"))
+
+
+def _draws(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class derived from PyTorch's dropout leaves the dropping to no other."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    called = _names(code) if code else {"forward"}
+    return not any("dropout" in name.lower() or name == "forward" for name in called)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names of globals and attributes in code, and in the functions in it."""
+    inner = [_names(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def foreign_rate(module: nn.Module) -> str:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
+from guided_dropout.adapters import is_adapted
 from guided_dropout.attention import attention_implementations, takes_dropout
 from guided_dropout.errors import ScheduleError, SiteError, describe
 from guided_dropout.fisher.profile import FisherProfile, check_profile
@@ -163,13 +164,14 @@ def apply_dropout(
     Raises:
         ScheduleError: the schedule was made for another model, or is none.
         ArtefactError: the file is no schedule.
-        SiteError: a rate does not arrive, or one above 0 is for attention that takes none; the model has its former
-            rates again.
+        SiteError: a rate does not arrive, or one above 0 is for attention that takes none, or for a residual site that
+            was there before PEFT wrapped its layer; the model has its former rates again.
     """
     schedule = as_schedule(schedule, "apply_dropout")
     before = trace(model, inputs, per_call=schedule.per_call)
     rates = rates_on(model, schedule, before.sites)
     _check_attention(model, before.sites, rates)
+    _check_residual(model, rates)
     handle = DropoutHandle(model, rates, before.holders)
     try:
         handle._put_on()
@@ -206,6 +208,17 @@ def _check_attention(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapp
             f"{without[0]} takes no dropout, and {wanted[0]} has a rate above 0; expected eager, sdpa or flash "
             'attention, or a rate of 0: call model.set_attn_implementation("sdpa"), or give attention sites rate 0'
         )
+
+
+def _check_residual(model: nn.Module, rates: Mapping[str, float]) -> None:
+    for path, rate in rates.items():
+        module, _, attribute = knob_path(path).rpartition(".")
+        if attribute == ATTRIBUTE and rate > 0 and is_adapted(model, module):
+            raise SiteError(
+                f"{path} drops what the layer inside of an adapter writes, and not what the adapter adds to it; "
+                "expected residual sites that were added after PEFT had wrapped the model: remove them, wrap first, "
+                "then add_residual_sites"
+            )
 
 
 def dropout_table(
