@@ -187,6 +187,17 @@ def test_control_takes_a_seed_a_number_of_sites_and_a_model(folder, command, tmp
     assert f"note: the schedule was made on other weights of this backbone ({folder / 'model'})" in out
 
 
+@pytest.mark.parametrize("options", ["top-only --k 6", "top-only --k 7", "top-only --k 99", "role-mean"])
+def test_a_control_that_is_the_schedule_itself_is_refused(folder, command, tmp_path, options):
+    source = "flat.json" if options == "role-mean" else "a.json"
+    line = ("schedule", "control", source, "--kind", *options.split(), "--out", tmp_path / "control.json")
+    code, _, err = command(*line)
+    assert code == 2
+    assert f"the control {options.split()[0]} is the schedule itself: the same rate at each of 7 sites" in err
+    assert ("or k below 6" in err) == ("--k" in options)
+    assert not (tmp_path / "control.json").exists()
+
+
 def test_control_by_magnitude_adds_the_residual_sites_that_the_schedule_has(command, tmp_path):
     model = language_model("llama")
     save(model, tmp_path / "llama", tokenizer=False)

@@ -149,6 +149,7 @@ def control(
         derived = _by_magnitude(planned, schedule, model)
     else:
         derived = getattr(controls, name)(planned)
+    controls.check_apart(kind, derived, planned)
     path = derived.save(out)
     console.print(schedule_table(derived))
     console.print(schedule_origin(derived), highlight=False)
