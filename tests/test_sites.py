@@ -254,6 +254,17 @@ def test_a_class_derived_from_pytorchs_that_draws_its_own_mask_is_a_site() -> No
     assert (model[1](torch.ones(2, 1000)) == 0).any()
 
 
+class Disabled(nn.Dropout):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return input if self.training else input * 1
+
+
+def test_one_that_does_nothing_is_none() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), Disabled(0.3)), torch.ones(2, 3)
+    assert [site.path for site in find_sites(model, {"input": x})] == ["1"]
+    assert trace(model, {"input": x}).dead == ("2",)
+
+
 def test_one_that_leaves_the_dropping_to_pytorch_is_watched_there() -> None:
     x = torch.ones(2, 3)
     model = nn.Sequential(nn.Linear(3, 3), Counted(0.3))

@@ -195,8 +195,9 @@ def is_foreign_dropout(module: nn.Module) -> bool:
 def _draws(kind: type[nn.Module]) -> bool:
     """Whether the forward of a class derived from PyTorch's dropout leaves the dropping to no other."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
-    called = _names(code) if code else {"forward"}
-    return not any("dropout" in name.lower() or name == "forward" for name in called)
+    called = _names(code) - {"training"} if code else set()
+    # One that calls nothing at all, and reads no rate, drops nothing.
+    return bool(called) and not any("dropout" in name.lower() or name == "forward" for name in called)
 
 
 def _names(code: CodeType) -> set[str]:

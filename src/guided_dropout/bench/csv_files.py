@@ -45,8 +45,11 @@ def write_comparisons(file: Path, found: Sequence[Comparison], analysis: Analysi
 def _check_replaceable(file: Path, header: str) -> None:
     if not file.is_file():
         return
-    with open(file, "rb") as there:
-        begins = there.read(len(header.encode()) + 1).rstrip(b"\r\n")
+    try:
+        with open(file, "rb") as there:
+            begins = there.read(len(header.encode()) + 1).rstrip(b"\r\n")
+    except OSError as e:
+        raise ArtefactError(f"cannot read {file}, which is there: {e.strerror}; choose another name") from e
     if begins not in (b"", header.encode()):
         raise ArtefactError(
             f"{file} is there already and begins with {begins.decode(errors='replace').splitlines()[0][:60]!r}; "
