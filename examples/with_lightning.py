@@ -1,13 +1,14 @@
 """Guided dropout with Lightning (2.2 or later), whose Trainer leaves the modes of a module's parts as they are.
 
 Since 2.2 Lightning no longer calls `train()` on the whole module before fitting, and `from_pretrained` gives a model in
-evaluation mode, where nothing drops: call `train()` first.
+evaluation mode, where nothing drops: call `train()` first. The schedule goes on in `on_train_start`, not in
+`on_fit_start`: Lightning's finders of learning rates and batch sizes train before the module's own `on_fit_start`.
 """
 
 import lightning
 import torch
 
-from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher
+from guided_dropout import DropoutHandle, DropoutSchedule, apply_dropout, estimate_fisher
 from guided_dropout.models import load_lm
 
 
@@ -18,15 +19,19 @@ class Model(lightning.LightningModule):
         super().__init__()
         self.model = model
         self.schedule = schedule
+        self.handle: DropoutHandle | None = None
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """Put the schedule on."""
+        self.on_train_end()  # that of a fit which an error ended is still on
         self.model.train()
         self.handle = apply_dropout(self.model, self.schedule)
 
-    def on_fit_end(self) -> None:
+    def on_train_end(self) -> None:
         """Take it off."""
-        self.handle.remove()
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         """The loss of a batch of token ids."""

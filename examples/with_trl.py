@@ -2,6 +2,9 @@
 
 Usage: python with_trl.py MODEL PROFILE DATA, after `guided-dropout fisher MODEL --text TEXT --out PROFILE`. DATA is a
 data set that SFTTrainer takes: a folder, or a name on the hub such as trl-lib/Capybara.
+
+This is for SFT. DPO and KTO of an adapter would drop in the reference model too: give them
+`precompute_ref_log_probs=True` or a `ref_model`. GRPO and RLOO draw and score completions with dropout on.
 """
 
 import sys
@@ -16,7 +19,7 @@ from guided_dropout import DropoutSchedule, FisherProfile, GuidedDropoutCallback
 
 name, folder, data = sys.argv[1:]
 model = get_peft_model(AutoModelForCausalLM.from_pretrained(name), LoraConfig(task_type="CAUSAL_LM"))
-add_residual_sites(model)  # after wrapping, so that what the adapter writes is dropped too
+add_residual_sites(model)  # after wrapping (so no peft_config= below): what the adapter writes is dropped too
 schedule = DropoutSchedule.from_profile(FisherProfile.from_pretrained(folder), model, upper=0.1, lower=0.0)
 
 trainer = SFTTrainer(

@@ -243,6 +243,12 @@ def test_a_missing_profile_stops_a_run_before_the_model_is_loaded(bert: Path, mo
         finetune(bert, COLOUR, arm="ewc", **TWO_STEPS)
 
 
+def test_a_control_that_is_the_schedule_itself_is_refused(bert: Path, context: Context) -> None:
+    message = r"the control top-only:k=7 is the schedule itself: the same rate at each of 7 sites.*or k below 6"
+    with pytest.raises(ScheduleError, match=message):
+        run(bert, context, "top-only:k=7")
+
+
 def test_draws_of_the_shuffled_control_differ(context: Context, bert: Path) -> None:
     model = load_classifier(bert, 2, head_seed=0)
     draws = [choose_arm(f"shuffled:seed={seed}").rates(model, context).rates for seed in (0, 0, 1, 2)]

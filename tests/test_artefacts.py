@@ -41,6 +41,28 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"kind": "fisher-profile"}', "fisher-profile"),
+        ('{"kind": ["x"]}', "other data"),
+        ('{"a": 1}\n{"a": 2}\n', "other data"),
+        ("[" * 9, "other data"),
+        ('{"a":' * 99_999, "other data"),
+        ("text,label\na,0\n", "other data"),
+        ("\x00\x01", "other data"),
+    ],
+)
+def test_an_output_file_takes_the_place_of_its_like_alone(tmp_path, content, found):
+    file = tmp_path / "x.json"
+    file.write_text(content)
+    with pytest.raises(ArtefactError, match=f"holds {found}; expected a new file, or a dropout-schedule to replace"):
+        artefacts.check_output_file(file, kind="dropout-schedule")
+    for own in ('{"kind": "dropout-schedule", "schema": 1}', "", "{}"):
+        file.write_text(own)
+        assert artefacts.check_output_file(file, kind="dropout-schedule") == file
+
+
 def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "p"
     profile().save_pretrained(folder)

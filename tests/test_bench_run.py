@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -250,6 +251,31 @@ def test_a_run_that_was_written_before_its_process_died_is_kept(tmp_path, finish
     assert outcomes(experiment) == {run.key: outcomes(made)[run.key]}
 
 
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"\(SIGKILL\); often for want of memory"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), r"\(SIGTERM\); what it printed before"),
+        (lambda: os._exit(3), r"\(exit code 3\); what it printed before"),
+    ],
+)
+def test_how_the_process_of_a_run_died_is_told_without_guesses(tmp_path, finished, monkeypatch, end, told):
+    plan = finished[0]
+    experiment = Experiment.start(tmp_path / "out", plan.check())
+
+    def work(channel, plan, folder, threads):
+        channel.recv()
+        end()
+
+    monkeypatch.setattr(bench_run, "_work", work)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    key = next(iter(plan.grid))
+    run_experiment(plan, experiment, [key], threads=1)
+    failure = experiment.read(experiment.file(key)).failure
+    assert re.search(told, failure.message)
+
+
 def test_a_failure_and_a_result_survive_the_disk(tmp_path, finished):
     experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
     key = RunKey("m", "cola", 0.1, "dropout", 3)
@@ -385,6 +411,11 @@ def test_a_control_that_is_the_guided_arm_itself_on_a_model_is_refused(folder):
     with pytest.raises(GuidedDropoutError, match=message):
         plan.rehearse()
     replace(plan, models={"model": plan_of(folder).models["model"]}).rehearse()
+
+
+def test_so_is_one_without_the_guided_arm_beside_it(folder):
+    with pytest.raises(GuidedDropoutError, match=r"the control top-only:k=50 is the schedule itself: .* 7 sites"):
+        plan_of(folder, arms=["dropout", "top-only:k=50"]).rehearse()
 
 
 @pytest.mark.parametrize(("length", "cut"), [(128, False), (24, False), (25, True)])
@@ -532,16 +563,20 @@ def test_failures_are_forgotten_only_to_be_made_again(folder, in_process, monkey
     assert (len(made), experiment.failed()) == (12, set())
 
 
-def test_a_script_sees_that_runs_failed(folder, in_process, monkeypatch):
+@pytest.mark.parametrize("traceback", ["…", ""])
+def test_a_script_sees_that_runs_failed(folder, in_process, monkeypatch, traceback):
+    shutil.rmtree(folder / "full", ignore_errors=True)
+
     def all_fail(plan, experiment, keys, *, told, **_):
         for key in keys:
-            experiment.write(Run(key, failure=Failure("OSError", "the disk\nis full", "…")))
+            experiment.write(Run(key, failure=Failure("OSError", "the disk\nis full", traceback)))
             told(bench_run.Done(key, "failed", None, 0.1))
 
     monkeypatch.setattr(bench_run, "run_experiment", all_fail)
     code, text, err = in_process("full")
     assert (code, text.splitlines()[-2:]) == (1, ["8 failed", "full"])
     assert "error: 8 of 8 runs failed; the first with OSError: the disk is full (full/runs/" in err
+    assert ("has the traceback)" in err) == bool(traceback)
     assert err.count("error:") == 1
 
 

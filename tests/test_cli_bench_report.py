@@ -47,6 +47,20 @@ def test_any_two_arms_can_be_compared(command, tmp_path):
     assert f"10 % of the training data, rte: uniform − dropout = {sum(expected) / 4:+.4f}" in out
 
 
+def test_a_comparison_is_not_written_over_another_table(command, tmp_path):
+    write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=3)
+    line = ("bench", "compare", "e", "uniform", "dropout", "--csv", "train.csv")
+    for begins in ("text,label", "m", "x" * 999):
+        (tmp_path / "train.csv").write_text(f"{begins}\nA sentence.,1\n")
+        code, _, err = command(*line)
+        assert code == 2
+        assert f"train.csv is there already and begins with {begins[:60]!r}" in err
+        assert (tmp_path / "train.csv").read_text() == f"{begins}\nA sentence.,1\n"
+    (tmp_path / "train.csv").write_text("")
+    assert command(*line)[0] == 0
+    assert command(*line)[0] == 0  # over its own
+
+
 @pytest.mark.parametrize("left", ["", '{"kind": "bench-grid", "schema": 1, "grids": [{"models": ["demo"]}]}'])
 def test_of_a_damaged_grid_it_says_what_to_do(command, tmp_path, left):
     write_experiment(tmp_path / "e", tasks=["cola"], fractions=[1.0], seeds=2)

@@ -86,6 +86,7 @@ def test_until_stable_says_how_many_samples_it_took(command):
         (LINE.replace("0.33,0.05", "a"), "--fractions a; expected numbers with commas between them"),
         (LINE.replace("0.33,0.05", "2"), "fraction 2 of the samples; expected a number between 0 and 1"),
         (LINE.replace("f.json", "model"), "model is a folder; expected a file"),
+        (LINE.replace("f.json", "text.txt"), "text.txt is there already and holds other data; expected a new file"),
         (f"{LINE} --max-memory 0.0001", "expected no more than the 0.1 MB allowed: lower the number of draws"),
         (f"{LINE} --max-memory nan", "--max-memory nan; expected gigabytes, a number above 0"),
         (f"{LINE} --max-memory inf", "--max-memory inf; expected gigabytes"),

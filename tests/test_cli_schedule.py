@@ -48,6 +48,24 @@ def test_make_is_what_schedule_does_by_default(folder, command, tmp_path, line):
     assert "7 sites, mean rate 0.0500, from 0 to 0.1" in out
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "schedule profile --out profile/profile.json",
+        "schedule --rates rates.csv --model model --out rates.csv",
+        "schedule control a.json --kind uniform --out rates.csv",
+    ],
+)
+def test_what_is_no_schedule_is_not_written_over(folder, command, line):
+    file = folder / line.split()[-1]
+    before = file.read_bytes()
+    code, _, err = command(*line.split())
+    assert code == 2
+    assert "is there already and holds" in err
+    assert "choose another name" in err
+    assert file.read_bytes() == before
+
+
 def test_the_help_calls_the_profile_what_the_usage_does(command):
     for line in ("schedule --help", "schedule make --help"):
         _, out, _ = command(*line.split())
@@ -167,6 +185,17 @@ def test_control_takes_a_seed_a_number_of_sites_and_a_model(folder, command, tmp
     assert code == 0, err
     assert DropoutSchedule.load(new).rates == controls.magnitude(planned, trained).rates
     assert f"note: the schedule was made on other weights of this backbone ({folder / 'model'})" in out
+
+
+@pytest.mark.parametrize("options", ["top-only --k 6", "top-only --k 7", "top-only --k 99", "role-mean"])
+def test_a_control_that_is_the_schedule_itself_is_refused(folder, command, tmp_path, options):
+    source = "flat.json" if options == "role-mean" else "a.json"
+    line = ("schedule", "control", source, "--kind", *options.split(), "--out", tmp_path / "control.json")
+    code, _, err = command(*line)
+    assert code == 2
+    assert f"the control {options.split()[0]} is the schedule itself: the same rate at each of 7 sites" in err
+    assert ("or k below 6" in err) == ("--k" in options)
+    assert not (tmp_path / "control.json").exists()
 
 
 def test_control_by_magnitude_adds_the_residual_sites_that_the_schedule_has(command, tmp_path):

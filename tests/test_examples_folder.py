@@ -76,6 +76,68 @@ def test_trl_trains_with_the_schedule_on_adapters_and_residual_sites(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lightnings_finder_of_a_learning_rate_trains_with_the_schedule_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")
+    model = load_lm("demo")
+    rates = {site.path: site.rate for site in find_sites(model)}
+    seen: list[float] = []
+
+    class Watched(example["Model"]):
+        lr = 1e-4
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+            seen.append(next(module.p for module in self.model.modules() if isinstance(module, torch.nn.Dropout)))
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.model.parameters(), lr=self.lr)
+
+    loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
+    finder = lightning.pytorch.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    with torch.random.fork_rng():
+        trainer = lightning.Trainer(
+            max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False, callbacks=[finder]
+        )
+        trainer.fit(Watched(model, DropoutSchedule.uniform(model, 0.3)), loader)
+    assert len(seen) > 2
+    assert set(seen) == {0.3}
+    assert {site.path: site.rate for site in find_sites(model)} == rates
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_takes_the_schedule_off_after_a_fit_that_an_error_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")
+    model = load_lm("demo")
+    rates = {site.path: site.rate for site in find_sites(model)}
+
+    class Failing(example["Model"]):
+        fails = True
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+            if self.fails:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    module = Failing(model, DropoutSchedule.uniform(model, 0.3))
+    loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
+    options = {"max_steps": 2, "logger": False, "accelerator": "cpu", "enable_progress_bar": False}
+    with torch.random.fork_rng():
+        with pytest.raises(ZeroDivisionError):
+            lightning.Trainer(**options).fit(module, loader)
+        module.fails = False
+        lightning.Trainer(**options).fit(module, loader)
+    assert {site.path: site.rate for site in find_sites(model)} == rates
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_lightning_trains_with_the_schedule_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lightning = pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)

@@ -160,11 +160,37 @@ class StableDropout(nn.Module):
         return x * (torch.rand_like(x) > self.drop_prob) if self.training else x
 
 
-def test_a_dropout_that_draws_its_own_mask_is_refused() -> None:
-    model = classifier_of("bert")
-    model.bert.embeddings.dropout = StableDropout()
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "kernels-community/flash-attn", "flex_attention"])
+def test_attention_in_a_kernel_that_draws_its_own_masks_is_refused(implementation: str) -> None:
+    model = language_model("llama", attention_dropout=0.1)
+    model.config._attn_implementation = implementation
+    before = state_of(model)
     with pytest.raises(
-        SiteError, match=r"bert\.embeddings\.dropout \(StableDropout\) draws its own mask.*plain dropout"
+        SiteError, match=rf"attention_dropout has rate 0\.1 in the kernel of {implementation}.*\"sdpa\""
     ):
         GaussianDropout().apply(model, Context())
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert state_of(model) == before
+    rates = {site.path: 0.0 for site in find_sites(model)}
+    with apply_dropout(model, DropoutSchedule.from_rates(rates, model)), GaussianDropout().apply(model, Context()):
+        pass
+    assert state_of(model) == before
+
+
+class LockedDropout(nn.Dropout):
+    """Derives from PyTorch's, and draws one mask for all positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * x.new_empty(x.shape[0], 1, x.shape[2]).bernoulli_(1 - self.p) / (1 - self.p)
+
+
+def test_a_dropout_that_draws_its_own_mask_is_refused() -> None:
+    model = classifier_of("bert")
+    for own in (StableDropout(), LockedDropout(0.1)):
+        model.bert.embeddings.dropout = own
+        with pytest.raises(
+            SiteError, match=rf"bert\.embeddings\.dropout \({type(own).__name__}\) draws its own mask.*plain dropout"
+        ):
+            GaussianDropout().apply(model, Context())
+        assert not any("forward" in vars(module) for module in model.modules())

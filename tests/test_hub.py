@@ -85,6 +85,14 @@ def test_other_names_are_folders(cache, name):
         FisherProfile.from_pretrained(name)
 
 
+def test_a_file_in_a_profiles_place_is_told_without_asking_the_hub(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "schedule.json").write_text("{}")
+    with pytest.raises(ArtefactError, match=r"^build/schedule\.json is a file; expected the folder of a profile"):
+        FisherProfile.from_pretrained("build/schedule.json")
+
+
 def test_a_folder_goes_before_the_hub(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     profile().save_pretrained("me/fisher")

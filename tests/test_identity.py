@@ -10,7 +10,7 @@ from families import classifier_of, language_model, measured_on, profile_of
 from torch import nn
 
 from guided_dropout import apply_dropout, estimate_fisher, find_sites
-from guided_dropout.errors import ModelError
+from guided_dropout.errors import ModelError, ScheduleError
 from guided_dropout.identity import model_identity, weights_digest, weights_identity
 from guided_dropout.regularizers import L2SP, Context, GaussianDropout
 from guided_dropout.schedule import DropoutSchedule
@@ -130,6 +130,19 @@ def test_a_schedule_of_an_earlier_version_does_not_say() -> None:
     facts = {key: value for key, value in schedule.model.items() if key != "digest"}
     old = DropoutSchedule(**{**vars(schedule), "model": facts})
     assert old.has_weights_of(model) is None
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_of_another_model_a_schedule_does_not_say_that_its_rates_hold(scored: bool) -> None:
+    model = language_model("bert")
+    schedule = DropoutSchedule.uniform(model, 0.1)
+    facts = {**schedule.profile, "other_weights": True} if scored else {}
+    schedule = replace(schedule, model={**schedule.model, "digest": "of others"}, profile=facts)
+    assert "its rates hold all the same" in (schedule.weights_note(model) or "")
+    for other in (language_model("roberta"), language_model("bert", intermediate_size=20)):
+        assert schedule.weights_note(other) is None
+        with pytest.raises(ScheduleError, match="a schedule for another model"):
+            apply_dropout(other, schedule)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BertModel, PreTrainedModel
 
 from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError, SiteError
-from guided_dropout.regularizers import apply_dropout, dropout_table
+from guided_dropout.regularizers import add_residual_sites, apply_dropout, dropout_table
 from guided_dropout.schedule import DropoutSchedule
 from guided_dropout.sites import find_sites
 
@@ -123,6 +123,46 @@ def test_a_rate_that_no_schedule_covers_any_more_is_the_users_again() -> None:
         model.dropout.p = 0.45
         apply_dropout(model, DropoutSchedule.uniform(model, 0.2, include_head=True)).remove()
         assert model.dropout.p == 0.45
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """As TRL's trainers do when they are built."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_rates_that_somebody_else_has_changed_are_told_once_the_schedule_is_removed(first: int) -> None:
+    model = classifier_of("bert")
+    before = rates_of(model) | {"dropout": 0.0}  # the head's, which no schedule covers
+    handles = [apply_dropout(model, DropoutSchedule.uniform(model, rate)) for rate in (0.2, 0.3)]
+    _disable_dropout(model)
+    with pytest.warns(UserWarning, match=r"bert.embeddings.dropout .* rate 0, expected 0\.3.*7 of 7.*disable_dropout"):
+        handles[first].remove()
+    assert rates_of(model) == before | handles[1 - first].rates
+    handles[1 - first].remove()
+    assert rates_of(model) == before
+
+
+def test_the_end_of_a_block_tells_it_too_whatever_ended_it() -> None:
+    model = classifier_of("bert")
+
+    def fail() -> None:
+        with apply_dropout(model, DropoutSchedule.uniform(model, 0.3)):
+            _disable_dropout(model)
+            raise ZeroDivisionError
+
+    with pytest.warns(UserWarning, match="build the trainer first"), pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_a_site_that_was_taken_out_meanwhile_is_nothing_to_tell() -> None:
+    model = language_model("llama")
+    sites = add_residual_sites(model)
+    handle = apply_dropout(model, DropoutSchedule.uniform(model, 0.3))
+    sites.remove()
+    handle.remove()
 
 
 def test_a_handle_that_is_lost_is_told_and_its_rates_stay() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -216,6 +217,61 @@ def test_any_module_works_given_inputs() -> None:
 
 def at_rates(model: nn.Module, rates: dict[str, float], inputs: dict[str, torch.Tensor] | None = None) -> DropoutHandle:
     return apply_dropout(model, DropoutSchedule.from_rates(rates, model, inputs=inputs), inputs)
+
+
+class LockedDropout(nn.Dropout):
+    """Derives from PyTorch's, and draws a mask of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x * x.new_empty(1, x.shape[1]).bernoulli_(1 - self.p) / (1 - self.p)
+
+
+class Counted(nn.Dropout):
+    """Leaves the dropping to PyTorch's, by its forward."""
+
+    calls: ClassVar[list[str]] = []
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        self.calls.append("forward")
+        return super().forward(input)
+
+
+class Lazy(nn.Dropout):
+    """Calls PyTorch's function, in a function of its own, at another rate than the one that stands on it."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return (lambda x: F.dropout(x, 0.5, self.training))(input)
+
+
+def test_a_class_derived_from_pytorchs_that_draws_its_own_mask_is_a_site() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), LockedDropout(0.3)), torch.ones(2, 3)
+    assert [(site.path, site.rate) for site in find_sites(model, {"input": x})] == [("1", 0.3)]
+    assert trace(model, {"input": x}).dead == ()
+    with at_rates(model, {"1": 0.0}, {"input": x}):
+        assert (model.train()[1](torch.ones(2, 1000)) != 0).all()
+    assert (model[1](torch.ones(2, 1000)) == 0).any()
+
+
+class Disabled(nn.Dropout):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
+        return input if self.training else input * 1
+
+
+def test_one_that_does_nothing_is_none() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.2), Disabled(0.3)), torch.ones(2, 3)
+    assert [site.path for site in find_sites(model, {"input": x})] == ["1"]
+    assert trace(model, {"input": x}).dead == ("2",)
+
+
+def test_one_that_leaves_the_dropping_to_pytorch_is_watched_there() -> None:
+    x = torch.ones(2, 3)
+    model = nn.Sequential(nn.Linear(3, 3), Counted(0.3))
+    assert [site.path for site in find_sites(model, {"input": x})] == ["1"]
+    assert Counted.calls  # it is its own forward that was run
+    with pytest.raises(SiteError, match=r"Lazy \(1\) drops at rate 0\.5"):
+        find_sites(nn.Sequential(nn.Linear(3, 3), Lazy(0.3)), {"input": x})
 
 
 class WordDropout(nn.Module):

@@ -10,7 +10,7 @@ from test_sites_families import random_states, state_of
 from torch import nn
 
 from guided_dropout import DropoutSchedule, add_residual_sites, apply_dropout, find_sites
-from guided_dropout.errors import ScheduleError
+from guided_dropout.errors import ScheduleError, SiteError
 from guided_dropout.schedule import controls
 
 # PEFT reads an attribute that transformers has renamed.
@@ -160,6 +160,19 @@ def test_residual_sites_drop_what_the_adapter_writes_too() -> None:
         schedule = DropoutSchedule.from_profile(profile_of(base), base)
         with apply_dropout(model, schedule) as applied:
             assert set(map(inner_name, applied.rates)) == set(schedule.rates)
+
+
+def test_residual_sites_from_before_the_wrapping_which_the_adapter_would_pass_by_are_refused() -> None:
+    base = language_model("llama")
+    add_residual_sites(base)
+    model = with_lora("llama", 0.0, base)  # adapts down_proj and not o_proj
+    before = {site.path: site.rate for site in find_sites(model)}
+    with pytest.raises(SiteError, match=r"layers\.0\.mlp\.down_proj\.base_layer\.residual_dropout .*wrap first"):
+        apply_dropout(model, DropoutSchedule.uniform(model, 0.2))
+    assert {site.path: site.rate for site in find_sites(model)} == before
+    harmless = {path: 0.0 if "down_proj" in path else 0.2 for path in before}
+    with apply_dropout(model, DropoutSchedule.from_rates(harmless, model)):
+        assert {site.path: site.rate for site in find_sites(model)} == harmless
 
 
 def test_the_base_models_weights_are_found_again_under_the_adapters() -> None:

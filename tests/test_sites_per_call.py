@@ -118,6 +118,25 @@ def test_calls_within_one_forward_of_a_module_cannot_be_told_apart(family: str) 
         find_sites(language_model(family), per_call=True)
 
 
+def test_the_rate_of_a_call_that_an_error_ended_is_not_taken_for_somebody_elses() -> None:
+    model = language_model("albert")
+    before = {site.path: site.rate for site in find_sites(model)}
+    schedule = DropoutSchedule.from_profile(profile_of(model), model, upper=0.4, lower=0.05, per_call=True)
+    calls = 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ZeroDivisionError
+
+    layer = next(m for m in model.modules() if type(m).__name__ == "AlbertLayer")
+    with apply_dropout(model, schedule), layer.register_forward_hook(fail), pytest.raises(ZeroDivisionError):
+        model.train()(input_ids=torch.tensor([[5, 6, 7]]))
+    assert calls == 2
+    assert {site.path: site.rate for site in find_sites(model)} == before
+
+
 def test_gradient_checkpointing_is_refused_before_and_after() -> None:
     model = language_model("t5").train()
     schedule = DropoutSchedule.from_profile(profile_of(model), model, per_call=True)

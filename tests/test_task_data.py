@@ -289,6 +289,10 @@ def test_without_a_validation_split_it_is_test_and_said_so(repository: Path) -> 
         ("some/set:plain", {"eval_data": "dev.csv"}, r"found --eval-data dev\.csv with a hub data set"),
         ("some/set:plain", {"data": "some"}, r"--task some/set:plain is a data set, --data some another"),
         ("some/set:named", {**NAMED, "hub_splits": "train,unlabelled"}, r"unlabelled: found no example with a label"),
+        ("some", NAMED, r"unknown task 'some'.*; the folder of this name is --task \./some"),
+        ("some:named", {}, r"unknown task 'some:named'.*; the folder of this name is --task \./some:named"),
+        ("ret", NAMED, r"unknown task 'ret' \(did you mean 'rte'\?\).*a name of your own with --data FILE$"),
+        ("rte", {"columns": "text=a:label=b"}, r"found --columns .* with the task rte; expected none: leave it out"),
         ("./nowhere", {}, r"--task \./nowhere: no folder \./nowhere; expected one, or a hub data set, owner/name"),
     ],
 )

@@ -32,6 +32,12 @@ def adapter_parts(model: nn.Module, *, copies: bool = False) -> tuple[str, ...]:
     return tuple(parts)
 
 
+def is_adapted(model: nn.Module, path: str) -> bool:
+    """Whether the module at `path` is a layer that an adapter adapts: what that adds to its output comes after it."""
+    outer, _, name = path.rpartition(".")
+    return name == "base_layer" and hasattr(model.get_submodule(outer), "adapter_layer_names")
+
+
 def adapted_layer(model: nn.Module, path: str) -> nn.Module | None:
     """The layer that the adapter which holds `path` adapts; None where `path` lies in no adapter."""
     module, adapted = model, None

@@ -161,6 +161,19 @@ class ChosenArm:
         """
         return ARMS[self.name].rates(model, context, **self._of_rates())
 
+    def check_apart(self, rates: DropoutSchedule, context: Context) -> None:
+        """Refuse a control that is the schedule itself.
+
+        Args:
+            rates: what `rates` gave.
+            context: likewise.
+
+        Raises:
+            ScheduleError: it is.
+        """
+        if self.name.replace("-", "_") in controls.CONTROLS:
+            controls.check_apart(self.label, rates, context.needed_schedule(f"the control {self.label}"))
+
     def apply(self, model: nn.Module, context: Context) -> Handle:
         """Put on what it adds to dropout, once its rates are on; see `Regularizer.apply`."""
         return self.regularizer.apply(model, context) if self.regularizer else Handle()

@@ -188,13 +188,22 @@ def beside(path: Path, suffix: str) -> Path:
     return named.with_name(f"{named.name}{suffix}")
 
 
-def check_output_file(path: str | Path) -> Path:
-    """Make sure, before any long work, that a file can be written to `path`.
+def check_output_file(path: str | Path, *, kind: str) -> Path:
+    """Make sure, before any long work, that JSON can be written to `path`, and takes the place of none but its like.
+
+    Args:
+        path: the file to be.
+        kind: what its ``"kind"`` will be.
 
     Raises:
-        ArtefactError: its folder cannot be made or written to.
+        ArtefactError: what is there is no file of this kind, or its folder cannot be made or written to.
     """
     path = Path(path)
+    if path.is_file() and (found := _holds(path)) not in (kind, None):
+        raise ArtefactError(
+            f"{path} is there already and holds {found}; expected a new file, or a {kind} to replace: choose another "
+            "name"
+        )
     folder = _followed(path).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +211,20 @@ def check_output_file(path: str | Path) -> Path:
     except OSError as e:
         raise _cannot_write(path, e) from e
     return path
+
+
+def _holds(path: Path) -> str | None:
+    """The kind of a JSON artefact, or words for what else a file holds; None for an empty file."""
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(1)
+            value = json.loads(begins + file.read()) if begins == b"{" else begins  # of data, which may be large
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+    except (ValueError, RecursionError):
+        return "other data"
+    found = value.get("kind") if isinstance(value, dict) else None
+    return found if isinstance(found, str) else "other data" if value else None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -18,6 +18,11 @@ def takes_dropout(implementation: str) -> bool:
     return "flex" not in implementation
 
 
+def keeps_its_rate(implementation: str) -> bool:
+    """Whether its dropout is inside of a kernel of its own, where nothing in Python sees or replaces it."""
+    return any(kind in implementation for kind in _OTHERS)
+
+
 def attention_implementations(model: nn.Module) -> set[str]:
     """The names that the configurations of the model and of its parts give."""
     names = (config._attn_implementation for config in _configs(model))
@@ -31,7 +36,7 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for config in _configs(model):
             name = config._attn_implementation
-            if isinstance(name, str) and any(kind in name for kind in _OTHERS):
+            if isinstance(name, str) and keeps_its_rate(name):
                 stack.callback(setattr, config, "_attn_implementation_internal", name)
                 config._attn_implementation_internal = plain
         yield

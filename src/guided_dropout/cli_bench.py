@@ -210,8 +210,8 @@ def compare(
 def _what_failed(experiment: Experiment, made: Sequence[RunKey], lost: int) -> str:
     """How many runs, why the first of them, and where that stands."""
     told = [
-        f"the first with {' '.join(f'{r.failure.error}: {r.failure.message}'.split())} ({experiment.file(r.key)} has "
-        "the traceback)"
+        f"the first with {' '.join(f'{r.failure.error}: {r.failure.message}'.split())} ({experiment.file(r.key)}"
+        f"{' has the traceback' if r.failure.traceback else ''})"
         for r in experiment.whole_runs()
         if r.failure and r.key in made
     ]

@@ -60,6 +60,7 @@ def fidelity(
     from guided_dropout.fidelity import Fidelity
     from guided_dropout.fidelity import fidelity as run
     from guided_dropout.fidelity.memory import in_gigabytes
+    from guided_dropout.fidelity.result import KIND
     from guided_dropout.fisher import profile
     from guided_dropout.fisher.checkpoint import check_unused, holds_state, remove_checkpoint
 
@@ -69,7 +70,7 @@ def fidelity(
     state = beside(out, ".checkpoint")
     if max_memory is not None and not 0 < max_memory < math.inf:
         raise DataError(f"--max-memory {max_memory:g}; expected gigabytes, a number above 0")
-    check_output_file(out)
+    check_output_file(out, kind=KIND)
     if profile_out:
         check_output_folder(profile_out, marker=profile.JSON_NAME)
     if resume is None:

@@ -73,7 +73,7 @@ def make(
     vectors: Annotated[
         str, typer.Option(help="Biases and scales of normalisations are held (Li et al., 2018) or moved.")
     ] = "held",
-    seeds: Annotated[int, typer.Option(help="Number of directions, each a landscape; 5 or more make intervals.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Number of directions, each a landscape; 3 or more make intervals.")] = 1,
     seed: Annotated[int, typer.Option(help="The first direction's seed; also draws the samples.")] = 0,
     samples: Annotated[str, typer.Option(help="How many samples to draw from the text.")] = "64",
     max_length: options.MaxLength = 128,

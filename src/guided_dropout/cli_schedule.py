@@ -54,11 +54,14 @@ def make(
     residual_sites: ResidualSites = False,
 ) -> None:
     """Turn a profile, or a table of rates, into a schedule: a dropout rate for each site."""
+    from guided_dropout.artefacts import check_output_file
     from guided_dropout.fisher import FisherProfile
     from guided_dropout.models import load_model
     from guided_dropout.regularizers.residual import added_sites
     from guided_dropout.schedule import DropoutSchedule
+    from guided_dropout.schedule.files import KIND
 
+    check_output_file(out, kind=KIND)
     if profile is not None and rates is not None:
         raise ScheduleError(f"both the profile {profile} and --rates {rates}; expected one of the two: leave one out")
     measured, source = None, model
@@ -124,8 +127,11 @@ def control(
     ] = None,
 ) -> None:
     """Derive a control from a schedule: the same sites at the same mean rate, without the guidance."""
+    from guided_dropout.artefacts import check_output_file
     from guided_dropout.schedule import DropoutSchedule, controls
+    from guided_dropout.schedule.files import KIND
 
+    check_output_file(out, kind=KIND)
     name = kind.replace("-", "_")
     if name not in controls.CONTROLS:
         raise ScheduleError(unknown("control", kind, [known.replace("_", "-") for known in controls.CONTROLS]))
@@ -143,6 +149,7 @@ def control(
         derived = _by_magnitude(planned, schedule, model)
     else:
         derived = getattr(controls, name)(planned)
+    controls.check_apart(kind, derived, planned)
     path = derived.save(out)
     console.print(schedule_table(derived))
     console.print(schedule_origin(derived), highlight=False)

@@ -119,7 +119,8 @@ def finetune(
         progress: called after each step with the steps done and the steps in all.
 
     Raises:
-        ScheduleError: an unknown arm or parameter; the arm needs a schedule or profile, or it is for another model.
+        ScheduleError: an unknown arm or parameter; the arm needs a schedule or profile, or it is for another model; a
+            control that is the schedule itself.
         DataError, ModelError: see `task_data.load_data` and `models.load_classifier`.
         ArtefactError: `out` cannot be written.
     """
@@ -172,6 +173,7 @@ def finetune(
     digest = _digest_weights(classifier)
     with kept_random_state(), added_sites(classifier, residual_sites):
         rates = chosen.rates(classifier, context)
+        chosen.check_apart(rates, context)
         few_rows = occurring_rows(classifier, tokens, encoded.sample())
         with (
             apply_dropout(classifier, rates),

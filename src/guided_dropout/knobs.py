@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -56,9 +58,14 @@ class Knob:
         """The number that stands on the module now."""
         return getattr(self.module, self.attribute)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the module still has it, as it has no longer when somebody took it out."""
+        return hasattr(self.module, self.attribute)
+
     def turn(self, rate: float) -> None:
         """Let `rate` stand on the module from now on; a knob that is gone from its module stays gone."""
-        if hasattr(self.module, self.attribute):
+        if self.is_there:
             setattr(self.module, self.attribute, rate)
 
 
@@ -73,6 +80,11 @@ class ConfigKnob(Knob):
     def rate(self) -> float:
         """The number in the module's configuration now."""
         return getattr(getattr(self.module, "config"), self.attribute)  # noqa: B009 (nn.Module has no such name)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the module's configuration has it."""
+        return hasattr(getattr(self.module, "config", None), self.attribute)
 
     def turn(self, rate: float) -> None:
         """Let `rate` stand in the module's configuration, and in no other module's."""
@@ -97,6 +109,11 @@ class AbsentKnob(Knob):
     def rate(self) -> float:
         """0 for the identity, otherwise the rate of what stands in its place."""
         return getattr(self.module._modules[self.attribute], "p", 0.0)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether a dropout module, or the identity, is there."""
+        return isinstance(self.module._modules.get(self.attribute), nn.Identity | FilledDropout)
 
     def turn(self, rate: float) -> None:
         """Put a dropout module of this rate there, or the identity."""
@@ -133,11 +150,11 @@ def find_knobs(model: nn.Module) -> dict[str, Knob]:
 
 
 def _knobs_of(name: str, module: nn.Module) -> Iterator[Knob]:
-    if isinstance(module, _DropoutNd):
+    if is_foreign_dropout(module):
+        yield Knob(name, module, foreign_rate(module), "module")
+    elif isinstance(module, _DropoutNd):
         if not isinstance(module, FilledDropout):
             yield Knob(name, module, "p", "module")
-    elif is_foreign_dropout(module):
-        yield Knob(name, module, foreign_rate(module), "module")
     else:
         for key, value in vars(module).items():
             if "drop" in key.lower() and _is_rate(value):
@@ -165,13 +182,28 @@ def _in_config(name: str, module: nn.Module) -> Iterator[Knob]:
 
 
 def is_foreign_dropout(module: nn.Module) -> bool:
-    """Whether this is a dropout module that does not derive from PyTorch's, like DeBERTa's ``StableDropout``.
+    """Whether this is a dropout module that draws its own mask, like DeBERTa's ``StableDropout``.
 
-    One that holds a module of PyTorch's leaves the dropping to that.
+    It may derive from PyTorch's. One that holds a module of PyTorch's leaves the dropping to that.
     """
-    named_so = type(module).__name__.lower().endswith("dropout")
-    named_so = named_so and not any(isinstance(part, _DropoutNd) for part in module.modules())
+    own = isinstance(module, _DropoutNd)
+    named_so = _draws(type(module)) if own else type(module).__name__.lower().endswith("dropout")
+    named_so = named_so and not any(isinstance(part, _DropoutNd) for part in module.modules() if part is not module)
     return named_so and any(_is_rate(vars(module).get(key)) for key in ("p", "drop_prob"))
+
+
+def _draws(kind: type[nn.Module]) -> bool:
+    """Whether the forward of a class derived from PyTorch's dropout leaves the dropping to no other."""
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    called = _names(code) - {"training"} if code else set()
+    # One that calls nothing at all, and reads no rate, drops nothing.
+    return bool(called) and not any("dropout" in name.lower() or name == "forward" for name in called)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names of globals and attributes in code, and in the functions in it."""
+    inner = [_names(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return set(code.co_names).union(*inner)
 
 
 def foreign_rate(module: nn.Module) -> str:

@@ -223,8 +223,8 @@ def _read(
         if data is not None:
             raise DataError(f"--task {task} is a data set, --data {data} another; expected one: leave --data out")
         return _read_hub(task, asked, evaluated=evaluated)
-    asked.refuse(f"the task {task if isinstance(task, str) else task.name}", "eval_data", "columns", "hub_splits")
     known = _known(task)
+    asked.refuse(f"the task {known.name}", "eval_data", "columns", "hub_splits")
     more = {split.removeprefix("validation_"): load_task(known, data, split) for split in known.more if evaluated}
     validation = load_task(known, data, "validation") if evaluated else None
     train = load_task(known, data, "train")
@@ -236,9 +236,10 @@ def _known(task: Task | str) -> Task:
     if isinstance(task, Task):
         return task
     if task not in TASKS:
-        raise DataError(
-            unknown("task", task, TASKS) + ", owner/name of a hub data set, or a name of your own with --data FILE"
-        )
+        advice = ", owner/name of a hub data set, or a name of your own with --data FILE"
+        if Path(task.partition(":")[0]).is_dir():
+            advice += f"; the folder of this name is --task ./{task}"
+        raise DataError(unknown("task", task, TASKS) + advice)
     return TASKS[task]
 
 

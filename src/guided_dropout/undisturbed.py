@@ -82,7 +82,7 @@ def requiring_grad(parameters: Iterable[Tensor]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-def _foreign_forward(module: nn.Module, x: Tensor) -> Tensor:
+def _foreign_forward(module: nn.Module, x: Tensor, *_: Any, **__: Any) -> Tensor:
     """Stands in for a dropout module that draws its own mask, so that the recorder sees its rate."""
     return F.dropout(x, getattr(module, foreign_rate(module)), module.training)
 

@@ -13,6 +13,7 @@ from guided_dropout.bench.analysis import Analysis, Comparison
 from guided_dropout.bench.arms import STATUSES
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.phrases import failure_line
+from guided_dropout.errors import ArtefactError
 
 OVERALL = "mean over tasks"
 
@@ -30,9 +31,30 @@ def write_csv(folder: Path, analysis: Analysis) -> list[Path]:
 
 
 def write_comparisons(file: Path, found: Sequence[Comparison], analysis: Analysis) -> Path:
-    """Write comparisons in the columns of ``comparisons.csv``; return the path."""
-    write_text(file, _csv([_comparison(c, analysis) for c in found]))
+    """Write comparisons in the columns of ``comparisons.csv``; return the path.
+
+    Raises:
+        ArtefactError: the file is there and has other columns, or it cannot be written.
+    """
+    table = _csv([_comparison(c, analysis) for c in found])
+    _check_replaceable(file, table.partition("\n")[0])
+    write_text(file, table)
     return file
+
+
+def _check_replaceable(file: Path, header: str) -> None:
+    if not file.is_file():
+        return
+    try:
+        with open(file, "rb") as there:
+            begins = there.read(len(header.encode()) + 1).rstrip(b"\r\n")
+    except OSError as e:
+        raise ArtefactError(f"cannot read {file}, which is there: {e.strerror}; choose another name") from e
+    if begins not in (b"", header.encode()):
+        raise ArtefactError(
+            f"{file} is there already and begins with {begins.decode(errors='replace').splitlines()[0][:60]!r}; "
+            "expected a new file, or one of comparisons to replace: choose another name"
+        )
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:

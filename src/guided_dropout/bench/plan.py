@@ -187,7 +187,7 @@ class Plan:
 
         Raises:
             GuidedDropoutError: a schedule or profile of another model, something that an arm lacks, or a control that
-                is the guided arm itself on one of the models.
+                is the guided arm itself on one of the models, or its schedule.
         """
         for model in self.models.values():
             profile, schedule = model.known()
@@ -202,11 +202,12 @@ class Plan:
                 rate=self.training.rate, schedule=schedule, profile=profile, new=drawn_parameters(classifier)
             )
             group = {"params": [*classifier.parameters()], "lr": 0.0, "weight_decay": self.training.weight_decay}
-            made = {}
+            made, apart = {}, []
             with added_sites(classifier, model.residual_sites):
                 for arm in map(choose_arm, self.grid.arms):
                     rates = arm.rates(classifier, context)
                     made[arm.label] = arm.regularizer, dict(rates.rates)
+                    apart.append((arm, rates))
                     with apply_dropout(classifier, rates), arm.apply(classifier, context) as handle:
                         handle.parameter_groups([dict(group)])
             for guided, control in controls.pairs(self.grid.arms):
@@ -216,6 +217,8 @@ class Plan:
                         f"{len(made[guided][1])} sites, so that a comparison would say nothing; expected another "
                         f"control: leave it out, --arms {','.join(a for a in self.grid.arms if a != control)}"
                     )
+            for arm, rates in apart:
+                arm.check_apart(rates, context)
 
 
 class Runner:

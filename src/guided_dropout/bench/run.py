@@ -171,7 +171,10 @@ class _Worker:
         self.process.join(10)
         code = self.process.exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        message = f"the process of the run died ({how}); often for want of memory: try fewer jobs or smaller batches"
+        why = "often for want of memory: try fewer jobs or smaller batches"
+        if how != "SIGKILL":
+            why = "what it printed before, if anything, says more: look there, or make this run alone, --jobs 1"
+        message = f"the process of the run died ({how}); {why}"
         with experiment.claim(self.key) as mine:
             if experiment.is_done(self.key):
                 run = experiment.read(experiment.file(self.key))

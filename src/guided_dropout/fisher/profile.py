@@ -207,6 +207,11 @@ class FisherProfile:
                 one that the JSON describes.
         """
         folder = Path(source)
+        if folder.is_file():
+            raise ArtefactError(
+                f"{folder} is a file; expected the folder of a profile, which `guided-dropout fisher … --out` wrote: "
+                "give the folder"
+            )
         if not folder.is_dir() and isinstance(source, str) and hub.is_repo_id(source):
             folder = hub.download(source, files=_FILES, revision=revision, token=token)
         if not folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from guided_dropout.attention import attention_implementations, keeps_its_rate
 from guided_dropout.errors import SiteError
 from guided_dropout.knobs import Knob, find_knobs, is_foreign_dropout
 from guided_dropout.probe import QUIET, dropped, observe, replacements_aside
 from guided_dropout.regularizers.base import Context, Handle, Regularizer
 from guided_dropout.regularizers.forwards import wrap_forward
 from guided_dropout.residual import ATTRIBUTE as RESIDUAL
-from guided_dropout.sites import DropoutTrace, trace
+from guided_dropout.sites import DropoutSite, DropoutTrace, trace
 
 _DROPOUTS: set[Any] = {F.dropout, torch.dropout, torch.dropout_}
 _ATTENTION: Any = F.scaled_dot_product_attention
@@ -43,7 +45,7 @@ class GaussianDropout(Regularizer):
         """Replace the noise, and prove by running the model that no site drops any more; see `Regularizer.apply`.
 
         Rates may change later (`rates.apply_dropout`): the noise follows them. Sites that are added later do not get
-        noise.
+        noise, nor does flash or flex attention that gets a rate above 0 later; one that has it now is refused.
         """
         before = trace(model, context.inputs)
         knobs = find_knobs(model)
@@ -54,6 +56,7 @@ class GaussianDropout(Regularizer):
                 raise _refused(f"{site.path} ({kind}) draws its own mask", "use plain dropout on this model")
             if site.rate >= 1:
                 raise _refused(f"{site.path} has rate {site.rate:g}, which drops all", "give it a rate below 1")
+        _check_attention(model, sites)
         handle = Handle({"sites": len(sites)})
         try:
             for module in _around(model, [knobs[site.path] for site in sites]):
@@ -80,6 +83,16 @@ class GaussianDropout(Regularizer):
         for path in before.calls:
             if path in heads and dropping.count(path) != before.calls.count(path):
                 raise _refused(f"{path} lies in the head and no longer drops", "use plain dropout on this model")
+
+
+def _check_attention(model: nn.Module, sites: Iterable[DropoutSite]) -> None:
+    kernels = sorted(filter(keeps_its_rate, attention_implementations(model)))
+    dropping = [site for site in sites if site.kind == "attention" and site.rate > 0]
+    if kernels and dropping:
+        raise _refused(
+            f"{dropping[0].path} has rate {dropping[0].rate:g} in the kernel of {kernels[0]}",
+            'call model.set_attn_implementation("sdpa") or "eager", or give attention sites rate 0',
+        )
 
 
 def _refused(found: str, todo: str) -> SiteError:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, finalize
 
 from torch import nn
 
+from guided_dropout.adapters import is_adapted
 from guided_dropout.attention import attention_implementations, takes_dropout
 from guided_dropout.errors import ScheduleError, SiteError, describe
 from guided_dropout.fisher.profile import FisherProfile, check_profile
@@ -27,10 +28,13 @@ from guided_dropout.sites import GROUPINGS, DropoutSite, find_sites, knob_path, 
 
 @dataclass
 class _Rates:
-    """What stands on one knob: its own rate, and those that lie on top, each with whose it is, the latest last."""
+    """What stands on one knob: its own rate, and those of its calls that lie on top, with whose they are, latest last.
+
+    Between forwards the rate of the first call stands.
+    """
 
     own: float
-    layers: list[tuple[object, float]] = field(default_factory=list)
+    layers: list[tuple[object, list[float]]] = field(default_factory=list)
 
 
 # By what holds the knobs, not by the model that a schedule was put on: it may be a part of another, or wrapped in one.
@@ -42,7 +46,8 @@ class DropoutHandle(Handle):
 
     Several schedules may lie on one model, on a part of it, or on what wraps it: the one applied last rules. Handles
     may be removed in any order; each takes off its own schedule only, and the model has its own rates again, exactly,
-    when the last one is gone. A handle that is lost without either leaves its rates in the model, for good, and warns.
+    when the last one is gone. A handle that is lost without either leaves its rates in the model, for good, and warns;
+    so does one whose rates somebody else has changed, when it is removed.
 
     Attributes:
         model: the model.
@@ -59,22 +64,48 @@ class DropoutHandle(Handle):
         self._calls: dict[str, list[float]] = {}
         for path, rate in rates.items():
             self._calls.setdefault(knob_path(path), []).append(rate)
-        # What stands on a knob between forwards.
-        self._standing = {path: calls[0] for path, calls in self._calls.items()}
-        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in self._standing}
+        self._knobs = {path: knob for path, knob in find_knobs(model).items() if path in self._calls}
         self._layer = object()
+        self._proven = False
+
+    def remove(self) -> None:
+        """Take the schedule off; a second call does nothing.
+
+        Rates that are no longer those that were set here, so that not all of the training had them, give a warning.
+        """
+        lost = self._changed_by_others() if self.active and self._proven else {}
+        super().remove()
+        if lost:
+            path, (found, wanted) = next(iter(lost.items()))
+            warnings.warn(
+                f"{path} of {type(self.model).__name__} has rate {found:g}, expected {wanted:g}, which the schedule "
+                f"had set ({len(lost)} of {len(self._knobs)} sites have other rates): something else changed it while "
+                "the schedule was on, as TRL's trainers do (disable_dropout) when they are built: build the trainer "
+                "first, or use GuidedDropoutCallback",
+                stacklevel=2,
+            )
+
+    def _changed_by_others(self) -> dict[str, tuple[float, float]]:
+        """Path of each knob with a rate that no schedule on it has set → that rate, and the one that ruled."""
+        changed = {}
+        for path, knob in self._knobs.items():
+            rates = _applied.get(knob.module, {}).get((type(knob), knob.attribute))
+            # A forward that an error ended leaves the rate of any of the calls.
+            if rates and knob.is_there and knob.rate not in (ruling := rates.layers[-1][1]):
+                changed[path] = float(knob.rate), ruling[0]
+        return changed
 
     def _put_on(self) -> None:
         for path, knob in self._knobs.items():
             known = _applied.setdefault(knob.module, {})
             rates = known.setdefault((type(knob), knob.attribute), _Rates(knob.rate))
-            rates.layers.append((self._layer, self._standing[path]))
+            rates.layers.append((self._layer, self._calls[path]))
         self.on_remove(_take_off, list(self._knobs.values()), self._layer)
         lost = finalize(self, _warn_of_lost, type(self.model).__name__)
         lost.atexit = False
         self.on_remove(lost.detach)
         for path, knob in self._knobs.items():
-            knob.turn(self._standing[path])
+            knob.turn(self._calls[path][0])
         several = {self._knobs[path]: calls for path, calls in self._calls.items() if len(calls) > 1}
         if several:
             set_by_call(self, self.model, several, self._holders, partial(_on_top, self._layer))
@@ -85,8 +116,8 @@ def _take_off(knobs: Iterable[Knob], own: object) -> None:
     for knob in knobs:
         key, known = (type(knob), knob.attribute), _applied[knob.module]
         rates = known[key]
-        rates.layers = [(layer, rate) for layer, rate in rates.layers if layer is not own]
-        knob.turn(rates.layers[-1][1] if rates.layers else rates.own)
+        rates.layers = [(layer, calls) for layer, calls in rates.layers if layer is not own]
+        knob.turn(rates.layers[-1][1][0] if rates.layers else rates.own)
         if not rates.layers:
             del known[key]
 
@@ -119,7 +150,8 @@ def apply_dropout(
 
     Keep the handle: nothing else takes the rates off again, whatever other schedules come and go. Call its `remove`, or
     use it in a ``with`` statement; one that is lost before is told by a ResourceWarning, which Python shows under
-    ``-W default`` and in pytest.
+    ``-W default`` and in pytest. TRL's trainers for preferences and rewards set all dropout to 0 when they are built:
+    build the trainer first, or use `GuidedDropoutCallback`.
 
     Args:
         model: the model to regularise, in any mode.
@@ -132,13 +164,14 @@ def apply_dropout(
     Raises:
         ScheduleError: the schedule was made for another model, or is none.
         ArtefactError: the file is no schedule.
-        SiteError: a rate does not arrive, or one above 0 is for attention that takes none; the model has its former
-            rates again.
+        SiteError: a rate does not arrive, or one above 0 is for attention that takes none, or for a residual site that
+            was there before PEFT wrapped its layer; the model has its former rates again.
     """
     schedule = as_schedule(schedule, "apply_dropout")
     before = trace(model, inputs, per_call=schedule.per_call)
     rates = rates_on(model, schedule, before.sites)
     _check_attention(model, before.sites, rates)
+    _check_residual(model, rates)
     handle = DropoutHandle(model, rates, before.holders)
     try:
         handle._put_on()
@@ -146,6 +179,7 @@ def apply_dropout(
     except BaseException:
         handle.remove()
         raise
+    handle._proven = True
     return handle
 
 
@@ -174,6 +208,17 @@ def _check_attention(model: nn.Module, sites: Iterable[DropoutSite], rates: Mapp
             f"{without[0]} takes no dropout, and {wanted[0]} has a rate above 0; expected eager, sdpa or flash "
             'attention, or a rate of 0: call model.set_attn_implementation("sdpa"), or give attention sites rate 0'
         )
+
+
+def _check_residual(model: nn.Module, rates: Mapping[str, float]) -> None:
+    for path, rate in rates.items():
+        module, _, attribute = knob_path(path).rpartition(".")
+        if attribute == ATTRIBUTE and rate > 0 and is_adapted(model, module):
+            raise SiteError(
+                f"{path} drops what the layer inside of an adapter writes, and not what the adapter adds to it; "
+                "expected residual sites that were added after PEFT had wrapped the model: remove them, wrap first, "
+                "then add_residual_sites"
+            )
 
 
 def dropout_table(

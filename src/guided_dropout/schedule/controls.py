@@ -60,6 +60,20 @@ def check_top(k: int) -> None:
         raise ScheduleError(f"k {k} of the control top-only; expected at least 1")
 
 
+def check_apart(name: str, control: DropoutSchedule, schedule: DropoutSchedule) -> None:
+    """Refuse a control that has the schedule's own rates, as `top_only` of all sites.
+
+    Raises:
+        ScheduleError: it has.
+    """
+    if control.rates == schedule.rates:
+        raise ScheduleError(
+            f"the control {name} is the schedule itself: the same rate at each of {len(schedule.rates)} sites, so that "
+            "a comparison would say nothing; expected another control"
+            + (f", or k below {len(schedule.rates) - 1}" if control.derived_from.get("k", 0) > 1 else "")
+        )
+
+
 def role_mean(schedule: DropoutSchedule) -> DropoutSchedule:
     """Each role's mean rate in all of its layers: guidance knows the kind of site, but no longer the layer.
 

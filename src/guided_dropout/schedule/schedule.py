@@ -88,7 +88,12 @@ class DropoutSchedule:
         return same_weights(self.model.get("digest"), backbone_weights(model, self.model["shapes"]))
 
     def weights_note(self, model: nn.Module) -> str | None:
-        """What to tell a person whose `model` has other weights than this was made on; None where there is nothing."""
+        """What to tell a person whose `model` has other weights than this was made on; None where there is nothing.
+
+        Nor is there where the model is another altogether, so that its rates do not hold there: `rates_on` refuses it.
+        """
+        if not self._is_of(model):
+            return None
         if self.profile.get("other_weights"):
             return (
                 f"note: the schedule's scores are of other weights ({self.profile.get('name_or_path') or '?'}) than "
@@ -101,6 +106,13 @@ class DropoutSchedule:
             f"note: the schedule was made on other weights of this backbone ({self.model.get('name_or_path') or '?'}); "
             "its rates hold all the same, its scores are of those weights"
         )
+
+    def _is_of(self, model: nn.Module) -> bool:
+        """Whether `model` is of the type that this was made on, with tensors of the same shapes."""
+        here = {backbone_name(model, name): list(p.shape) for name, p in model.named_parameters()}
+        shapes: Mapping[str, Any] = self.model["shapes"]
+        same_type = self.model["model_type"] == model_identity(model)["model_type"]
+        return same_type and all(here.get(name) == list(shape) for name, shape in shapes.items())
 
     @classmethod
     def from_profile(
