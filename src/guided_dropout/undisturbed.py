@@ -88,8 +88,8 @@ def _foreign_forward(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give a module's own attribute another value for a while."""
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module's (or another object's) own attribute another value for a while."""
     old = vars(module).get(name, _ABSENT)
     setattr(module, name, value)
     try:
