@@ -77,6 +77,8 @@ class Narrowed:
         try:
             with contextlib.ExitStack() as meetings:
                 yield
+        except torch.OutOfMemoryError:
+            raise
         except UNSUITED as e:
             if self.has_begun:
                 raise IndirectError(f"with fewer positions: {e}") from e
