@@ -43,6 +43,24 @@ def test_a_plan_is_not_made_without_memory(family, monkeypatch):
             checked_plan(model, objective, parameters, samples)
 
 
+class FullForOne(TorchDispatchMode):
+    """Memory is full when the operation first runs on one sample alone."""
+
+    raised = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.atan2.default and len(args[0]) == 1 and not self.raised:
+            self.raised = True
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_operation_without_a_rule_is_not_given_up_without_memory():
+    model, samples = Mixing(lambda m, x: torch.atan2(m.last(x), m.last.bias)), draw_samples([9, 9])
+    with pytest.raises(torch.OutOfMemoryError), FullForOne():
+        squares_of(model, samples)
+
+
 def test_no_look_at_padding_is_taken_without_memory():
     model, (sample,) = language_model("bert"), draw_samples([9])
     objective = detect_objective(model, sample)
