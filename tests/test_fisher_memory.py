@@ -57,8 +57,9 @@ class FullForOne(TorchDispatchMode):
 
 def test_an_operation_without_a_rule_is_not_given_up_without_memory():
     model, samples = Mixing(lambda m, x: torch.atan2(m.last(x), m.last.bias)), draw_samples([9, 9])
+    objective, parameters = detect_objective(model, samples[0]), dict(model.requires_grad_(False).named_parameters())
     with pytest.raises(torch.OutOfMemoryError), FullForOne():
-        squares_of(model, samples)
+        checked_plan(model, objective, parameters, samples)
 
 
 def test_no_look_at_padding_is_taken_without_memory():
