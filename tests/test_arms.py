@@ -26,6 +26,7 @@ DATA = (colour_examples(32, seed=1), colour_examples(20, seed=2))
 DECAY = 0.5
 TWO_STEPS = {
     "data": DATA,
+    "device": "cpu",
     "epochs": 1,
     "batch_size": 16,
     "learning_rate": 1e-3,

@@ -78,7 +78,7 @@ def command(folder, monkeypatch, capsys):
 def chain(folder):
     """A profile and a schedule, made on the command line."""
     for line in (
-        "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out profile",
+        "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --device cpu --out profile",
         "schedule profile --upper 0.2 --lower 0.01 --out schedule.json",
     ):
         with pytest.MonkeyPatch.context() as patch:
@@ -214,7 +214,7 @@ def test_the_version_is_that_of_the_package(command):
 
 
 def test_the_same_arguments_give_the_same_profile(chain, command):
-    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 9 --seed 1 --out again"
+    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 9 --seed 1 --device cpu --out again"
     assert command(*line.split())[0] == 0
     a, b = (FisherProfile.from_pretrained(chain / name).tensor_means for name in ("profile", "again"))
     assert a == pytest.approx(b, rel=1e-4, abs=1e-12)
@@ -460,7 +460,8 @@ def signalling(monkeypatch, *, before=(), after=()):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_says_how_to_go_on_and_does(chain, command, monkeypatch, number):
-    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out interrupted"
+    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --device cpu"
+    line += " --out interrupted"
     before = sorted(chain.rglob("*"))
     with monkeypatch.context() as patch:
         signalling(patch, after=[number])

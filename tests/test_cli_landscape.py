@@ -227,7 +227,8 @@ def test_two_processes_share_a_grid(folder, command, tmp_path):
     line = f"{BASE} --points 5 --seeds 2 --mask all --mask random:0.5"
     done = subprocess.run(
         [*TORCHRUN, "-m", "guided_dropout", *line.split(), "--out", str(tmp_path / "two")],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+        cwd=folder, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False,
+        timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("samples (mlm)") == 1

@@ -1,5 +1,7 @@
 """The batched Fisher against slow, obviously right ones in float64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -167,6 +169,40 @@ def test_the_model_comes_back_as_it_was():
     assert [n for n, p in model.named_parameters() if p.grad is not None] == ["cls.predictions.bias"]
     assert torch.equal(rng, torch.get_rng_state())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Recurrent(nn.Module):
+    """A next-token model; notes whether cuDNN, whose RNNs take no backward in evaluation mode, has a part in it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.rnn = nn.Embedding(VOCAB, 4), kind(4, 4, batch_first=True)
+        self.head, self.with_cudnn = nn.Linear(4, VOCAB), []
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, labels=None):
+        self.with_cudnn.append(torch.backends.cudnn.enabled)
+        x = self.embedding(input_ids)
+        logits = self.head(self.rnn(x)[0] if isinstance(self.rnn, nn.RNNBase) else self.rnn(x))
+        loss = None if labels is None else nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:])
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("kind", "with_cudnn"), [(nn.LSTM, False), (nn.GRU, False), (lambda m, n, **_: nn.Linear(m, n), True)]
+)
+def test_recurrent_layers_are_exact_and_not_left_to_cudnn(kind, with_cudnn):
+    model, samples = Recurrent(kind).double(), draw_samples([6, 8, 5])
+    profile = estimate_fisher(model, samples, batch_size=2)
+    assert set(model.with_cudnn) == {with_cudnn}
+    assert torch.backends.cudnn.enabled
+    assert_close(profile.diagonal, own_loss_oracle(model, samples), rtol=1e-6)
 
 
 class OddLayer(nn.Module):

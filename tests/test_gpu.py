@@ -5,8 +5,10 @@ import os
 import pytest
 import torch
 from families import language_model, objective_of
+from tiny import COLOUR, colour_examples, save_tiny_bert
 
 from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher, find_sites
+from guided_dropout.finetune import finetune
 
 DEVICE = os.environ.get("GUIDED_DROPOUT_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 FAMILIES = ["bert", "albert", "deberta-v2", "modernbert", "gpt2", "llama", "t5"]
@@ -69,6 +71,20 @@ def test_sites_are_those_of_the_cpu_and_no_random_number_is_drawn(family):
     state = torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
     assert find_sites(model) == find_sites(language_model(family))
     assert torch.equal(state, torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state())
+
+
+@pytest.mark.parametrize("arm", ["dropout", "mixout"])
+def test_a_classifier_trains_there_in_half_precision(arm, tmp_path):
+    """In half precision where the GPU has it."""
+    data = (colour_examples(200, seed=3), colour_examples(60, seed=4))
+    device = "cpu" if DEVICE == "cpu" else "auto"
+    result = finetune(
+        save_tiny_bert(tmp_path / "bert"), COLOUR, data=data, arm=arm, epochs=8, learning_rate=3e-3, device=device
+    )
+    half = DEVICE != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    assert result.recipe["precision"] == ("bfloat16" if half else "float32")
+    assert result.provenance["device"].startswith(DEVICE)
+    assert result.history[-1]["train_loss"] < result.history[0]["train_loss"]
 
 
 def test_rates_arrive_there():

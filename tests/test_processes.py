@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -19,8 +20,10 @@ from tiny import WORDS, save_tiny_bert
 
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.errors import ModelError
+from guided_dropout.fisher.processes import ProcessError, Processes, current_processes
 
 HERE = Path(__file__).parent
+WITHOUT_GPU = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
@@ -29,8 +32,10 @@ ACCELERATE = [
 
 
 def launch(launcher, *args, folder):
+    """On CPUs, also where there are GPUs."""
     return subprocess.run(
-        [*launcher, *map(str, args)], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+        [*launcher, *map(str, args)], cwd=folder, env=WITHOUT_GPU, capture_output=True, text=True, check=False,
+        timeout=300,
     )  # fmt: skip
 
 
@@ -165,7 +170,10 @@ def test_a_ranked_command_that_is_killed_goes_on_under_accelerate(tmp_path, monk
     )
     line = ["fisher", "model", *options.split(), "--resume", "--checkpoint-every", "0", "--out"]
     command = [*ACCELERATE, "-m", "guided_dropout", *line, "two"]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log) as first:
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=tmp_path, env=WITHOUT_GPU, stdout=log, stderr=log) as first,
+    ):
         seen, end = set(), time.monotonic() + 200
         while len(seen) < 9 and first.poll() is None and time.monotonic() < end:
             for file in (tmp_path / "two.checkpoint").glob("process-*"):
@@ -195,6 +203,59 @@ def test_a_launcher_that_starts_one_process_of_several_is_told(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ValueError, match=r"started one process of several; .*use `torchrun"):
         estimate_fisher(language_model("bert"), SAMPLES, distributed=True)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A launcher's environment of the second of three processes, and as many GPUs as are asked for."""
+    for name, value in {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def there_are(number):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+
+    return there_are
+
+
+def test_more_processes_than_gpus_are_refused(gpus):
+    gpus(2)
+    with pytest.raises(ProcessError, match="3 processes were started where there are 2 GPUs; expected one") as told:
+        current_processes()
+    assert told.value.told_elsewhere  # the first of them prints it
+
+
+class Joined:
+    """In accelerate's place: takes the backends that it is made with, and keeps what it was asked for."""
+
+    taken, asked = ("cuda:nccl,cpu:gloo", None), []
+    process_index, num_processes, device = 1, 3, torch.device("cuda", 1)
+
+    def __init__(self, backend=None):
+        assert not self.asked or self.asked[-1] == "reset"
+        self.asked.append(backend)
+        if backend not in self.taken:
+            raise ValueError(f"Your assigned backend {backend} is not available, please use nccl")
+
+    @classmethod
+    def _reset_state(cls):
+        cls.asked.append("reset")
+
+
+@pytest.mark.parametrize(
+    ("taken", "asked"),
+    [
+        (Joined.taken, ["cuda:nccl,cpu:gloo"]),
+        ((None,), ["cuda:nccl,cpu:gloo", "reset", None]),  # an older accelerate
+    ],
+)
+def test_on_gpus_processes_meet_through_their_cpus(taken, asked, gpus, monkeypatch):
+    gpus(3)
+    kind = type("Joined", (Joined,), {"taken": taken, "asked": []})
+    monkeypatch.setattr("accelerate.PartialState", kind)
+    assert current_processes() == Processes(1, 3, torch.device("cuda", 1))
+    assert kind.asked == asked
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -241,8 +302,10 @@ def test_device_map_auto_is_the_whole_model_where_it_fits(tmp_path, monkeypatch,
     save_tiny_bert(tmp_path / "model")
     (tmp_path / "text.txt").write_text("the cat sees the dog and the red bird likes a tree\n" * 9)
     means = []
-    for options in ("--device-map auto", "--device cpu"):
-        line = f"fisher {tmp_path}/model --text {tmp_path}/text.txt --max-length 12 --samples 5 {options}"
+    for options in ("--device-map auto", "--device cpu"):  # in float64, since the first may be a GPU
+        line = (
+            f"fisher {tmp_path}/model --text {tmp_path}/text.txt --max-length 12 --samples 5 --dtype float64 {options}"
+        )
         code = exit_code(tmp_path, *line.split(), "--out", tmp_path / options, monkeypatch=monkeypatch)
         assert code == 0, capsys.readouterr().err
         means.append(FisherProfile.from_pretrained(tmp_path / options).tensor_means)

@@ -1,11 +1,14 @@
 """Training the rows that occur alone: the same losses and weights as with the whole table."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from families import VOCAB, classifier_of, language_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from two_devices import pretending, put
 
 from guided_dropout.errors import ModelError
 from guided_dropout.vocabulary import occurring_rows
@@ -88,6 +91,36 @@ def test_a_block_that_fails_leaves_the_model_whole():
     assert table.weight is before
     assert torch.equal(table.weight, wanted)
     assert model(input_ids=torch.tensor([[5, 40]])).logits.isfinite().all()
+
+
+class Waits(TorchDispatchMode):
+    """How often numbers are read from tensors, for which a GPU is waited for."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("token", [8, 40])
+def test_on_a_gpu_nobody_waits_and_a_strange_token_is_told_at_the_end(token, monkeypatch):
+    model = torch.nn.Module()
+    model.table = nn.Embedding(VOCAB, 4)
+    model.get_input_embeddings = lambda: model.table
+    model.forward = lambda input_ids: model.table(input_ids)
+    with pretending(monkeypatch):
+        put(model.table.weight, "cuda:0")
+        ids = put(torch.tensor([[5, token, 7]]), "cuda:0")
+        wanted, waits = model.table(ids).detach(), Waits()
+        told = pytest.raises(ModelError, match="found the token 40,") if token == 40 else contextlib.nullcontext()
+        with told, occurring_rows(model, TOKENS, {"input_ids": ids[:, ::2]}):
+            with waits:
+                found = model(ids)
+                model(ids[:, ::2])
+            assert waits.number == 0
+            assert (found == wanted).all(-1).tolist() == [[True, token == 8, True]]
+        assert torch.equal(model.table(ids), wanted)
 
 
 def test_a_model_that_moves_within_the_block_comes_back_whole():

@@ -38,6 +38,7 @@ def main() -> None:
     p.add_argument("--epochs", type=int, default=3)
     p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--learning-rate", type=float, default=2e-5)
+    p.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     args = p.parse_args()
 
     set_seed(args.seed)
@@ -65,6 +66,7 @@ def main() -> None:
                 per_device_train_batch_size=args.batch_size,
                 learning_rate=args.learning_rate,
                 warmup_steps=round(0.1 * steps),
+                bf16=args.precision == "bfloat16",
                 seed=args.seed,
                 save_strategy="no",
                 report_to="none",
@@ -77,7 +79,10 @@ def main() -> None:
         )
         trainer.train()
         metrics = trainer.evaluate()
-    args.out.write_text(json.dumps({k.removeprefix("eval_"): v for k, v in metrics.items()}))
+    found = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+    args.out.write_text(
+        json.dumps({**found, "device": str(trainer.args.device), "devices": max(1, trainer.args.n_gpu)})
+    )
 
 
 if __name__ == "__main__":

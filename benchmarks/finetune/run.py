@@ -3,9 +3,10 @@
     python -m benchmarks.finetune.run MODEL --data GLUE
 
 One after the other and in turn, for each task and seed: ``guided-dropout finetune`` and the recipe, each a process of
-its own, on the same examples with the same numbers. Then the same runs by ``guided-dropout bench run``, in as many
-processes as there are processors (``--no-grid`` leaves that out). Metrics are called equal where the interval of their
-difference lies within ``--margin``. Written after each run; started again, it measures what is missing. Where metrics
+its own, on the same examples with the same numbers; on a GPU both in the precision that ours takes there, and on one
+card. Then the same runs by ``guided-dropout bench run``, in ``--jobs`` processes (``--no-grid`` leaves that out): as
+many as there are processors, or four on a card. Metrics are called equal where the interval of their difference lies
+within ``--margin``. Written after each run; started again, it measures what is missing. Where metrics
 alone are wanted, several processes may share the seeds and a folder: ``--no-grid --share 0/2`` and ``1/2``.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.measure import folder_name
 from guided_dropout.artefacts import write_json, write_text
 from guided_dropout.bench.folder import Experiment
 from guided_dropout.bench.run import processors
@@ -32,8 +35,10 @@ from guided_dropout.bench.stats import HELPS, HURTS, paired_comparison, verdict
 from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.tasks import Examples, get_task, load_task, subset
+from guided_dropout.training import Recipe, precision_of
 
-RESULTS = Path(__file__).parents[1] / "results" / "finetune-speed"
+RESULTS = Path(__file__).parents[1] / "results"
+_JOBS_ON_A_CARD = 4
 
 _VERDICTS = {HELPS: "ours is better", HURTS: "the recipe is better"}
 
@@ -46,9 +51,15 @@ def _csv(path: Path, examples: Examples) -> Path:
     return path
 
 
+def _on_one_card() -> dict[str, str]:
+    """The environment with one card of several: the recipe would spread its batches over all, ours takes one."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    return {**os.environ, **({"CUDA_VISIBLE_DEVICES": visible.split(",")[0]} if torch.cuda.is_available() else {})}
+
+
 def _timed(command: list[str]) -> float:
     begun = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=_on_one_card())
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return time.perf_counter() - begun
@@ -63,18 +74,25 @@ def _pair(args: argparse.Namespace, task: str, seed: int, numbers: list[str]) ->
         files = ["--train", str(_csv(folder / "train.csv", part))]
         files += ["--validation", str(_csv(folder / "validation.csv", validation))]
         theirs = [sys.executable, "-m", "benchmarks.finetune.recipe", "--model", args.model, *files, *numbers]
-        theirs += ["--seed", str(seed), "--out", str(folder / "theirs.json")]
+        theirs += ["--seed", str(seed), "--precision", args.precision, "--out", str(folder / "theirs.json")]
         ours = [sys.executable, "-m", "guided_dropout", "finetune", args.model, "--task", task, "--data", args.data]
         ours += ["--arm", "dropout", "--seed", str(seed), "--train-fraction", str(args.fraction), *numbers]
-        ours += ["--evaluate", "end", "--out", str(folder / "ours")]
+        ours += ["--precision", args.precision, "--evaluate", "end", "--out", str(folder / "ours")]
         seconds = {}
         for name, command in sorted({"ours": ours, "theirs": theirs}.items(), reverse=bool(seed % 2)):
             seconds[name] = _timed(command)
         result = RunResult.load(folder / "ours")
         metrics = json.loads((folder / "theirs.json").read_text())
+    devices = {"ours": result.provenance["device"], "theirs": metrics["device"]}
+    if len(set(devices.values())) > 1 or metrics["devices"] > 1:
+        sys.exit(
+            f"ours ran on {devices['ours']}, the recipe on {metrics['devices']} of {devices['theirs']}; expected one"
+        )
     return {
         "task": task,
         "seed": seed,
+        "device": devices["ours"],
+        "precision": args.precision,
         "seconds": seconds,
         "ratio": seconds["ours"] / seconds["theirs"],
         "metric": result.metric,
@@ -83,15 +101,14 @@ def _pair(args: argparse.Namespace, task: str, seed: int, numbers: list[str]) ->
 
 
 def _grid(args: argparse.Namespace, tasks: list[str], numbers: list[str]) -> dict[str, Any]:
-    jobs = processors()
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         command = [sys.executable, "-m", "guided_dropout", "bench", "run", "--models", args.model, "--data", args.data]
         command += ["--tasks", ",".join(tasks), "--arms", "dropout", "--fractions", str(args.fraction), *numbers]
-        command += ["--seeds", str(args.seeds), "--jobs", str(jobs), "--out", str(out)]
+        command += ["--seeds", str(args.seeds), "--jobs", str(args.jobs), "--out", str(out)]
         seconds = _timed(command)
         values = {r.key.name: r.result.value for r in Experiment(out).runs() if r.result}
-    return {"jobs": jobs, "runs": len(values), "seconds": seconds, "values": values}
+    return {"jobs": args.jobs, "runs": len(values), "seconds": seconds, "values": values}
 
 
 def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[str, Any] | None) -> dict[str, Any]:
@@ -114,6 +131,17 @@ def _summary(args: argparse.Namespace, pairs: list[dict[str, Any]], grid: dict[s
     return {"tasks": tasks, **hourly}
 
 
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _results() -> Path:
+    """Where a CPU's results are committed, or a card's."""
+    if not torch.cuda.is_available():
+        return RESULTS / "finetune-speed"
+    return RESULTS / "gpu" / folder_name(torch.device("cuda")) / "finetune"
+
+
 def main() -> None:
     """Measure what is missing, write the summary."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,8 +155,10 @@ def main() -> None:
     p.add_argument("--margin", type=float, default=0.01)
     p.add_argument("--no-grid", action="store_true")
     p.add_argument("--share", default="0/1")
-    p.add_argument("--out", type=Path, default=RESULTS)
+    p.add_argument("--jobs", type=int, default=_JOBS_ON_A_CARD if torch.cuda.is_available() else processors())
+    p.add_argument("--out", type=Path, default=_results())
     args = p.parse_args()
+    args.precision = precision_of(Recipe(1.0, args.epochs, 16, args.learning_rate, 0.1, 0.0, 128, 0.1))  # as ours takes
     tasks = args.tasks.split(",")
     numbers = ["--epochs", str(args.epochs), "--batch-size", "16", "--learning-rate", str(args.learning_rate)]
     index, count = map(int, args.share.split("/"))
@@ -145,9 +175,9 @@ def main() -> None:
     if not args.no_grid:
         state["grid"] = _grid(args, tasks, numbers)
     setting = {"model": Path(args.model).name, "fraction": args.fraction, "seeds": args.seeds, "numbers": numbers}
-    setting |= {"margin": args.margin, "threads": torch.get_num_threads()}
+    setting |= {"margin": args.margin, "threads": torch.get_num_threads(), "precision": args.precision}
     summary = _summary(args, state["pairs"], state.get("grid"))
-    state |= {"setting": setting, "summary": summary, "provenance": provenance()}
+    state |= {"setting": setting, "summary": summary, "provenance": provenance(device=_device())}
     write_json(args.out / "runs.json", state)
     shutil.rmtree(args.out / "pairs")
     write_text(args.out / "README.md", _readme(state))
@@ -170,8 +200,9 @@ def _readme(state: dict[str, Any]) -> str:
         "",
         f"{setting['model']}, {setting['fraction']:g} of the training data, {setting['seeds']} seeds, "
         f"`{' '.join(setting['numbers'])}`, threads: {setting['threads']}; "
-        f"{where['platform']}, torch {where['versions']['torch']}, transformers {where['versions']['transformers']}, "
-        f"{where['date'][:10]}. Made by `python -m benchmarks.finetune.run`.",
+        f"{where['device']} in {setting['precision']}, {where['platform']}, torch {where['versions']['torch']}, "
+        f"transformers {where['versions']['transformers']}, {where['date'][:10]}. "
+        "Made by `python -m benchmarks.finetune.run`.",
         "",
         "| task | time ÷ recipe's, median | metric | ours | recipe | 95 % interval of the difference | "
         f"verdict, margin {setting['margin']:g} |",

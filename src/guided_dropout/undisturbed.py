@@ -48,7 +48,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        with _same_parts(model), _same_buffers(model):
+        with _same_parts(model), _same_buffers(model), _rnns_with_a_backward(model):
             yield
     finally:
         for m, training in modes:
@@ -57,6 +57,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
         if cache is not None:
             model.config.use_cache = cache  # pyright: ignore
+
+
+@contextlib.contextmanager
+def _rnns_with_a_backward(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode cuDNN's have none; torch's own have."""
+    enabled = torch.backends.cudnn.enabled
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            torch.backends.cudnn.enabled = False
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextlib.contextmanager
@@ -88,8 +100,8 @@ def _foreign_forward(module: nn.Module, x: Tensor, *_: Any, **__: Any) -> Tensor
 
 
 @contextlib.contextmanager
-def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give a module's own attribute another value for a while."""
+def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Give a module's (or another object's) own attribute another value for a while."""
     old = vars(module).get(name, _ABSENT)
     setattr(module, name, value)
     try:

@@ -30,7 +30,7 @@ def occurring_rows(model: PreTrainedModel, tokens: Collection[int], sample: Mapp
         sample: inputs of the model; it is run once, without gradients, to see which tokens it adds itself.
 
     Raises:
-        ModelError: within the block, a token that is not among them.
+        ModelError: within the block, a token that is not among them; on a GPU at its end.
     """
     tables = _tables(model)
     if not tables:
@@ -42,18 +42,20 @@ def occurring_rows(model: PreTrainedModel, tokens: Collection[int], sample: Mapp
     place[rows] = torch.arange(len(rows), device=whole.device)
     few = nn.Parameter(whole.detach()[rows])
     padding = [table.padding_idx for table in tables]
+    numbered = _Numbered(place)
     with contextlib.ExitStack() as undo:
         for table, index in zip(tables, padding, strict=True):
             undo.callback(_put, table, whole, index)
             # The padding's row, which gets no gradient, may not be among them.
             _put(table, few, None if index is None or place[index] < 0 else int(place[index]))
-            undo.callback(table.register_forward_pre_hook(_renumbered(place), with_kwargs=True).remove)
+            undo.callback(table.register_forward_pre_hook(numbered, with_kwargs=True).remove)
         try:
             yield
         finally:
             with torch.no_grad():
                 whole.data = whole.data.to(few)  # where the model was moved to meanwhile
                 whole[rows.to(few.device)] = few
+    numbered.check()
 
 
 def _tables(model: PreTrainedModel) -> list[nn.Embedding]:
@@ -93,17 +95,36 @@ def _ids(args: tuple[Any, ...], options: Mapping[str, Any]) -> Tensor:
     return ids
 
 
-def _renumbered(place: Tensor) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        nonlocal place
+class _Numbered:
+    """The hook by which a table is given the numbers of its rows, in the tokens' place."""
+
+    def __init__(self, place: Tensor):
+        self._place = place
+        self._strange: Tensor | None = None  # a token without a row; -1 where there was none
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         ids = _ids(args, options)
-        place = place.to(ids.device)
-        numbers = place[ids]
-        if bool((numbers < 0).any()):
-            raise ModelError(
-                f"found the token {int(ids[numbers < 0][0])}, which is in none of the examples; expected none that the "
-                "model adds itself but those that it adds to the sample"
-            )
+        self._place = self._place.to(ids.device)
+        numbers = self._place[ids]
+        if ids.device.type == "cpu":
+            if bool((numbers < 0).any()):
+                raise _strange_token(int(ids[numbers < 0][0]))
+        elif ids.numel():  # asked at the end: to ask now is to wait for all that the device has still to do
+            strange = torch.where(numbers < 0, ids, -1).max()
+            known = strange if self._strange is None else self._strange.to(strange.device)
+            self._strange, numbers = torch.maximum(known, strange), numbers.clamp(min=0)
         return (numbers, *args[1:]), {name: value for name, value in options.items() if name != "input"}
 
-    return hook
+    def check(self) -> None:
+        """Ask whether there was a token without a row, where nobody has asked yet."""
+        if self._strange is not None and (token := int(self._strange)) >= 0:
+            raise _strange_token(token)
+
+
+def _strange_token(token: int) -> ModelError:
+    return ModelError(
+        f"found the token {token}, which is in none of the examples; expected none that the model adds itself but "
+        "those that it adds to the sample"
+    )

@@ -118,7 +118,7 @@ class Capture:
     def _before_head(self, late: LateHead) -> Tensor:
         """The model's forward without its head: what that is to see at the targets, [M, d]."""
         left_out = LeftOut(self.narrowed.at_targets, self._left_head_out)
-        with self._running(), left_out.of(late.module):
+        with self._running(), left_out.of(late.module, self.model):
             logits = self.model(**self.batch.inputs).logits
         return left_out.rows(logits)
 
@@ -137,7 +137,7 @@ class Capture:
         with self.mode, in_one_step(self.plan.activations):
             logits = late.module(rows)
         self._in_head, self._is_late = None, False
-        return logits
+        return logits.to(self.batch.targets.device)  # where the model would have put them
 
     def _groups(self, late: LateHead, rows: Tensor, layout: Layout) -> list[slice]:
         """Groups of samples between which nothing of the head need be kept; one where that is not certain."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from guided_dropout.fisher.lengths import predicts_from_padding
 from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import make_plan
-from guided_dropout.fisher.shortcuts import UNSUITED
+from guided_dropout.fisher.shortcuts import UNSUITED, Unsuited
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.variants import SHORT, longer, pair_with_all_targets, sequences, shortened, turned
 from guided_dropout.objectives import PER_SAMPLE, Objective, Sample
@@ -65,7 +65,7 @@ def _checked(
 ) -> Plan:
     longest = max(len(t) for s in first for t in sequences(s).values())
     if longest > SHORT + 1:
-        with suppress(*UNSUITED):  # a model that does not take so few tokens
+        with Unsuited():  # a model that does not take so few tokens
             plan, fallback = _proved(model, objective, parameters, first, unpadded, SHORT)
             if not fallback:
                 return plan
@@ -92,6 +92,8 @@ def _proved(
             for batch in batches:
                 fast.add(batch)
             break
+        except torch.OutOfMemoryError:
+            raise
         except UNSUITED as e:
             problem = f"the batched pass failed: {e}"
     else:

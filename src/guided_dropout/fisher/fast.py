@@ -6,6 +6,7 @@ Parameters that meet an operation whose samples cannot be told apart are left to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,11 +67,13 @@ class BatchedSquares:
     def add(self, samples: Sequence[Sample]) -> Added:
         """Add a batch of samples, unless any loss is not finite."""
         batch = self.objective.collate(self.model, samples)
-        try:
-            uses, losses = self._run(batch)
-        except IndirectError:  # not seen when the plan was made; nothing has been added yet
+        found = None
+        with suppress(IndirectError):  # not seen when the plan was made; nothing has been added yet
+            found = self._run(batch)
+        if found is None:  # not where the error is, which would hold all that was computed
             self.plan = replace(self.plan, late=None, start=None)
-            uses, losses = self._run(batch)
+            found = self._run(batch)
+        uses, losses = found
         if not losses.isfinite().all():
             return Added(losses)
         skipped = {**uses.uncovered, **self.plan.fallback}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.shortcuts import IndirectError
+from guided_dropout.undisturbed import replaced
 
 # Targets at a time. For each group the head's weights and sums are read once, which with fewer takes too much of the
 # time.
@@ -43,7 +44,7 @@ class LateHead:
     @classmethod
     def of(cls, head: nn.Module | None) -> LateHead | None:
         """The head, if it is a linear layer and nothing hooks into it; whether its output is the logits is not seen."""
-        if type(head) is not nn.Linear or "forward" in vars(head):
+        if type(head) is not nn.Linear or ("forward" in vars(head) and not _only_moves_its_input(head)):
             return None
         if any((head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)):
             return None
@@ -81,6 +82,19 @@ class LateHead:
         return [*groups, slice(first, len(offsets) - 1)]
 
 
+def _only_moves_its_input(head: nn.Module) -> bool:
+    """Whether its forward is the one that accelerate puts around a layer's own where a model is on several devices."""
+    from accelerate.hooks import AlignDevicesHook
+
+    hook, forward, old = (vars(head).get(name) for name in ("_hf_hook", "forward", "_old_forward"))
+    return (
+        type(hook) is AlignDevicesHook
+        and not (hook.offload or hook.io_same_device or hook.no_grad)
+        and getattr(getattr(forward, "func", None), "__module__", None) == AlignDevicesHook.__module__
+        and getattr(old, "__func__", None) is nn.Linear.forward
+    )
+
+
 def _largest(t: Tensor) -> float:
     low, high = t.detach().aminmax()
     return max(-low.item(), high.item()) if low <= high else float("nan")
@@ -100,11 +114,15 @@ class LeftOut:
         self._out: tuple[Tensor, int] | None = None
 
     @contextlib.contextmanager
-    def of(self, head: nn.Module) -> Iterator[None]:
-        """Within, this is what happens to `head`."""
+    def of(self, head: nn.Module, model: nn.Module) -> Iterator[None]:
+        """Within, this is what happens to `head` of `model`."""
         handles = [head.register_forward_pre_hook(self._before), head.register_forward_hook(self._after)]
+        hook = getattr(model, "_hf_hook", None)
         try:
-            yield
+            with contextlib.ExitStack() as stack:
+                if getattr(hook, "io_same_device", False):  # it gives out a copy of the logits, on the input's device
+                    stack.enter_context(replaced(hook, "io_same_device", False))
+                yield
         finally:
             for h in handles:
                 h.remove()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import torch
 from torch import nn
 
-from guided_dropout.fisher.shortcuts import UNSUITED
+from guided_dropout.fisher.shortcuts import Unsuited
 from guided_dropout.fisher.variants import longer, shortened
 from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample
 
@@ -29,7 +27,7 @@ def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> b
     if any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds):
         return True
     short = shortened(objective, sample, _FEW)
-    with torch.no_grad(), suppress(*UNSUITED):  # some take no batch without a token to pad with
+    with torch.no_grad(), Unsuited():  # some take no batch without a token to pad with
         alone, padded = (
             model(**objective.collate(model, batch).inputs).logits[0] for batch in ([short], [short, longer(short)])
         )

@@ -77,6 +77,8 @@ class Narrowed:
         try:
             with contextlib.ExitStack() as meetings:
                 yield
+        except torch.OutOfMemoryError:
+            raise
         except UNSUITED as e:
             if self.has_begun:
                 raise IndirectError(f"with fewer positions: {e}") from e
@@ -106,8 +108,9 @@ class Narrowed:
 
     def at_targets(self, t: Tensor) -> Tensor:
         """[B, T, d], or what is narrow already → [M, d]."""
+        rows = self._rows.to(t.device)  # another layer's may be another
         with torch._C.DisableTorchFunction():  # what is picked here is nothing that the model picks
-            return t[0] if self.is_narrow(t) else t.flatten(0, 1).index_select(0, self._rows)
+            return t[0] if self.is_narrow(t) else t.flatten(0, 1).index_select(0, rows)
 
 
 class _Meetings(TorchFunctionMode):
@@ -168,7 +171,9 @@ def starts(model: nn.Module, head: nn.Module, targets: Tensor, forward: Callable
     gradients = torch.autograd.grad(last @ weights, inputs, allow_unused=True)
     elsewhere = torch.ones_like(targets)
     elsewhere[tuple(targets.nonzero()[-1])] = False
-    by_itself = {id(t): not g[elsewhere].any() for t, g in zip(inputs, gradients, strict=True) if g is not None}
+    by_itself = {  # each on its layer's device
+        id(t): not g[elsewhere.to(g.device)].any() for t, g in zip(inputs, gradients, strict=True) if g is not None
+    }
     end = max((i for i, call in enumerate(calls) if call.weighs and call.start.module is not head), default=-1)
     return [
         call.start

@@ -20,7 +20,7 @@ from guided_dropout.fisher.narrow import Start, starts
 from guided_dropout.fisher.operations import Key, Operation, ParameterOperations, replaced, tensors_of
 from guided_dropout.fisher.places import Place, Plan
 from guided_dropout.fisher.rules import EMBEDDING
-from guided_dropout.fisher.shortcuts import UNSUITED
+from guided_dropout.fisher.shortcuts import Unsuited
 from guided_dropout.fisher.totals import Totals
 from guided_dropout.fisher.uses import Uses
 from guided_dropout.fisher.variants import altered, longer, with_more_targets
@@ -220,7 +220,7 @@ class _Look:
             return False  # in place: its input is gone when it is differentiated
         dims = [_batch_dim(a, t.shape) for a, t in zip(two.tensors, tensors, strict=True)]
         by_id = {id(t): d for t, d in zip(tensors, dims, strict=True) if d is not None}
-        try:
+        with Unsuited():
             whole = operation.run()
             dim = _batch_dim(two.out, whole.shape)
             if dim is None:
@@ -234,9 +234,8 @@ class _Look:
                 want = part_of(whole, dim, b, self._num_samples)
                 if own.shape != want.shape or not torch.allclose(own, want, rtol=1e-3, atol=1e-5):
                     return False
-        except UNSUITED:
-            return False
-        return True
+            return True
+        return False
 
 
 # In place through an operator, or random.
@@ -308,9 +307,10 @@ def _uncovered(
     """Parameters that no rule covers; None where the plan's shortcuts do not keep the logits `plain` at the targets."""
     uses = Uses(parameters, Totals(parameters, scores_only=True), len(batch))
     capture = Capture(model, objective, parameters, plan, batch, uses)
-    try:
+    logits = None
+    with Unsuited():
         logits = capture.forward().detach()
-    except UNSUITED:
+    if logits is None:
         return None
     logits = logits if plan.head is not None else batch.at_targets(logits)
     kept = logits.shape == plain.shape and _are_alike(logits, plain)

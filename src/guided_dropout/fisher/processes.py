@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from guided_dropout.errors import GuidedDropoutError, ModelError
 from guided_dropout.unfinished import differences
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 # Batches between two meetings: enough for their lengths to even out, few enough for an error to be told soon.
 BATCHES_BETWEEN = 8
@@ -147,8 +150,11 @@ class Processes:
 def current_processes() -> Processes:
     """The processes that a launcher started, of which this is one; joins them on the first call.
 
+    On CUDA they exchange sums through the GPUs (NCCL) and all else through the CPUs (gloo): there one that waits for a
+    lost process is told, and a signal reaches it.
+
     Raises:
-        ProcessError: the launcher was asked for several, and started one.
+        ProcessError: the launcher was asked for several and started one, or started more than there are GPUs.
     """
     environment = os.environ
     if not dist.is_initialized() and int(environment.get("WORLD_SIZE", "1")) == 1:
@@ -160,13 +166,37 @@ def current_processes() -> Processes:
                 "without a GPU"
             )
         return Processes()
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    if not dist.is_initialized() and torch.cuda.is_available():
+        _check_gpus(int(environment.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+    state = _state()
     device = state.device
     if device is None:
         raise AssertionError("a process of several has a device")
     return Processes(state.process_index, state.num_processes, torch.device("cpu") if device.type == "cpu" else device)
+
+
+def _check_gpus(processes: int, gpus: int) -> None:
+    """Refuse two processes on one GPU, which NCCL ends later, as if one had been lost."""
+    if processes > gpus:
+        error = ProcessError(
+            f"{processes} processes were started where there are {gpus} GPUs; expected one GPU for each: start at most "
+            f"{gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to run on the CPU"
+        )
+        error.told_elsewhere = os.environ.get("LOCAL_RANK", "0") != "0"
+        raise error
+
+
+def _state() -> PartialState:
+    from accelerate import PartialState
+
+    if not torch.accelerator.is_available():
+        return PartialState(cpu=True)
+    if torch.cuda.is_available():
+        try:
+            return PartialState(backend="cuda:nccl,cpu:gloo")
+        except ValueError:  # an accelerate that takes NCCL alone, refused before anything was joined
+            PartialState._reset_state()
+    return PartialState()
 
 
 def leave_processes() -> None:

@@ -12,7 +12,7 @@ from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.checkpoint import Digest
 from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.places import head_at
-from guided_dropout.fisher.shortcuts import UNSUITED
+from guided_dropout.fisher.shortcuts import Unsuited
 from guided_dropout.fisher.stream import Stream, batches
 from guided_dropout.objectives import OBJECTIVES, PER_SAMPLE, Batch, Objective, Sample, check_samples
 from guided_dropout.undisturbed import evaluating, same_random_states
@@ -124,10 +124,10 @@ def _head_for_targets(model: nn.Module, objective: Objective, batch: Batch) -> n
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or objective.name in PER_SAMPLE or batch.mask.float().mean() > _FEW:
         return None
-    try:
-        with head_at(head, lambda x: x[batch.mask]):
-            few = model(**batch.inputs).logits
-    except UNSUITED:
+    few = None
+    with Unsuited(), head_at(head, lambda x: x[batch.mask]):
+        few = model(**batch.inputs).logits
+    if few is None:
         return None
     full = batch.at_targets(model(**batch.inputs).logits)
     if few.shape != full.shape:
