@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import classifier_of, language_model
+from fisher_oracles import assert_exact, draw_samples
+from fisher_oracles import own_loss_oracle as each_own_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -421,3 +423,25 @@ def test_the_mean_over_any_number_of_targets_has_all_digits_of_float64(family):
         for name, p in model.named_parameters():
             want[name] += 0.0 if p.grad is None else p.grad.square().mean().item() / len(samples)
     assert found == pytest.approx(want, rel=1e-12, abs=1e-18 * max(want.values()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "modernbert"])
+def test_texts_packed_into_one_sample_are_kept_apart_as_the_model_keeps_them(family):
+    model = language_model(family).double()
+    model.config.use_cache = False  # with a cache transformers sees one text
+    samples = draw_samples([12, 12, 7, 7, 9])
+    for sample, anew in zip(samples, (5, 12, 3, 7, 8), strict=True):  # two of them are one text
+        sample["position_ids"] = torch.arange(len(sample["input_ids"])) % anew
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert_exact(profile.diagonal, each_own_loss(model, samples))
+    one_text = [{**s, "attention_mask": torch.ones_like(s["input_ids"])} for s in samples]
+    assert_exact(estimate_fisher(model, one_text, batch_size=3).diagonal, each_own_loss(model, one_text))
+    with pytest.raises(DataError, match="only sample 1 of samples 0 and 1 holds attention_mask"):
+        estimate_fisher(model, [samples[0], one_text[1]])
+
+
+def test_a_mask_that_leaves_out_everything_is_named():
+    samples = draw_samples([5, 6])
+    samples[0]["attention_mask"] = torch.zeros(5, dtype=torch.long)
+    with pytest.raises(DataError, match="sample 0 has an attention_mask that is zero for all of its tokens"):
+        estimate_fisher(language_model("bert"), samples)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_dropout.errors import ModelError
-from guided_dropout.samples import IGNORE, INDEX, Sample, as_tensor, check_samples
+from guided_dropout.samples import IGNORE, INDEX, Sample, as_tensor, check_samples, is_packed
 
 __all__ = [
     "IGNORE",
@@ -110,13 +110,15 @@ class Objective:
         return F.pad(labels[1:], (0, 1), value=IGNORE) if self.name == "causal" else labels
 
     def collate(self, model: nn.Module, samples: Sequence[Sample]) -> Batch:
-        """Pad samples on the right into one batch on the model's device."""
+        """Pad samples on the right into one batch on the model's device.
+
+        One with several texts packed into it stands beside others of its own length only, of which none has a mask.
+        """
         device = next(model.parameters()).device
         prepared = [prepare_sample(model, self, s) for s in samples]
         targets = _pad([self.targets(p["labels"]) for p in prepared], IGNORE).to(device)
-        inputs = {
-            k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in prepared[0] if k != "labels"
-        }
+        names = [k for k in prepared[0] if k != "labels" and all(k in p for p in prepared)]
+        inputs = {k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in names}
         mask = torch.ones_like(targets, dtype=torch.bool) if self.name == "regression" else targets != IGNORE
         weights = mask.double()  # a third in float32 would cost a float64 model half of its digits
         if self.reduction == "mean":
@@ -183,7 +185,7 @@ def prepare_sample(model: nn.Module, objective: Objective, sample: Sample) -> di
     """One sample as int64 tensors [T] with everything that `model` needs, unpadded."""
     out = {name: as_tensor(name, value) for name, value in sample.items() if name != INDEX}
     accepted = inspect.signature(model.forward).parameters
-    if "attention_mask" in accepted:
+    if "attention_mask" in accepted and not is_packed(out):
         out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
     if objective.name == "seq2seq":
         if "decoder_input_ids" not in out:
