@@ -28,6 +28,7 @@ from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
 from guided_dropout.identity import model_identity, weights_identity
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
+from guided_dropout.likelihood import terms_left_out
 from guided_dropout.provenance import provenance
 from guided_dropout.undisturbed import evaluating, own_precision
 
@@ -331,3 +332,4 @@ def profile_of(
             **facts,
         ),
     )
+            **terms_left_out(model),

@@ -63,7 +63,7 @@ def finished_profile(
         "until": _rule(until_ranked.report() if until_ranked else {}),
         **settings,
     }
-    made_with = found.provenance.keys() - provenance().keys() - {"device", "ranking"}
+    made_with = found.provenance.keys() - provenance().keys() - {"device", "ranking", "left_out", "sample_digests"}
     there = {
         "model": found.model,
         "parameters": len(found.shapes),
