@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, FISHER_ONLY, PARTLY_FLOAT32, language_model
-from fisher_oracles import draw_samples, own_loss_oracle
+from fisher_oracles import assert_exact, draw_samples, own_loss_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -618,3 +619,50 @@ def test_a_run_ends_when_the_order_of_the_sites_is_settled():
     assert not profile.diagonal
     whole = estimate_fisher(model, samples[: profile.num_samples])
     assert profile.tensor_means == pytest.approx(whole.tensor_means, rel=1e-4, abs=1e-14)
+
+
+class Narrow(nn.Module):
+    """A linear layer whose weight is stored in fewer bits, as quantisers store it."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / (127 if dtype == torch.int8 else 1)
+        stored = linear.weight.detach() / scale
+        self.weight = nn.Parameter((stored.round() if dtype == torch.int8 else stored).to(dtype), requires_grad=False)
+        self.scale, self.bias = nn.Parameter(scale), linear.bias
+
+    def forward(self, x):
+        weight = self.weight.real if self.weight.is_complex() else self.weight
+        return F.linear(x, weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_without_a_derivative_are_refused_unless_they_are_not_asked_for(dtype):
+    model, samples = language_model("bert").double(), draw_samples([6, 9, 7])
+    for layer in model.bert.encoder.layer:
+        layer.output.dense = Narrow(layer.output.dense, dtype)
+    name = "bert.encoder.layer.0.output.dense.weight"
+    kind = str(dtype).removeprefix("torch.")
+    for choice in ("all", "base", lambda *_: True):
+        message = rf"2 of the \d+ parameters .* have no derivative, {name} of {kind} .*--parameters trainable"
+        with pytest.raises(ModelError, match=message):
+            estimate_fisher(model, samples, parameters=choice)
+    found = estimate_fisher(model, samples, parameters="trainable").diagonal
+    chosen = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == chosen.keys() == {n for n, p in model.named_parameters() if p.dtype == torch.float64}
+    want = {n: torch.zeros_like(p) for n, p in chosen.items()}
+    for sample in samples:
+        loss = model(**{k: v[None] for k, v in sample.items()}).loss
+        for total, g in zip(
+            want.values(), torch.autograd.grad(loss, [*chosen.values()], allow_unused=True), strict=True
+        ):
+            total += 0 if g is None else g**2 / len(samples)
+    assert_exact(found, want)
+
+
+def test_a_model_that_says_it_is_quantised_is_refused():
+    model = language_model("bert")
+    model.is_quantized = True  # as transformers sets it; some quantised weights are no parameters
+    with pytest.raises(ModelError, match=r"BertForMaskedLM has quantised weights; .*: load it unquantised"):
+        estimate_fisher(model, draw_samples([6]))
+    assert estimate_fisher(model, draw_samples([6]), parameters="trainable").num_samples == 1

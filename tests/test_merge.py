@@ -12,6 +12,7 @@ from toy_profile import NAMES, assert_same, profile
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher import merge
+from guided_dropout.fisher.prefixes import Prefixes, common_start
 
 
 @given(
@@ -164,3 +165,37 @@ def test_of_profiles_that_are_all_noise_nothing_says_that_they_are_the_same():
     noise = [*profile().tensor_means]
     other = profile(1, noise=noise, num_samples=profile().num_samples)
     assert merge(profile(noise=noise), other).num_samples == 2 * other.num_samples
+
+
+def test_samples_tell_whether_they_overlap_and_names_where_there_are_none():
+    model = language_model("bert")
+    rows = torch.randint(3, VOCAB, (8, 9), generator=torch.Generator().manual_seed(0)).tolist()
+    samples = [{"input_ids": row, "labels": [*row[:4], *[-100] * 5]} for row in rows]
+    named = {"text": "text.txt", "seed": 0, "max_length": 9}
+    a, b = (estimate_fisher(model, part, facts=named) for part in (samples[:3], samples[3:]))
+    merged = merge(a, b)  # other texts of one name
+    assert merged.num_samples == 8
+    bare = [replace(p, provenance={"sample_digests": p.provenance["sample_digests"]}) for p in (a, b)]
+    known, unnamed = merge(*bare), estimate_fisher(model, samples)
+    again = "measured on samples of which the first {} are the same, and would count twice"
+    for pair, number in (((bare[0], known), 3), ((known, bare[1]), 5), ((a, unnamed), 2)):
+        with pytest.raises(ArtefactError, match=again.format(number)):
+            merge(*pair)
+    all_of_it = estimate_fisher(model, samples[3:], facts={**named, "taken": "all"})  # begins otherwise than some of it
+    earlier = replace(b, provenance={k: v for k, v in b.provenance.items() if k != "sample_digests"})
+    for other in (all_of_it, earlier, merged):
+        with pytest.raises(ArtefactError, match=r"samples of 9 tokens of text\.txt with seed 0: the fewer are among"):
+            merge(a, other)
+
+
+def test_how_samples_begin_is_told_whatever_their_number():
+    rows = [{"input_ids": torch.tensor([i, 5]), "labels": torch.tensor([i, 5])} for i in range(11)]
+    prefixes, fewer = Prefixes(), Prefixes()
+    assert [list(prefixes.passing(rows)), list(fewer.passing(rows[:6]))] == [rows, rows[:6]]
+    assert [*prefixes.facts()] == ["1", "2", "4", "8", "11"]
+    assert [*prefixes.facts(7)] == ["1", "2", "4"]
+    assert common_start(prefixes.facts(), fewer.facts()) == 4
+    other = Prefixes()
+    list(other.passing([*rows[:3], rows[0]]))
+    assert common_start(prefixes.facts(), other.facts()) == 0
+    assert common_start({}, fewer.facts()) == 0

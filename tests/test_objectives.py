@@ -1,5 +1,6 @@
 """Losses, drawn labels and classifiers, against plain autograd in float64."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -7,16 +8,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import classifier_of, language_model
+from fisher_oracles import assert_exact, draw_samples
+from fisher_oracles import own_loss_oracle as each_own_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
+    AlbertForPreTraining,
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BigBirdConfig,
+    BigBirdForPreTraining,
     EncoderDecoderConfig,
     EncoderDecoderModel,
     ProphetNetConfig,
     ProphetNetForConditionalGeneration,
+    T5ForConditionalGeneration,
 )
 
 from guided_dropout import estimate_fisher
@@ -421,3 +432,126 @@ def test_the_mean_over_any_number_of_targets_has_all_digits_of_float64(family):
         for name, p in model.named_parameters():
             want[name] += 0.0 if p.grad is None else p.grad.square().mean().item() / len(samples)
     assert found == pytest.approx(want, rel=1e-12, abs=1e-18 * max(want.values()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "modernbert"])
+def test_texts_packed_into_one_sample_are_kept_apart_as_the_model_keeps_them(family):
+    model = language_model(family).double()
+    model.config.use_cache = False  # with a cache transformers sees one text
+    samples = draw_samples([12, 12, 7, 7, 9])
+    for sample, anew in zip(samples, (5, 12, 3, 7, 8), strict=True):  # two of them are one text
+        sample["position_ids"] = torch.arange(len(sample["input_ids"])) % anew
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert_exact(profile.diagonal, each_own_loss(model, samples))
+    one_text = [{**s, "attention_mask": torch.ones_like(s["input_ids"])} for s in samples]
+    assert_exact(estimate_fisher(model, one_text, batch_size=3).diagonal, each_own_loss(model, one_text))
+    with pytest.raises(DataError, match="only sample 1 of samples 0 and 1 holds attention_mask"):
+        estimate_fisher(model, [samples[0], one_text[1]])
+
+
+def _two_berts():
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    both = EncoderDecoderConfig.from_encoder_decoder_configs(*(BertConfig(vocab_size=64, **shape) for _ in range(2)))
+    both.decoder_start_token_id, both.pad_token_id = 1, 0
+    return EncoderDecoderModel(config=both)
+
+
+_BARTS = {
+    **{"vocab_size": 64, "d_model": 16, "max_position_embeddings": 32, "pad_token_id": 0, "decoder_start_token_id": 2},
+    **{f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 24))},
+    **{f"{part}_attention_heads": 2 for part in ("encoder", "decoder")},
+}
+
+
+def _encoder_decoder(kind):
+    torch.manual_seed(0)
+    if kind == "bert2bert":
+        return _two_berts().eval().double()
+    if kind in ("t5", "bart"):
+        return language_model(kind).double()
+    return AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **_BARTS)).eval().double()
+
+
+def _gaps(*, before=3):
+    sources, targets = draw_samples([6, 9, 12, 7]), draw_samples([5, 12, 7, 4], seed=3, share=1.0)
+    samples = [{"input_ids": a["input_ids"], "labels": b["labels"]} for a, b in zip(sources, targets, strict=True)]
+    for sample in samples[1:]:
+        sample["labels"][:before] = -100
+    return samples
+
+
+@pytest.mark.filterwarnings("ignore:Version v4.12.0:FutureWarning")  # of the oracle's own forward
+@pytest.mark.parametrize("kind", ["bert2bert", "t5", "bart", "m2m_100", "blenderbot", "blenderbot-small"])
+def test_a_decoder_reads_labels_that_are_left_out_as_it_does_by_itself(kind):
+    model = _encoder_decoder(kind)
+    samples = _gaps()
+    profile = estimate_fisher(model, samples, batch_size=3)
+    assert profile.objective == "seq2seq"
+    assert_exact(profile.diagonal, each_own_loss(model, samples))
+
+
+class Otherwise(T5ForConditionalGeneration):
+    def prepare_decoder_input_ids_from_labels(self, labels):
+        return torch.zeros_like(labels)
+
+
+def test_decoder_inputs_other_than_the_models_own_are_refused():
+    with pytest.raises(ModelError, match=r"makes other decoder inputs of labels .*: give decoder_input_ids"):
+        estimate_fisher(Otherwise(language_model("t5").config).eval(), _gaps())
+    config = AutoConfig.for_model("fsmt", **_BARTS, langs=["a", "b"], src_vocab_size=64, tgt_vocab_size=64)
+    with pytest.raises(ModelError, match=r"FSMT.* cannot run a sample .*: give decoder_input_ids in each sample"):
+        estimate_fisher(AutoModelForSeq2SeqLM.from_config(config).eval(), _gaps())
+    model = _encoder_decoder("blenderbot")
+    model.config.pad_token_id = None
+    with pytest.raises(ModelError, match=r"has no pad_token_id .*: set it in the model's config"):
+        estimate_fisher(model, _gaps())
+
+
+def test_a_mask_that_leaves_out_everything_is_named():
+    samples = draw_samples([5, 6])
+    samples[0]["attention_mask"] = torch.zeros(5, dtype=torch.long)
+    with pytest.raises(DataError, match="sample 0 has an attention_mask that is zero for all of its tokens"):
+        estimate_fisher(language_model("bert"), samples)
+
+
+@pytest.mark.parametrize("kind", [BertForPreTraining, AlbertForPreTraining, BigBirdForPreTraining])
+def test_a_model_with_a_second_head_is_refused_with_what_to_load_instead(kind):
+    family = {BertForPreTraining: "bert", AlbertForPreTraining: "albert"}.get(kind, "bert")
+    config = language_model(family).config
+    if kind is BigBirdForPreTraining:
+        config = BigBirdConfig(**{k: v for k, v in config.to_dict().items() if k != "model_type"})
+    with pytest.raises(ModelError, match=rf"{kind.__name__} gives no lo.* load it with AutoModelForMaskedLM"):
+        estimate_fisher(kind(config).eval(), draw_samples([5, 6]))
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("bert", {"return_dict": False}),
+        ("modernbert", {"sparse_prediction": True}),
+        ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.02}),
+        ("mixtral", {"output_router_logits": True}),
+    ],
+)
+def test_settings_change_neither_the_fisher_nor_come_to_an_end(family, setting):
+    model, plain = language_model(family, **setting).double(), language_model(family).double()
+    samples = draw_samples([5, 9, 7])
+    profile = estimate_fisher(model, samples)
+    assert_exact(profile.diagonal, each_own_loss(plain, samples))
+    assert {name: getattr(model.config, name) for name in setting} == setting
+    routers = "output_router_logits" in setting
+    assert profile.provenance.get("left_out") == ("the auxiliary loss of its routers" if routers else None)
+    assert ("Left out of the loss: the auxiliary loss of its routers." in profile.card()) == routers
+
+
+class Added(BertForMaskedLM):
+    def forward(self, labels=None, **inputs):
+        out = super().forward(labels=labels, **inputs)
+        if labels is not None:
+            out.loss = out.loss + 3e-4
+        return out
+
+
+def test_a_small_term_beside_the_likelihood_is_refused():
+    with pytest.raises(ModelError, match="neither masked-LM"):
+        detect_objective(Added(copy.deepcopy(language_model("bert").config)).eval(), tokens([9])[0])

@@ -1,8 +1,10 @@
 """A profile comes back as it was saved, says what is wrong with a damaged one, and ranks no noise."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from toy_profile import NAMES, assert_same, profile
 
 from guided_dropout import DropoutSchedule, FisherProfile, find_sites
 from guided_dropout.errors import ArtefactError, DataError, ScheduleError
+from guided_dropout.fisher.facts import check_facts
 from guided_dropout.fisher.spectrum import spectrum
 from guided_dropout.schedule import site_scores
 
@@ -48,6 +51,9 @@ def test_what_needs_values_says_that_there_are_none():
 def test_means_need_shapes_and_noise_needs_a_tensor():
     with pytest.raises(ArtefactError, match=r"shapes and tensor means differ in a\.bias"):
         profile(diagonal={}, shapes={"a.weight": (3, 2), "b.weight": (5,)})
+    means = profile().tensor_means
+    with pytest.raises(ArtefactError, match=r"shapes and tensor means differ in b\.weight"):
+        profile(tensor_means={name: means[name] for name in ("a.weight", "a.bias")})
     with pytest.raises(ArtefactError, match=r"names c\.bias as noise but holds no such tensor"):
         profile(noise=["c.bias"])
 
@@ -126,6 +132,54 @@ def test_missing_facts_and_former_schemas_are_named(tmp_path):
         (folder / "profile.json").write_text(json.dumps(changed))
         with pytest.raises(ArtefactError, match=message):
             FisherProfile.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("values", {}, "a dict for 'values'"),
+        ("values", {"file": "fisher.safetensors"}, "a dict for 'values'"),
+        ("values", {"sha256": 3}, "a dict for 'values'"),
+        ("shapes", None, "None for 'shapes'"),
+        ("shapes", {"a.weight": 3}, "a dict for 'shapes'"),
+        ("noise", None, "None for 'noise'"),
+        ("noise", "a.bias", "'a.bias' for 'noise'"),
+        ("tensor_means", [1], "a list for 'tensor_means'"),
+        ("tensor_means", {"a.weight": "1"}, "a dict for 'tensor_means'"),
+        ("num_samples", "8", "'8' for 'num_samples'"),
+        ("num_samples", -8, "-8 for 'num_samples'"),
+        ("num_skipped", True, "True for 'num_skipped'"),
+        ("labels", "none", "'none' for 'labels'"),
+        ("model", [], "a list for 'model'"),
+        ("provenance", "x", "'x' for 'provenance'"),
+    ],
+)
+def test_facts_of_another_form_are_named(tmp_path, name, value, found):
+    folder = profile().save_pretrained(tmp_path / "p")
+    facts = json.loads((folder / "profile.json").read_text())
+    (folder / "profile.json").write_text(json.dumps({**facts, name: value}))
+    with pytest.raises(
+        ArtefactError, match=rf"profile\.json has {re.escape(found)}; expected .*: copy or make it again"
+    ):
+        FisherProfile.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("without", "message"), [("tensor_means", "shape but no mean"), ("shapes", "mean but no shape")]
+)
+def test_a_tensor_that_is_missing_from_the_facts_is_named(tmp_path, without, message):
+    folder = profile().save_pretrained(tmp_path / "p")
+    facts = json.loads((folder / "profile.json").read_text())
+    del facts[without]["a.bias"]
+    (folder / "profile.json").write_text(json.dumps(facts))
+    with pytest.raises(ArtefactError, match=rf"profile\.json has a {message} of a\.bias"):
+        FisherProfile.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[1] / "benchmarks/results").glob("*/profile.json")))
+def test_committed_profiles_are_whole(file):
+    facts = json.loads(file.read_text())
+    check_facts(file, facts, [*FisherProfile.__dataclass_fields__.keys() - {"diagonal"}, "values"])
 
 
 def test_noise_takes_no_part_in_scores():

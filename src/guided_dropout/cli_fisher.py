@@ -231,6 +231,8 @@ def _print(measured: FisherProfile, folder: Path) -> None:
         + f"; {coverage['parameters_by_rule']:.1%} of the parameters by rule"
         + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
     )
+    if term := measured.provenance.get("left_out"):
+        console.print(f"left out of the loss: {term}")
     if ranking := measured.provenance.get("ranking"):
         console.print(_settled(ranking))
     console.print(folder)

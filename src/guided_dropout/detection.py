@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, GuidedDropoutError, ModelError
-from guided_dropout.objectives import LABELS, PER_SAMPLE, REDUCTIONS, Objective
+from guided_dropout.likelihood import likelihood_alone
+from guided_dropout.objectives import LABELS, PER_SAMPLE, REDUCTIONS, Objective, padding_token
 from guided_dropout.samples import IGNORE, Sample, as_tensor, vocabulary_size
 
 # What a model that does not suit may raise in its forward.
 _UNSUITED = (RuntimeError, ValueError, TypeError, IndexError)
+# How far a loss may be from the model's own, by rounding alone; another one, or a term added to it, is further off.
+_SAME = {torch.float64: 1e-9, torch.float32: 1e-5}
+_SAME_HALF = 1e-3
+# Likewise logits, as a share of the largest: a mask may take them through another kernel.
+_SAME_LOGITS = {torch.float64: 1e-6, torch.float32: 1e-4}
+_SAME_LOGITS_HALF = 0.1
 
 
 class NotFiniteError(ModelError):
@@ -31,7 +39,8 @@ def detect_objective(
     """Find by running which loss `model` computes itself.
 
     A language model: with or without the shift of next-token models, or sequence to sequence. A model without a
-    language-model head that gives one row of logits per sample: a class's cross-entropy or a squared error.
+    language-model head that gives one row of logits per sample: a class's cross-entropy or a squared error. What
+    `likelihood_alone` leaves out, such as the routers' auxiliary loss, is none of it.
 
     Args:
         model: on any device.
@@ -43,17 +52,18 @@ def detect_objective(
     Raises:
         DataError: an unknown reduction or kind of labels, or labels of another form than the model's.
         NotFiniteError: the loss of this sample is NaN or infinite.
-        ModelError: the model is neither, or computes another loss.
+        ModelError: the model is neither, computes another loss, or makes other decoder inputs of labels.
     """
     if reduction not in REDUCTIONS:
         raise DataError(f"reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
     if labels not in LABELS:
         raise DataError(f"labels from {labels!r}; expected one of {', '.join(LABELS)}")
-    name = _of_classifier(model, sample) or _of_language_model(model, sample)
+    with likelihood_alone(model):
+        found = _of_classifier(model, sample) or _of_language_model(model, sample)
     one_label = "labels" in sample and as_tensor("labels", sample["labels"]).dim() == 0
-    if name not in PER_SAMPLE and one_label:
+    if found.name not in PER_SAMPLE and one_label:
         raise DataError(f"a sample has one label; expected one for each token, as {type(model).__name__} takes them")
-    return Objective(name, reduction, labels, seed)
+    return replace(found, reduction=reduction, labels=labels, seed=seed)
 
 
 def require_lm_head(model: nn.Module) -> None:
@@ -75,7 +85,7 @@ def has_lm_head(model: nn.Module) -> bool:
     return _takes_labels(model) and getattr(model, "get_output_embeddings", lambda: None)() is not None
 
 
-def _of_language_model(model: nn.Module, sample: Sample) -> str:
+def _of_language_model(model: nn.Module, sample: Sample) -> Objective:
     require_lm_head(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return _of_decoder(model, sample)
@@ -93,41 +103,87 @@ def _of_language_model(model: nn.Module, sample: Sample) -> str:
             f"{type(model).__name__} computes a loss ({own:.4f}) that is neither masked-LM ({found['mlm']:.4f}) "
             f"nor next-token cross-entropy ({found['causal']:.4f}); expected a language model"
         )
-    return name
+    return Objective(name)
 
 
-def _of_decoder(model: nn.Module, sample: Sample) -> str:
-    objective = Objective("seq2seq")
-    labels = as_tensor("labels", sample.get("labels", sample["input_ids"])).clamp(min=0)
-    batch = objective.collate(model, [{**sample, "labels": labels}])
+def _of_decoder(model: nn.Module, sample: Sample) -> Objective:
+    probe = _with_a_gap(model, sample)
+    kinds = [Objective("seq2seq", masks_decoder_padding=masks) for masks in (False, True)]
+    batches = [kind.collate(model, [probe]) for kind in kinds]
+    batch = batches[0]
     inputs = {name: t for name, t in batch.inputs.items() if name in sample or not name.startswith("decoder")}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # that the EncoderDecoderModel of old had another loss
-        out = model(**inputs, labels=batch.targets)  # it makes its decoder's inputs itself
-    _require_finite(model, out.loss)
-    ours = _nearest(F.cross_entropy, out.logits[0], batch.targets[0], out.loss)
-    if not _same(ours, out.loss):
+        try:
+            own, logits = _outputs(model, inputs, batch.targets)  # it makes its decoder's inputs itself
+        except _UNSUITED as e:
+            if isinstance(e, GuidedDropoutError | torch.OutOfMemoryError):
+                raise
+            raise ModelError(
+                f"{type(model).__name__} cannot run a sample ({' '.join(str(e).split())}); expected an encoder-decoder "
+                "that makes its decoder's inputs from labels: give decoder_input_ids in each sample"
+            ) from e
+    _require_finite(model, own)
+    ours = _nearest(F.cross_entropy, logits[0], batch.targets[0], own)
+    if not _same(ours, own):
         raise ModelError(
-            f"{type(model).__name__} computes a loss ({out.loss:.4f}) that is not the cross-entropy of what its "
+            f"{type(model).__name__} computes a loss ({own:.4f}) that is not the cross-entropy of what its "
             f"decoder should say ({ours:.4f}); expected one that is: without label smoothing or a loss of its own"
         )
-    return objective.name
+    with torch.no_grad():
+        given = [_outputs(model, b.inputs)[1] for b in batches]
+    expected = batch.at_targets(logits)
+    apart = [(batch.at_targets(found) - expected).abs().max().nan_to_num(math.inf).item() for found in given]
+    nearest, largest = min(apart), expected.abs().max().item()
+    if not nearest <= _SAME_LOGITS.get(logits.dtype, _SAME_LOGITS_HALF) * largest:
+        raise ModelError(
+            f"{type(model).__name__} makes other decoder inputs of labels than start token, labels and padding: its "
+            f"logits, up to {largest:.2g}, are {nearest:.2g} apart from those of these; expected the same: give "
+            "decoder_input_ids and decoder_attention_mask in each sample"
+        )
+    return kinds[apart.index(nearest)]
+
+
+def _with_a_gap(model: nn.Module, sample: Sample) -> Sample:
+    """The same with a token to say at each place but the first, in whose stead a decoder reads padding."""
+    labels = torch.atleast_1d(as_tensor("labels", sample.get("labels", sample["input_ids"]))).long().clamp(min=0)
+    probe = dict(sample)
+    if len(labels) < 3 and not any(name.startswith("decoder") for name in sample):
+        labels = labels.repeat(3)[:3]
+    if len(labels) > 1:
+        labels = labels.index_fill(0, torch.tensor(0, device=labels.device), IGNORE)
+        if "decoder_input_ids" in sample and (padding := padding_token(model)) is not None:
+            ids = as_tensor("decoder_input_ids", sample["decoder_input_ids"])
+            probe["decoder_input_ids"] = ids.index_fill(0, torch.tensor(1, device=ids.device), padding)
+    return {**probe, "labels": labels}
+
+
+def _outputs(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None = None) -> tuple[Any, Tensor]:
+    """The loss that a model computes, where it is given labels, and its logits."""
+    out = model(**inputs) if labels is None else model(**inputs, labels=labels)
+    loss, logits = (getattr(out, name, None) for name in ("loss", "logits"))
+    if logits is None or (loss is None and labels is not None):
+        raise ModelError(
+            f"{type(model).__name__} gives no {'logits' if logits is None else 'loss'} for tokens and labels; expected "
+            "a model with a single head: load it with AutoModelForMaskedLM, AutoModelForCausalLM or "
+            "AutoModelForSeq2SeqLM"
+        )
+    return loss, logits
 
 
 def _losses_as(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The model's own loss, and what it would be as that of a masked LM and of a next-token model."""
     with torch.no_grad():
-        out = model(input_ids=ids[None], labels=ids[None])
-    _require_finite(model, out.loss)
+        own, logits = _outputs(model, {"input_ids": ids[None]}, ids[None])
+    _require_finite(model, own)
     cross_entropy = partial(F.cross_entropy, ignore_index=IGNORE)
-    return out.loss, {
-        name: _nearest(cross_entropy, out.logits[0], Objective(name).targets(ids), out.loss)
-        for name in ("mlm", "causal")
+    return own, {
+        name: _nearest(cross_entropy, logits[0], Objective(name).targets(ids), own) for name in ("mlm", "causal")
     }
 
 
-def _of_classifier(model: nn.Module, sample: Sample) -> str | None:
-    """``"classification"`` or ``"regression"``, or None for a model that gives no row of logits per sample."""
+def _of_classifier(model: nn.Module, sample: Sample) -> Objective | None:
+    """That of a classification or a regression, or None for a model that gives no row of logits per sample."""
     if has_lm_head(model) or not _takes_labels(model) or "labels" not in sample:
         return None
     value = as_tensor("labels", sample["labels"])
@@ -161,14 +217,14 @@ def _of_classifier(model: nn.Module, sample: Sample) -> str | None:
             f"{'squared error' if one_score else 'cross-entropy'} ({expected:.4f}) of one label; expected a "
             "classifier of one class, or a regression of one score"
         )
-    return "regression" if one_score else "classification"
+    return Objective("regression" if one_score else "classification")
 
 
 def _own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     problem = model.config.problem_type  # which transformers sets on the way
     try:
         with torch.no_grad():
-            return model(**inputs, labels=labels).loss
+            return _outputs(model, inputs, labels)[0]
     finally:
         model.config.problem_type = problem
 
@@ -188,7 +244,7 @@ def _distance(found: float, own: Tensor) -> float:
 
 
 def _same(found: float, own: Tensor) -> bool:
-    return _distance(found, own) <= 1e-3 * max(1.0, abs(own.item()))
+    return _distance(found, own) <= _SAME.get(own.dtype, _SAME_HALF) * max(1.0, abs(own.item()))
 
 
 def _require_finite(model: nn.Module, own: Tensor) -> None:

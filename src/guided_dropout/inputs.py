@@ -79,6 +79,8 @@ def text_inputs(
         progress=progress,
     )  # fmt: skip
     facts: dict[str, Any] = {"text": text.name, "seed": seed, "max_length": max_length}
+    if num_samples is None:
+        facts["taken"] = ALL
     notes = []
     if text.ignored:
         shown = ", ".join(text.ignored[:3]) + (", …" if len(text.ignored) > 3 else "")
@@ -144,7 +146,8 @@ def task_inputs(
         samples.append({**row, "labels": order[label] if order else label, "index": i})
     if num_samples is not None and len(samples) < num_samples:
         notes += (f"{task} has {len(samples):,} examples, fewer than {num_samples:,}: using them all",)
-    return Inputs(samples, {"task": task, "data": examples.source, "seed": seed, "max_length": max_length}, notes)
+    facts = {"task": task, "data": examples.source, "seed": seed, "max_length": max_length}
+    return Inputs(samples, facts | ({"taken": ALL} if num_samples is None else {}), notes)
 
 
 def _own_numbers(model: PreTrainedModel, task: Task) -> list[int] | None:

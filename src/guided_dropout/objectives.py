@@ -16,6 +16,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_dropout.errors import ModelError
-from guided_dropout.samples import IGNORE, INDEX, Sample, as_tensor, check_samples
+from guided_dropout.samples import IGNORE, INDEX, Sample, as_tensor, check_samples, is_packed
 
 __all__ = [
     "IGNORE",
@@ -96,12 +97,15 @@ class Objective:
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
         labels: ``"data"``, or ``"model"``: targets are drawn from the model's prediction wherever the data has one.
         seed: of these draws.
+        masks_decoder_padding: the decoder does not see padding among its inputs, which stands there for a label of
+            −100: some models mask it by themselves.
     """
 
     name: str
     reduction: str = "mean"
     labels: str = "data"
     seed: int = 0
+    masks_decoder_padding: bool = False
 
     def targets(self, labels: Tensor) -> Tensor:
         """One sample's labels [T] or [] → the target of the logits at each position [T], or [1]."""
@@ -110,13 +114,15 @@ class Objective:
         return F.pad(labels[1:], (0, 1), value=IGNORE) if self.name == "causal" else labels
 
     def collate(self, model: nn.Module, samples: Sequence[Sample]) -> Batch:
-        """Pad samples on the right into one batch on the model's device."""
+        """Pad samples on the right into one batch on the model's device.
+
+        One with several texts packed into it stands beside others of its own length only, of which none has a mask.
+        """
         device = next(model.parameters()).device
         prepared = [prepare_sample(model, self, s) for s in samples]
         targets = _pad([self.targets(p["labels"]) for p in prepared], IGNORE).to(device)
-        inputs = {
-            k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in prepared[0] if k != "labels"
-        }
+        names = [k for k in prepared[0] if k != "labels" and all(k in p for p in prepared)]
+        inputs = {k: _pad([p[k] for p in prepared], pad_value(model, k)).to(device) for k in names}
         mask = torch.ones_like(targets, dtype=torch.bool) if self.name == "regression" else targets != IGNORE
         weights = mask.double()  # a third in float32 would cost a float64 model half of its digits
         if self.reduction == "mean":
@@ -183,25 +189,45 @@ def prepare_sample(model: nn.Module, objective: Objective, sample: Sample) -> di
     """One sample as int64 tensors [T] with everything that `model` needs, unpadded."""
     out = {name: as_tensor(name, value) for name, value in sample.items() if name != INDEX}
     accepted = inspect.signature(model.forward).parameters
-    if "attention_mask" in accepted:
+    if "attention_mask" in accepted and not is_packed(out):
         out.setdefault("attention_mask", torch.ones_like(out["input_ids"]))
     if objective.name == "seq2seq":
         if "decoder_input_ids" not in out:
-            shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-            if shift is None:
-                raise ModelError(f"{type(model).__name__} makes no decoder inputs from labels: give decoder_input_ids")
-            out["decoder_input_ids"] = shift(labels=out["labels"][None])[0]
-        if "decoder_attention_mask" in accepted:
-            out.setdefault("decoder_attention_mask", torch.ones_like(out["decoder_input_ids"]))
+            out["decoder_input_ids"] = _decoder_inputs(model, out["labels"])
+        if "decoder_attention_mask" in accepted and "decoder_attention_mask" not in out:
+            ids, padding = out["decoder_input_ids"], padding_token(model)
+            masked = objective.masks_decoder_padding and padding is not None
+            out["decoder_attention_mask"] = (ids != padding).long() if masked else torch.ones_like(ids)
     return out
+
+
+def _decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What a decoder reads that should say `labels` [T]: the start token, then all but the last, with padding for −100.
+
+    As the model makes them where it says how; otherwise as they mostly are, which `detection` compares with its own.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is not None:
+        return shift(labels=labels[None])[0]
+    start, padding = getattr(model.config, "decoder_start_token_id", None), padding_token(model)
+    if start is None or padding is None:
+        raise ModelError(
+            f"{type(model).__name__} has no {'decoder_start_token_id' if start is None else 'pad_token_id'} to make "
+            "its decoder's inputs from labels; expected both: set it in the model's config, or give decoder_input_ids"
+        )
+    moved = F.pad(labels[:-1], (1, 0), value=start)
+    return moved.masked_fill(moved == IGNORE, padding)
+
+
+def padding_token(model: nn.Module) -> int | None:
+    """The token that stands for nothing; None where there is none."""
+    token = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return token if isinstance(token, int) and token >= 0 else None  # some configurations say -1 for none
 
 
 def pad_value(model: nn.Module, name: str) -> int:
     """What fills `name` beyond a sample's end; masked out, so that it never counts."""
-    if name.endswith("input_ids"):
-        token = getattr(getattr(model, "config", None), "pad_token_id", None)
-        return token if isinstance(token, int) and token >= 0 else 0  # some configurations say -1 for none
-    return 0
+    return (padding_token(model) or 0) if name.endswith("input_ids") else 0
 
 
 def _pad(rows: Sequence[Tensor], value: int) -> Tensor:

@@ -4,6 +4,9 @@ A sample holds ``input_ids`` and ``labels``, and where the model takes them ``at
 ``decoder_*``. Its labels are one token for each place (−100 is no target), or for a sequence classifier one number: an
 integer class, or a score for a regression. ``index`` is its number in the stream: what is drawn at random for a sample
 depends on that, not on the batch that it stands in.
+
+Where ``position_ids`` begin anew and there is no mask, a sample is several texts that do not see each other, as
+transformers runs it without a cache.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
     Raises:
         DataError: a sample that is no mapping, is empty, whose sequences differ in length or are none, that holds keys
             that the model does not take or other ones than the first, more tokens than there are positions, a token
-            beyond the vocabulary or a label beyond the classes.
+            beyond the vocabulary, a label beyond the classes or a mask that leaves out everything.
     """
     vocabulary, accepted, positions = vocabulary_size(model), _accepted(model), _positions(model)
     decoded = _decoded_vocabulary(model, vocabulary)
@@ -52,7 +55,9 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
             found = sorted(s) if isinstance(s, Mapping) else type(s).__name__
             raise DataError(f"sample {i} holds {found}; expected a mapping with input_ids and labels")
         _check_keys(model, i, s, accepted)
-        own = set(s) - {"attention_mask", INDEX}  # the mask is all ones where it is not given
+        own = set(s) - {INDEX}
+        if "position_ids" not in s:
+            own -= {"attention_mask"}  # it is all ones where it is not given
         if own != (keys := keys or own):
             odd = sorted(own ^ keys)[0]
             where = f"sample {i}" if odd in own else f"sample {first}"
@@ -82,6 +87,9 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
             _check_tokens(model, i, name, tensors[name], vocabulary if name == "input_ids" else decoded)
         if not labels.dim():
             _check_label(model, i, labels.item())
+        _check_mask(i, tensors)
+        if "position_ids" in tensors and "attention_mask" in accepted and not _begins_anew(tensors["position_ids"]):
+            tensors.setdefault("attention_mask", torch.ones_like(tensors["input_ids"]))  # so that it is not packed
         yield {**tensors, INDEX: int(s.get(INDEX, i))}
 
 
@@ -107,6 +115,15 @@ def as_tensor(name: str, value: Any) -> Tensor:
             f"{name} has shape {tuple(out.shape)} and type {out.dtype}; expected one dimension of integers: {advice}"
         )
     return out.long()
+
+
+def is_packed(sample: Sample) -> bool:
+    """Whether a sample that `check_samples` gave is several texts, which a mask, even one of ones, would make one."""
+    return "position_ids" in sample and "attention_mask" not in sample
+
+
+def _begins_anew(positions: Tensor) -> bool:
+    return bool((positions.diff() != 1).any())
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -181,6 +198,14 @@ def _check_tokens(model: nn.Module, i: int, name: str, tokens: Tensor, vocabular
         raise DataError(
             f"sample {i} has {int(tokens[bad][0])} in its {name}; expected 0 to {vocabulary - 1}, the vocabulary of "
             f"{type(model).__name__}, or {IGNORE} for no target: use the model's own tokenizer"
+        )
+
+
+def _check_mask(i: int, tensors: Mapping[str, Tensor]) -> None:
+    if "attention_mask" in tensors and not tensors["attention_mask"].any():
+        raise DataError(
+            f"sample {i} has an attention_mask that is zero for all of its tokens; expected some that "
+            "are seen: leave the sample out"
         )
 
 

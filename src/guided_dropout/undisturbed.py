@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_dropout.knobs import foreign_rate, is_foreign_dropout
+from guided_dropout.likelihood import likelihood_alone
 
 _ABSENT: Any = object()
 
@@ -38,7 +39,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no key-value cache and no parameter that requires a gradient; everything as it was after."""
+    """Evaluation mode, no cache, the likelihood alone, no parameter requiring a gradient; all as it was after."""
     modes = [(m, m.training) for m in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -48,7 +49,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        with _same_parts(model), _same_buffers(model), _rnns_with_a_backward(model):
+        with likelihood_alone(model), _same_parts(model), _same_buffers(model), _rnns_with_a_backward(model):
             yield
     finally:
         for m, training in modes:

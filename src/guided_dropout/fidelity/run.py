@@ -21,6 +21,7 @@ from guided_dropout.fidelity.sums import SubsampleSums
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_arguments, check_devices, profile_of
 from guided_dropout.fisher.experts import experts_apart
+from guided_dropout.fisher.prefixes import Prefixes
 from guided_dropout.fisher.processes import Processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.run import Run
@@ -109,7 +110,8 @@ def fidelity(
     with evaluating(inner), own_precision(inner), torch.enable_grad(), experts_apart(inner):
         check_devices(inner)
         goal, checked, unpadded = begin(inner, samples, objective, reduction, labels="data", seed=seed)
-        stream = Stream(goal, checked, unpadded=unpadded)
+        prefixes = Prefixes()
+        stream = Stream(goal, prefixes.passing(checked), unpadded=unpadded)
         items = list(stream)
         if not items:
             raise DataError(
@@ -150,7 +152,11 @@ def fidelity(
         for _ in run.steps():
             pass
     parts = sums.finish() if not scores_only else {}
-    how = {"batch_size": batch_size if tokens_per_batch is None else None, "tokens_per_batch": tokens_per_batch}
+    how: dict[str, Any] = {
+        "batch_size": batch_size if tokens_per_batch is None else None,
+        "tokens_per_batch": tokens_per_batch,
+    }
+    how["sample_digests"] = prefixes.facts()
     profile = profile_of(
         outer, goal, sums.inner, stream.skipped, Processes(), method="batched", **how | dict(facts or {})
     )

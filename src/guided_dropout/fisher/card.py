@@ -37,12 +37,14 @@ def _measured(profile: FisherProfile) -> str:
     parts = profile.provenance.get("merged", [])
     kind = {"data": "empirical", "model": "sampled"}[profile.labels]
     merged = f" Merged from {len(parts)} measurements." if parts else ""
+    term = profile.provenance.get("left_out")
+    left_out = f" Left out of the loss: {term}." if term else ""
     return (
         f"Diagonal of the {kind} Fisher information of `{profile.model.get('architecture')}` "
         f"({profile.model.get('num_parameters', 0):,} parameters): the mean over {profile.num_samples:,} samples of "
         f"each squared derivative of a sample's loss ({profile.objective}, {profile.reduction} over its targets). "
-        f"{profile.num_skipped:,} samples without a target were skipped.{merged} Parameters that needed the per-sample "
-        f"loop: {fallback}."
+        f"{profile.num_skipped:,} samples without a target were skipped.{merged}{left_out} Parameters that needed the "
+        f"per-sample loop: {fallback}."
     )
 
 

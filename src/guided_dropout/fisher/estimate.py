@@ -19,6 +19,7 @@ from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerpri
 from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.lengths import goes_by_longest
+from guided_dropout.fisher.prefixes import Prefixes
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.rounds import BatchMeans, RankedRun
@@ -27,6 +28,7 @@ from guided_dropout.fisher.selection import Choice, select_parameters, without_w
 from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
 from guided_dropout.identity import model_identity, weights_identity
+from guided_dropout.likelihood import terms_left_out
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
 from guided_dropout.undisturbed import evaluating, own_precision
@@ -138,7 +140,8 @@ def estimate_fisher(
             goal, checked, unpadded = begin(model, samples, objective, reduction, labels=labels, seed=seed)
             # A rule is told the samples of all, in the order of a single process: whole batches are dealt out.
             share = (world.index, world.count) if until_ranked is None else (0, 1)
-            stream = Stream(goal, checked, process=share[0], processes=share[1], unpadded=unpadded)
+            prefixes = Prefixes()
+            stream = Stream(goal, prefixes.passing(checked), process=share[0], processes=share[1], unpadded=unpadded)
             means = None if until_ranked is None else BatchMeans(list(chosen))
             sums = Accumulator(
                 model,
@@ -203,6 +206,7 @@ def estimate_fisher(
         method=method,
         batch_size=batch_size if tokens_per_batch is None else None,
         tokens_per_batch=tokens_per_batch,
+        sample_digests=prefixes.facts(until_ranked.samples if until_ranked else None),
         **({"seed": seed} if labels == "model" else {})
         | ({"ranking": until_ranked.report()} if until_ranked else {})
         | dict(facts or {}),
@@ -328,6 +332,7 @@ def profile_of(
             dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in sums.parameters.values()})),
             device=devices.pop().type if len(devices) == 1 else ", ".join(sorted(map(str, devices))),
             processes=world.count,
+            **terms_left_out(model),
             **facts,
         ),
     )

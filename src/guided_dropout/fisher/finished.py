@@ -61,9 +61,9 @@ def finished_profile(
         "dtype": _dtypes(chosen),
         "save_dtype": None if scores_only else save_dtype,
         "until": _rule(until_ranked.report() if until_ranked else {}),
-        **settings,
+        **{key: value for key, value in settings.items() if key != "taken" or key in found.provenance},  # as above
     }
-    made_with = found.provenance.keys() - provenance().keys() - {"device", "ranking"}
+    made_with = found.provenance.keys() - provenance().keys() - {"device", "ranking", "left_out", "sample_digests"}
     there = {
         "model": found.model,
         "parameters": len(found.shapes),

@@ -8,6 +8,7 @@ from torch import nn
 from guided_dropout.fisher.shortcuts import Unsuited
 from guided_dropout.fisher.variants import longer, shortened
 from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample
+from guided_dropout.samples import is_packed
 
 # Rotary embeddings that go by the longest sample of a batch, once it is long enough.
 _BY_LONGEST = {"longrope", "dynamic"}
@@ -39,8 +40,11 @@ def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> b
 def predicts_from_padding(objective: Objective, sample: Sample) -> bool:
     """Whether a sample has a target at a position that its own mask leaves out, as its first token after padding has.
 
-    What a model makes of such a position may go by how many there are in the batch.
+    What a model makes of such a position may go by how many there are in the batch. Nor can a sample be padded that has
+    no mask, so that the texts in it are kept apart.
     """
+    if is_packed(sample):
+        return True
     mask = sample.get("decoder_attention_mask" if objective.name == "seq2seq" else "attention_mask")
     if mask is None or objective.name in PER_SAMPLE:
         return False

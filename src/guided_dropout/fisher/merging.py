@@ -2,25 +2,30 @@ r"""Several measurements of one model as one profile, :math:`F = \sum_k N_k F^{(
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from guided_dropout.errors import ArtefactError
+from guided_dropout.fisher.prefixes import common_start
 from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.provenance import provenance
 
 _WEIGHTS = ("digest", "backbone")  # of the model's facts; earlier profiles lack them
+_TAKEN = ("taken", "max_characters")  # all samples or some, of how much of a text
 _SAME = 1e-4  # a batch size moves a mean by 1e-6 of it, other samples by far more
 
 
 def merge(*profiles: FisherProfile) -> FisherProfile:
     """The profile over the samples of all `profiles`, each weighted by its number of samples.
 
-    The samples must not overlap: one that stands in two of them counts twice. The tensor means are those of one
-    measurement over all samples, to rounding in float64; the values per parameter to that of their dtype.
+    The samples must not overlap: one that stands in two of them counts twice. Profiles whose samples begin alike are
+    refused; so are two of a text of one name, drawn by one seed, where they hold no digests of their samples. The
+    tensor means are those of one measurement over all samples, to rounding in float64; the values per parameter to that
+    of their dtype.
 
     Args:
         profiles: two or more, of the same model, objective, reduction and labels. The same model has the same weights,
@@ -121,21 +126,42 @@ def _check_other_samples(a: FisherProfile, b: FisherProfile, first: int, second:
             f"profiles {first} and {second} were measured on the same {a.num_samples:,} samples: their tensor means "
             "agree; expected samples that do not overlap: measure on other text or with another --seed"
         )
-    nested = [facts for facts in _drawn_from(a) if facts in _drawn_from(b)]
-    if nested:
-        text, seed, length = nested[0]
-        raise ArtefactError(
-            f"profiles {first} and {second} were both measured on samples of {length} tokens of {text} with seed "
-            f"{seed}: the fewer are among the more, and would count twice; expected samples that do not "
-            "overlap: measure on other text"
-        )
+    for x, y in itertools.product(_parts(a), _parts(b)):
+        start, drawn = _common_start(x, y), _drawn_from(x)
+        if start != 0 and drawn is not None and drawn == _drawn_from(y):
+            text, seed, length = drawn
+            raise ArtefactError(
+                f"profiles {first} and {second} were both measured on samples of {length} tokens of {text} with seed "
+                f"{seed}: the fewer are among the more, and would count twice; expected samples that do not "
+                "overlap: measure on other text"
+            )
+        if start:
+            raise ArtefactError(
+                f"profiles {first} and {second} were both measured on samples of which the first {start:,} are the "
+                "same, and would count twice; expected samples that do not overlap: measure on other text"
+            )
 
 
-def _drawn_from(profile: FisherProfile) -> list[tuple[Any, Any, Any]]:
-    """(text or task, seed, tokens) of each of its parts that says so: from the same, fewer samples begin more."""
-    parts = profile.provenance.get("merged", [profile.provenance])
-    facts = [(part.get("text") or part.get("data"), part.get("seed"), part.get("max_length")) for part in parts]
-    return [found for found in facts if None not in found]
+def _parts(profile: FisherProfile) -> Sequence[Mapping[str, Any]]:
+    """The provenance of each measurement in it."""
+    return profile.provenance.get("merged", [profile.provenance])
+
+
+def _common_start(x: Mapping[str, Any], y: Mapping[str, Any]) -> int | None:
+    """How many samples two measurements begin with alike; None where their samples do not tell.
+
+    Samples taken in another way, as all of a text beside some that are drawn from it, begin otherwise and overlap.
+    """
+    if not ("sample_digests" in x and "sample_digests" in y):
+        return None
+    start = common_start(x["sample_digests"], y["sample_digests"])
+    return start if start or all(x.get(how) == y.get(how) for how in _TAKEN) else None
+
+
+def _drawn_from(part: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
+    """(text or task, seed, tokens) of a measurement that says so: from the same, fewer samples begin more."""
+    found = (part.get("text") or part.get("data"), part.get("seed"), part.get("max_length"))
+    return None if None in found else found
 
 
 def _provenance(profiles: Sequence[FisherProfile]) -> dict[str, Any]:

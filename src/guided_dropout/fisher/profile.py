@@ -24,6 +24,7 @@ from guided_dropout.artefacts import (
 from guided_dropout.errors import ArtefactError, DataError, describe, unknown
 from guided_dropout.fisher import hub
 from guided_dropout.fisher.card import card
+from guided_dropout.fisher.facts import check_facts
 from guided_dropout.fisher.topk import Selection, select
 from guided_dropout.identity import backbone_weights, model_identity, relative_name, same_weights
 
@@ -63,7 +64,7 @@ class FisherProfile:
             softmax): they take no part in rankings and scores.
 
     Raises:
-        ArtefactError: means without shapes, or noise that is none of the tensors.
+        ArtefactError: means without shapes, or values without means, or noise that is none of the tensors.
     """
 
     diagonal: Mapping[str, torch.Tensor]
@@ -84,10 +85,10 @@ class FisherProfile:
         shapes = {name: tuple(shape) for name, shape in given.items()}
         object.__setattr__(self, "shapes", shapes)
         object.__setattr__(self, "noise", tuple(self.noise))
-        if not self.diagonal and (odd := sorted({*shapes} ^ {*self.tensor_means})):
+        if odd := sorted({*shapes} ^ {*self.tensor_means}):
             raise ArtefactError(
-                f"a profile without values per parameter whose shapes and tensor means differ in {odd[0]}; expected a "
-                "shape for each mean: give both"
+                f"a profile whose shapes and tensor means differ in {odd[0]}; expected values or a shape for "
+                "each mean: give both"
             )
         if odd := [name for name in self.noise if name not in self.tensor_means]:
             raise ArtefactError(f"the profile names {odd[0]} as noise but holds no such tensor; expected one it holds")
@@ -262,8 +263,7 @@ class FisherProfile:
     def _read(cls, folder: Path, verify: bool) -> FisherProfile:
         facts = read_json(folder / JSON_NAME, kind=KIND, schema=SCHEMA)
         names = [*cls.__dataclass_fields__.keys() - {"diagonal"}, "values"]
-        if missing := sorted(name for name in names if name not in facts):
-            raise ArtefactError(f"{folder / JSON_NAME} has no {missing[0]!r}; expected a whole {KIND}: make it again")
+        check_facts(folder / JSON_NAME, facts, names)
         values = facts["values"]
         diagonal = {} if values is None else _read_values(folder / TENSORS_NAME, facts["shapes"], values, verify)
         return cls(diagonal=diagonal, **{name: facts[name] for name in names if name != "values"})
