@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_dropout.errors import DataError, GuidedDropoutError, ModelError
-from guided_dropout.likelihood import likelihood_alone
 from guided_dropout.objectives import LABELS, PER_SAMPLE, REDUCTIONS, Objective, padding_token
 from guided_dropout.samples import IGNORE, Sample, as_tensor, vocabulary_size
+from guided_dropout.undisturbed import evaluating, same_weights
 
 # What a model that does not suit may raise in its forward.
 _UNSUITED = (RuntimeError, ValueError, TypeError, IndexError)
@@ -36,7 +36,7 @@ class NotFiniteError(ModelError):
 def detect_objective(
     model: nn.Module, sample: Sample, reduction: str = "mean", *, labels: str = "data", seed: int = 0
 ) -> Objective:
-    """Find by running which loss `model` computes itself.
+    """Find by running which loss `model` computes itself; it comes back as it was.
 
     A language model: with or without the shift of next-token models, or sequence to sequence. A model without a
     language-model head that gives one row of logits per sample: a class's cross-entropy or a squared error. What
@@ -52,14 +52,20 @@ def detect_objective(
     Raises:
         DataError: an unknown reduction or kind of labels, or labels of another form than the model's.
         NotFiniteError: the loss of this sample is NaN or infinite.
-        ModelError: the model is neither, computes another loss, or makes other decoder inputs of labels.
+        ModelError: the model is neither, computes another loss, makes other decoder inputs of labels, or writes to its
+            weights.
     """
     if reduction not in REDUCTIONS:
         raise DataError(f"reduction {reduction!r}; expected one of {', '.join(REDUCTIONS)}")
     if labels not in LABELS:
         raise DataError(f"labels from {labels!r}; expected one of {', '.join(LABELS)}")
-    with likelihood_alone(model):
+    with evaluating(model), same_weights(model) as written:
         found = _of_classifier(model, sample) or _of_language_model(model, sample)
+    if written:
+        raise ModelError(
+            f"{type(model).__name__} writes to {len(written)} of its parameters in its forward, {next(iter(written))} "
+            "among them; expected weights that stay as they are: switch that off in its configuration"
+        )
     one_label = "labels" in sample and as_tensor("labels", sample["labels"]).dim() == 0
     if found.name not in PER_SAMPLE and one_label:
         raise DataError(f"a sample has one label; expected one for each token, as {type(model).__name__} takes them")

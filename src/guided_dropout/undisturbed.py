@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from guided_dropout.errors import ModelError
 from guided_dropout.knobs import foreign_rate, is_foreign_dropout
 from guided_dropout.likelihood import likelihood_alone
 
@@ -26,6 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         stack.enter_context(same_random_states(model))
         stack.enter_context(_same_parts(model))
         stack.enter_context(_same_buffers(model))
+        stack.enter_context(same_weights(model))
         modes = {module: module.training for module in model.modules()}
         stack.callback(lambda: [setattr(module, "training", mode) for module, mode in modes.items()])
         model.train()
@@ -39,7 +42,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no cache, the likelihood alone, no parameter requiring a gradient; all as it was after."""
+    """Evaluation mode, no cache, the likelihood alone, no parameter requiring a gradient; all as it was after.
+
+    A model that takes other submodules in a forward has its own again for the next.
+    """
     modes = [(m, m.training) for m in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -49,7 +55,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
         if cache is not None:
             model.config.use_cache = False  # pyright: ignore
-        with likelihood_alone(model), _same_parts(model), _same_buffers(model), _rnns_with_a_backward(model):
+        with contextlib.ExitStack() as stack:
+            for context in (likelihood_alone, _same_buffers, _unscaled, _rnns_with_a_backward):
+                stack.enter_context(context(model))
+            parts = stack.enter_context(_same_parts(model))
+            stack.callback(model.register_forward_hook(lambda *_: parts.take_back(), always_call=True).remove)
             yield
     finally:
         for m, training in modes:
@@ -129,18 +139,123 @@ def same_random_states(model: nn.Module) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+class Parts:
+    """The submodules, parameters and attributes that a model has now: BigBird takes others, for good, on short input.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._saved = [(m, dict(vars(m)), dict(m._modules), dict(m._parameters)) for m in model.modules()]
+
+    def are_there(self) -> bool:
+        """Whether no submodule is another one."""
+        return all(module._modules == parts for module, _, parts, _ in self._saved)
+
+    def take_back(self) -> None:
+        """Where a submodule is another one, put all back; what was added since stays."""
+        if not self.are_there():
+            for module, attributes, parts, _ in self._saved:
+                vars(module).update(attributes)
+                _refill(module._modules, parts)
+
+    def put_back(self) -> None:
+        """All as it was."""
+        for module, attributes, parts, parameters in self._saved:
+            _refill(vars(module), attributes)
+            _refill(module._modules, parts)
+            _refill(module._parameters, parameters)
+
+
+def _refill(old: dict[str, Any], new: dict[str, Any]) -> None:
+    old.clear()
+    old.update(new)
+
+
 @contextlib.contextmanager
-def _same_parts(model: nn.Module) -> Iterator[None]:
-    """Put submodules and attributes back: BigBird takes other attention modules, for good, on short input."""
-    saved = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+def _same_parts(model: nn.Module) -> Iterator[Parts]:
+    """Put submodules, parameters and attributes back."""
+    parts = Parts(model)
     try:
+        yield parts
+    finally:
+        parts.put_back()
+
+
+@contextlib.contextmanager
+def _unscaled(model: nn.Module) -> Iterator[None]:
+    """Within, RWKV does not divide its weights for inference, unless it already has."""
+    found: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "rescale_every", 0)}
+    before = {} if has_divided_weights(model) else {i: config.rescale_every for i, config in configs.items()}
+    try:
+        for i in before:
+            configs[i].rescale_every = 0
         yield
     finally:
-        for module, attributes, parts in saved:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(parts)
+        for i, every in before.items():
+            configs[i].rescale_every = every
+
+
+def has_divided_weights(model: nn.Module) -> bool:
+    """Whether a model has divided its weights for inference, as RWKV does in its first forward of evaluation mode."""
+    return any(getattr(m, "layers_are_rescaled", False) for m in model.modules()) and any(
+        getattr(getattr(m, "config", None), "rescale_every", 0) for m in model.modules()
+    )
+
+
+@contextlib.contextmanager
+def same_weights(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Put back the weights that are written to within; gives them as they were, by name."""
+    writes = _Writes(model)
+    try:
+        with writes:
+            yield writes.before
+    finally:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if name in writes.before:
+                    p.copy_(writes.before[name])
+
+
+@contextlib.contextmanager
+def unwritten(model: nn.Module) -> Iterator[None]:
+    """Make sure that no weight was written to within; without copies, so that none can be put back.
+
+    Raises:
+        ModelError: one was.
+    """
+    versions = [(name, p, p._version) for name, p in model.named_parameters()]
+    yield
+    if names := [name for name, p, version in versions if p._version != version]:
+        raise ModelError(
+            f"{type(model).__name__} has written to {len(names)} of its parameters in a forward, {names[0]} among "
+            "them; expected weights that stay as they are: load it anew and switch that off in its configuration"
+        )
+
+
+class _Writes(TorchDispatchMode):
+    """Copies a parameter when it is about to be written to, directly or through a view: none where nothing is."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.before: dict[str, Tensor] = {}
+        self._owners: dict[int, dict[str, Tensor]] = {}
+        for name, p in model.named_parameters():
+            if not p.is_meta:
+                self._owners.setdefault(p.untyped_storage().data_ptr(), {})[name] = p
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written = args[i] if i < len(args) else kwargs.get(argument.name)
+                for t in written if isinstance(written, (list, tuple)) else [written]:
+                    if isinstance(t, Tensor) and not t.is_meta:
+                        for name, p in self._owners.get(t.untyped_storage().data_ptr(), {}).items():
+                            self.before.setdefault(name, p.detach().clone())
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager

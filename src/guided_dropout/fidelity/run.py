@@ -31,7 +31,7 @@ from guided_dropout.identity import model_identity
 from guided_dropout.objectives import Sample
 from guided_dropout.schedule.shapes import check_choice
 from guided_dropout.sites import GROUPINGS, find_sites
-from guided_dropout.undisturbed import evaluating, own_precision
+from guided_dropout.undisturbed import evaluating, own_precision, unwritten
 from guided_dropout.unfinished import check_finished
 
 
@@ -107,7 +107,7 @@ def fidelity(
         check_unused(checkpoint)
     sites = [site for site in find_sites(model) if not site.in_head]
     chosen, outer, inner = select_parameters(model), model, without_wrapper(model)
-    with evaluating(inner), own_precision(inner), torch.enable_grad(), experts_apart(inner):
+    with evaluating(inner), unwritten(inner), own_precision(inner), torch.enable_grad(), experts_apart(inner):
         check_devices(inner)
         goal, checked, unpadded = begin(inner, samples, objective, reduction, labels="data", seed=seed)
         prefixes = Prefixes()

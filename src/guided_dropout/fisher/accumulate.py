@@ -11,6 +11,7 @@ nothing to attend to, whose NaN reaches the whole sample. A batch in which no sa
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -139,6 +140,10 @@ class Accumulator:
             if not batch:
                 return
             squares = self._begin(batch)
+        if isinstance(squares, BatchedSquares) and squares.plan.unpadded and len({i.lengths for i in batch}) > 1:
+            for _, alike in groupby(batch, lambda item: item.lengths):  # in their order, as an observer is told them
+                self.add(list(alike))
+            return
         while batch:
             added = squares.add(_samples(batch))
             if added.losses.isfinite().all():

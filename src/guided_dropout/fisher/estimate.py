@@ -31,7 +31,7 @@ from guided_dropout.identity import model_identity, weights_identity
 from guided_dropout.likelihood import terms_left_out
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
-from guided_dropout.undisturbed import evaluating, own_precision
+from guided_dropout.undisturbed import evaluating, has_divided_weights, own_precision, unwritten
 
 CHECKPOINT_EVERY = 300.0
 # Of so many samples one must have a finite loss: the objective is found on it.
@@ -115,13 +115,14 @@ def estimate_fisher(
     Raises:
         DataError: no samples, a malformed sample, or none with a target.
         ModelError: the model is no language model, parts of it are offloaded or on a device without float64, no
-            parameter was chosen, a sample's loss is not finite, or gradients are off for good (inference mode).
+            parameter was chosen, a sample's loss is not finite, it writes to its weights in its forward, or gradients
+            are off for good (inference mode).
         ArtefactError: a checkpoint that is of another run or damaged, or that was not expected.
         ProcessError: another of the processes failed.
     """
     world = current_processes() if distributed else Processes()
     chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
-    with evaluating(model), own_precision(model), torch.enable_grad(), experts_apart(model):
+    with evaluating(model), unwritten(model), own_precision(model), torch.enable_grad(), experts_apart(model):
         with world.together():
             _check_gradients()
             check_arguments(batch_size, tokens_per_batch, objective)
@@ -263,6 +264,11 @@ def begin(
 
     Found on the first sample with a finite loss.
     """
+    if has_divided_weights(model):
+        raise ModelError(
+            f"{type(model).__name__} has divided its weights for inference (config.rescale_every); expected those of "
+            "its checkpoint: load it anew, or run it once in training mode"
+        )
     stream = check_samples(model, samples)
     seen: list[Sample] = []
     goal = None

@@ -9,6 +9,7 @@ from guided_dropout.fisher.shortcuts import Unsuited
 from guided_dropout.fisher.variants import longer, shortened
 from guided_dropout.objectives import IGNORE, PER_SAMPLE, Objective, Sample
 from guided_dropout.samples import is_packed
+from guided_dropout.undisturbed import Parts
 
 # Rotary embeddings that go by the longest sample of a batch, once it is long enough.
 _BY_LONGEST = {"longrope", "dynamic"}
@@ -21,20 +22,23 @@ _FEW = 4  # tokens, which take next to no time
 def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> bool:
     """Whether a model makes something else of a sample beside a longer one than of the sample alone.
 
-    It does where it looks at padding: FNet has no mask, ConvBERT's convolutions and Funnel's pooling do not go by it.
+    It does where it looks at padding: FNet has no mask, ConvBERT's convolutions and Funnel's pooling do not go by it;
+    or where it takes other parts for few tokens, as BigBird does.
     """
     found = [getattr(module, "rope_type", None) for module in model.modules()]
     kinds = [kind for one in found for kind in (one.values() if isinstance(one, dict) else [one])]
     if any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds):
         return True
-    short = shortened(objective, sample, _FEW)
-    with torch.no_grad(), Unsuited():  # some take no batch without a token to pad with
+    short, parts, others = shortened(objective, sample, _FEW), Parts(model), list[bool]()
+    # Before they are put back.
+    handle = model.register_forward_hook(lambda *_: others.append(not parts.are_there()), prepend=True)
+    with torch.no_grad(), Unsuited(), handle:  # some take no batch without a token to pad with
         alone, padded = (
             model(**objective.collate(model, batch).inputs).logits[0] for batch in ([short], [short, longer(short)])
         )
         apart = (alone - padded[: len(alone)]).abs().max()
-        return bool(apart > _ROUNDING.get(alone.dtype, _ROUNDING_HALF) * alone.abs().max())
-    return False
+        return any(others) or bool(apart > _ROUNDING.get(alone.dtype, _ROUNDING_HALF) * alone.abs().max())
+    return any(others)
 
 
 def predicts_from_padding(objective: Objective, sample: Sample) -> bool:

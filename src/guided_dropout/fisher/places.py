@@ -56,6 +56,7 @@ class Plan:
         noise: parameters whose true gradient is zero; what is measured of them is rounding.
         late: the same head, if it can also be run after the model's forward.
         start: from where on the model can be run at target positions only.
+        unpadded: whether the samples of a batch must be equally long.
         activations: modules that write out what torch does in one operation → that operation (see `activations`).
     """
 
@@ -65,6 +66,7 @@ class Plan:
     noise: frozenset[str] = frozenset()
     late: LateHead | None = None
     start: Start | None = None
+    unpadded: bool = False
     activations: Mapping[nn.Module, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def place(self, key: Key) -> Place:
