@@ -135,13 +135,13 @@ class _Watch(TorchFunctionMode):
         if isinstance(output, tuple | list):
             parts = [(i, part) for i, part in enumerate(output) if isinstance(part, Tensor)]
         # A norm between two writes, or before the first, makes no other stream.
-        passed = call.parent is not None and call.inputs and not _projects(module)
-        goes_on = passed and self._is_stream(id(call.inputs[0]), call.parent)
+        around = call.parent if call.inputs and not _projects(module) else None
+        goes_on = around is not None and self._is_stream(id(call.inputs[0]), around)
         for index, part in parts:
             self._kept.append(part)
             self._made.setdefault(id(part), (call, index))
-            if goes_on and part.shape == call.inputs[0].shape:
-                call.parent.stream.add(id(part))
+            if around is not None and goes_on and part.shape == call.inputs[0].shape:
+                around.stream.add(id(part))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
