@@ -552,3 +552,16 @@ def test_samples_that_are_not_finite_are_named_and_left_out_if_asked(chain, comm
     (index,) = profile.coverage["nonfinite"]
     assert f"1 not finite left out (number {index} of the stream, from 0)" in out
     assert profile.provenance["tokens_per_batch"] == 60
+
+
+def test_memory_that_does_not_suffice_is_one_line(command, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total capacity of …"
+        )
+
+    monkeypatch.setattr(fisher, "estimate_fisher", full)
+    code, _, err = command("fisher", "demo", "--text", "demo", "--samples", 4, "--out", "full")
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: the device's memory does not suffice (CUDA out of memory. Tried")
+    assert "smaller batch" in err

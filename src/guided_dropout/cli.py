@@ -119,6 +119,16 @@ def main() -> None:
         if not e.told_elsewhere:
             errors.print(f"error: {' '.join(str(e).split())}", highlight=False)
         sys.exit(2)
+    except RuntimeError as e:
+        if "torch" not in sys.modules or not isinstance(e, sys.modules["torch"].OutOfMemoryError):
+            raise
+        found = " ".join(str(e).split())[:100]
+        errors.print(
+            f"error: the device's memory does not suffice ({found}); expected room for a batch: give a smaller batch, "
+            "shorter samples, or another --device",
+            highlight=False,
+        )
+        sys.exit(2)
     except Interrupted as e:
         what = str(e) or "nothing was written by the unfinished step: run the command again"
         errors.print(f"error: interrupted; {what}", highlight=False)
