@@ -45,14 +45,14 @@ def test_spectrum_agrees_with_sorting(fraction):
 
 
 def test_spectrum_of_equal_values():
-    s = spectrum(replace(profile(), diagonal={"w": torch.full((10, 10), 0.25)}))
+    s = spectrum(replace(profile(), diagonal={"w": torch.full((10, 10), 0.25)}, tensor_means={"w": 0.25}))
     assert s.top_share(0.3) == pytest.approx(0.3)
     assert s.values == pytest.approx([0.25])
 
 
 def test_spectrum_without_information_is_an_error():
     with pytest.raises(ArtefactError, match="no Fisher value above zero among 4"):
-        spectrum(replace(profile(), diagonal={"w": torch.zeros(2, 2)}))
+        spectrum(replace(profile(), diagonal={"w": torch.zeros(2, 2)}, tensor_means={"w": 0.0}))
 
 
 def test_plot_spectrum_says_what_the_top_holds():
