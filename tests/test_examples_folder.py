@@ -6,6 +6,7 @@ import json
 import py_compile
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +76,35 @@ def test_trl_trains_with_the_schedule_on_adapters_and_residual_sites(
     ]
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_lightnings_finder_of_a_learning_rate_trains_with_the_schedule_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lightning = pytest.importorskip("lightning")
+class Lit:
+    """The Lightning example's module, and what it is trained with."""
+
+    def __init__(self, lightning: Any):
+        self.lightning = lightning
+        self.kind = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")["Model"]
+        self.model = load_lm("demo")
+        self.schedule = DropoutSchedule.uniform(self.model, 0.3)
+        self.loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
+
+    def trainer(self, **options: Any) -> Any:
+        return self.lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, **options)
+
+
+@pytest.fixture
+def lit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lit]:
+    """After the test, the rates must be the model's own again."""
+    made = Lit(pytest.importorskip("lightning"))
     monkeypatch.chdir(tmp_path)
-    example = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")
-    model = load_lm("demo")
-    rates = {site.path: site.rate for site in find_sites(model)}
+    rates = {site.path: site.rate for site in find_sites(made.model)}
+    yield made
+    assert {site.path: site.rate for site in find_sites(made.model)} == rates
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightnings_finder_of_a_learning_rate_trains_with_the_schedule_on(lit: Lit) -> None:
     seen: list[float] = []
 
-    class Watched(example["Model"]):
+    class Watched(lit.kind):
         lr = 1e-4
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
@@ -96,29 +114,16 @@ def test_lightnings_finder_of_a_learning_rate_trains_with_the_schedule_on(
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.model.parameters(), lr=self.lr)
 
-    loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
-    finder = lightning.pytorch.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
+    finder = lit.lightning.pytorch.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None)
     with torch.random.fork_rng():
-        trainer = lightning.Trainer(
-            max_epochs=1, logger=False, accelerator="cpu", enable_progress_bar=False, callbacks=[finder]
-        )
-        trainer.fit(Watched(model, DropoutSchedule.uniform(model, 0.3)), loader)
+        lit.trainer(max_epochs=1, callbacks=[finder]).fit(Watched(lit.model, lit.schedule), lit.loader)
     assert len(seen) > 2
     assert set(seen) == {0.3}
-    assert {site.path: site.rate for site in find_sites(model)} == rates
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_takes_the_schedule_off_after_a_fit_that_an_error_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lightning = pytest.importorskip("lightning")
-    monkeypatch.chdir(tmp_path)
-    example = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")
-    model = load_lm("demo")
-    rates = {site.path: site.rate for site in find_sites(model)}
-
-    class Failing(example["Model"]):
+def test_lightning_takes_the_schedule_off_after_a_fit_that_an_error_ended(lit: Lit) -> None:
+    class Failing(lit.kind):
         fails = True
 
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
@@ -126,37 +131,26 @@ def test_lightning_takes_the_schedule_off_after_a_fit_that_an_error_ended(
                 raise ZeroDivisionError
             return super().training_step(batch, batch_idx)
 
-    module = Failing(model, DropoutSchedule.uniform(model, 0.3))
-    loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
-    options = {"max_steps": 2, "logger": False, "accelerator": "cpu", "enable_progress_bar": False}
+    module = Failing(lit.model, lit.schedule)
     with torch.random.fork_rng():
         with pytest.raises(ZeroDivisionError):
-            lightning.Trainer(**options).fit(module, loader)
+            lit.trainer(max_steps=2).fit(module, lit.loader)
         module.fails = False
-        lightning.Trainer(**options).fit(module, loader)
-    assert {site.path: site.rate for site in find_sites(model)} == rates
+        lit.trainer(max_steps=2).fit(module, lit.loader)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lightning_trains_with_the_schedule_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lightning = pytest.importorskip("lightning")
-    monkeypatch.chdir(tmp_path)
-    example = runpy.run_path(str(EXAMPLES / "with_lightning.py"), run_name="example")
-    model = load_lm("demo")
-    rates = {site.path: site.rate for site in find_sites(model)}
+def test_lightning_trains_with_the_schedule_on(lit: Lit) -> None:
     seen: list[tuple[bool, set[float]]] = []
 
-    class Watched(example["Model"]):
+    class Watched(lit.kind):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
             seen.append((self.model.training, {site.rate for site in find_sites(self.model)}))
             return super().training_step(batch, batch_idx)
 
-    loader = torch.utils.data.DataLoader(torch.arange(5, 101).reshape(8, 12), batch_size=4)
     with torch.random.fork_rng():
-        trainer = lightning.Trainer(max_steps=2, logger=False, accelerator="cpu", enable_progress_bar=False)
-        trainer.fit(Watched(model, DropoutSchedule.uniform(model, 0.3)), loader)
+        lit.trainer(max_steps=2).fit(Watched(lit.model, lit.schedule), lit.loader)
     assert seen == [(True, {0.3})] * 2
-    assert {site.path: site.rate for site in find_sites(model)} == rates
 
 
 @pytest.mark.filterwarnings("ignore")
