@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from guided_dropout.plots import figure_of, figure_svg, plot_layers
+from guided_dropout.plots.figures import figure_of, figure_svg, plot_layers
 
 
 def main() -> None:

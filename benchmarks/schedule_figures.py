@@ -6,7 +6,7 @@ python benchmarks/schedule_figures.py benchmarks/results/fisher-minilm-l6/schedu
 import sys
 from pathlib import Path
 
-from guided_dropout.plots import figure_of, plot_schedule, plot_shapes, save_figure
+from guided_dropout.plots.figures import figure_of, plot_schedule, plot_shapes, save_figure
 from guided_dropout.schedule import DropoutSchedule
 
 

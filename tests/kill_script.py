@@ -15,7 +15,8 @@ from pathlib import Path
 
 import tiny  # noqa: F401 (the model's code)
 
-from guided_dropout import cli, fisher, models  # noqa: F401 (what the command line imports when it is called)
+from guided_dropout import fisher, models  # noqa: F401 (what the command line imports when it is called)
+from guided_dropout.cli import app as cli
 
 LINE = (
     "fisher model --text text.txt --samples 240 --max-length 12 --batch-size 2 --seed 1 --checkpoint-every 0 "

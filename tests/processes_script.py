@@ -8,7 +8,8 @@ import torch
 from families import language_model
 from tiny import save_tiny_bert
 
-from guided_dropout import cli, estimate_fisher, find_sites
+from guided_dropout import estimate_fisher, find_sites
+from guided_dropout.cli import app as cli
 from guided_dropout.fisher.processes import current_processes, leave_processes
 from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.stability import StabilityTest

@@ -15,8 +15,8 @@ from guided_dropout.bench.folder import Failure, Run
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.phrases import cell_text, guidance_sentence
 from guided_dropout.bench.restarts import restarts, to_latex
-from guided_dropout.bench.stats import holm
 from guided_dropout.errors import DataError
+from guided_dropout.stats import holm
 
 SAME_MEAN = ("uniform", "top-only", "role-mean", "shuffled", "reversed", "depth-linear", "magnitude")
 

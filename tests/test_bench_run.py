@@ -20,7 +20,6 @@ from families import measured_on
 from test_regularizers_pull import random_profile
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import cli
 from guided_dropout.arms import ARMS
 from guided_dropout.artefacts import read_json, write_json
 from guided_dropout.bench import run as bench_run
@@ -29,6 +28,7 @@ from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.plan import BenchModel, Plan, Runner, Training
 from guided_dropout.bench.recipes import RECIPES
 from guided_dropout.bench.run import check_joining, run_experiment
+from guided_dropout.cli import app as cli
 from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
 from guided_dropout.finetune import finetune
 from guided_dropout.models import load_lm

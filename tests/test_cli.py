@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, WORDS, save, save_tiny_bert, tiny_bert_config
 from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
 
-from guided_dropout import cli, fisher
+from guided_dropout import fisher
 from guided_dropout.arms import ARMS
+from guided_dropout.cli import app as cli
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.inputs import task_inputs
 from guided_dropout.models import load_lm, load_tokenizer, quiet

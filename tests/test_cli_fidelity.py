@@ -6,7 +6,8 @@ import sys
 import pytest
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import FisherProfile, cli
+from guided_dropout import FisherProfile
+from guided_dropout.cli import app as cli
 from guided_dropout.fidelity import Fidelity
 
 

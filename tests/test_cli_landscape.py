@@ -15,7 +15,8 @@ import pytest
 from test_cli import run
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import cli, landscape
+from guided_dropout import landscape
+from guided_dropout.cli import app as cli
 from guided_dropout.landscape import Landscape, loss_landscape, record
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -14,9 +14,9 @@ from tiny import save, tiny_bert_config
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import BertForMaskedLM, PreTrainedTokenizerFast
 
-from guided_dropout.demo import quickstart as module
+from guided_dropout.cli import quickstart as module
+from guided_dropout.cli.quickstart import Settings, quickstart
 from guided_dropout.demo import text
-from guided_dropout.demo.quickstart import Settings, quickstart
 from guided_dropout.demo.task import SWAPPED_WORDS, swap_words, swapped_words
 from guided_dropout.errors import ArtefactError, DataError
 from guided_dropout.results import RunResult

@@ -7,7 +7,8 @@ import torch
 from families import language_model
 from torch.overrides import TorchFunctionMode
 
-from guided_dropout import cli, devices, estimate_fisher
+from guided_dropout import devices, estimate_fisher
+from guided_dropout.cli import app as cli
 from guided_dropout.devices import has_float64, to_device
 from guided_dropout.errors import ModelError
 

@@ -3,10 +3,10 @@
 import pytest
 from tiny import COLOUR, colour_examples, save_tiny_bert
 
-from guided_dropout.encoding import encode
+from guided_dropout.data.encoding import encode
+from guided_dropout.data.tasks import Examples
 from guided_dropout.errors import DataError
 from guided_dropout.models import load_tokenizer
-from guided_dropout.tasks import Examples
 
 
 def test_a_cache_changes_nothing_and_tokenises_each_text_once(tmp_path, monkeypatch):

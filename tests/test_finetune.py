@@ -28,15 +28,15 @@ from guided_dropout import finetune as finetune_module
 from guided_dropout import training
 from guided_dropout import workbench as module
 from guided_dropout.bench.arms import group_by_arm
-from guided_dropout.encoding import encode
+from guided_dropout.data.encoding import encode
+from guided_dropout.data.task_data import TaskData
+from guided_dropout.data.tasks import Examples, Task, get_task
 from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError, ModelError, ScheduleError
 from guided_dropout.finetune import RunResult, Seeds, finetune
 from guided_dropout.masks import bernoulli
 from guided_dropout.models import load_classifier, load_tokenizer
 from guided_dropout.parts import parts_of_like_lengths
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.task_data import TaskData
-from guided_dropout.tasks import Examples, Task, get_task
 from guided_dropout.vocabulary import occurring_rows
 from guided_dropout.workbench import Workbench
 

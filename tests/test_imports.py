@@ -1,15 +1,23 @@
-"""What starting costs: modules that take seconds to import come with what needs them."""
+"""What starting costs, and that the architecture's list of files is true: all are there, none imports one below it."""
 
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import guided_dropout
 
-HELP = (
-    "import sys; from guided_dropout import cli; sys.argv[1:] = ['--help']\ntry: cli.main()\nexcept SystemExit: pass\n"
-)
+HELP = """
+import sys
+from guided_dropout.cli import app
+sys.argv[1:] = ["--help"]
+try: app.main()
+except SystemExit: pass
+"""
 
 
 @pytest.mark.parametrize(
@@ -33,3 +41,48 @@ def test_all_public_names_are_there_and_no_others() -> None:
     assert set(guided_dropout.__all__) <= set(dir(guided_dropout))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = guided_dropout.nothing
+
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "src" / "guided_dropout"
+
+
+def the_list() -> dict[str, str]:
+    """Each entry of the list in docs/architecture.md, from the top down: a file's or a package's name, and its text."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = text.split("src/guided_dropout/\n")[1].split("\nbenchmarks/")[0]
+    return dict(re.findall(r"^  (\w+)(?:\.py|/)((?: .*\n?(?:   .*\n?)*))", listed, re.MULTILINE))
+
+
+def imports(file: Path) -> Iterator[str]:
+    """What of the package's first level `file` imports when it runs, wherever in it."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
+    unused = {inner for outer in for_types for inner in ast.walk(outer)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in unused and (node.module or "").startswith("guided_dropout"):
+            first = node.module.split(".")[1:2]
+            yield from first or [alias.name for alias in node.names]
+
+
+def test_each_file_stands_in_the_architecture():
+    listed = the_list()
+    for file in SOURCES.rglob("*.py"):
+        inner = file.relative_to(SOURCES)
+        if inner.name == "__init__.py":
+            continue
+        if len(inner.parts) == 1:
+            assert inner.stem in listed
+        elif inner.parts[0] != "demo":
+            assert re.search(rf"\b{file.stem}\.py\b", listed[inner.parts[0]]), f"{inner} is not in the list"
+
+
+def test_no_file_imports_what_stands_below_it():
+    order = list(the_list())
+    for file in SOURCES.rglob("*.py"):
+        inner = file.relative_to(SOURCES)
+        if inner.name in ("__init__.py", "__main__.py") and len(inner.parts) == 1:
+            continue
+        own = order.index(inner.with_suffix("").parts[0])
+        below = [name for name in imports(file) if name in order and order.index(name) > own]
+        assert not below, f"{inner} imports {below}"

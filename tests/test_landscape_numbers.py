@@ -12,7 +12,7 @@ from scipy import stats
 from test_landscape import LINE, SAMPLES
 from transformers import BertConfig, BertForMaskedLM
 
-from guided_dropout.console_landscape import number_text
+from guided_dropout.cli.landscape_tables import number_text
 from guided_dropout.errors import DataError
 from guided_dropout.landscape import gaussian_direction, hessian_directions, loss_landscape
 from guided_dropout.landscape.compare import as_json, differences, numbers

@@ -9,9 +9,9 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from guided_dropout.errors import ArtefactError, DataError
-from guided_dropout.plots import figure_of, save_figure
-from guided_dropout.plots_interactive import save_surfaces
-from guided_dropout.plots_landscape import (
+from guided_dropout.plots.figures import figure_of, save_figure
+from guided_dropout.plots.interactive import save_surfaces
+from guided_dropout.plots.landscape import (
     colour_limits,
     figure_lines,
     figure_of_landscape,
@@ -32,7 +32,7 @@ SHARES = {f"{kind}:{share}": c for kind, c in (("top", 8.0), ("random", 4.0), ("
 
 def test_curves_are_means_in_a_band_of_all_seeds():
     made = bowl({"all": 2.0, "top:0.5": 8.0}, dims=1)
-    ax = made.plot()
+    ax = plot_curves(made)
     values = np.stack([made.surface("top:0.5", seed) for seed in made.seeds])
     drawn = next(line for line in ax.lines if line.get_label() == "top 50 %")
     assert drawn.get_ydata() == pytest.approx(values.mean(0))
@@ -52,7 +52,7 @@ def test_curves_are_means_in_a_band_of_all_seeds():
     ],
 )
 def test_each_curve_of_a_panel_looks_its_own(names):
-    lines = bowl({name: 1.0 + i for i, name in enumerate(names)}, dims=1).plot().lines[: len(names)]
+    lines = plot_curves(bowl({name: 1.0 + i for i, name in enumerate(names)}, dims=1)).lines[: len(names)]
     assert len({(to_hex(line.get_color()), line.get_linestyle()) for line in lines}) == len(names)
 
 
@@ -71,7 +71,7 @@ def test_planes_are_drawn_on_the_axes_given():
     made = bowl({"all": 2.0, "top:0.5": 8.0})
     first = plot_contours(made)
     assert plot_contours(made, first, mask="top:0.5") is first
-    assert made.plot() is not first
+    assert plot_contours(made) is not first
     assert "loss (nats)" in texts(first)
     ax = plot_surface(made, mask="top:0.5")
     low, high = colour_limits(made, ["top:0.5"])

@@ -5,8 +5,8 @@ import pytest
 from samples_of_results import run
 
 from guided_dropout.bench.arms import compare_arms, group_by_arm
-from guided_dropout.bench.stats import verdict
 from guided_dropout.results import Seeds
+from guided_dropout.stats import verdict
 
 BASE = [0.70, 0.71, 0.72, 0.705, 0.715, 0.725, 0.695, 0.712]
 

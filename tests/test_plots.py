@@ -11,7 +11,7 @@ from samples_of_results import profile, run, site
 
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots import (
+from guided_dropout.plots.figures import (
     figure_of,
     figure_svg,
     plot_layers,

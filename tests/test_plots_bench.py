@@ -7,8 +7,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from guided_dropout.plots import figure_svg
-from guided_dropout.plots_bench import ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
+from guided_dropout.plots.bench import ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
+from guided_dropout.plots.figures import figure_svg
 
 
 def drawn(figure):

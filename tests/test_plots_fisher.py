@@ -15,8 +15,8 @@ from samples_of_results import profile
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fidelity.result import Cell, Fidelity, Order
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots import figure_svg
-from guided_dropout.plots_fisher import draw_fidelity, draw_layers, draw_lorenz, draw_spectrum, lorenz_curve
+from guided_dropout.plots.figures import figure_svg
+from guided_dropout.plots.fisher import draw_fidelity, draw_layers, draw_lorenz, draw_spectrum, lorenz_curve
 from guided_dropout.schedule.kinds import groups
 
 

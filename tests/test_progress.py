@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from tiny import WORDS, save_tiny_bert
 
-from guided_dropout import cli, console
+from guided_dropout.cli import app as cli
+from guided_dropout.cli import console
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guided_dropout.bench.stats import holm, paired_comparison, probability_of_improvement, summarise, verdict
 from guided_dropout.errors import DataError
+from guided_dropout.stats import holm, paired_comparison, probability_of_improvement, summarise, verdict
 
 # Student (1908), "The probable error of a mean": hours of sleep gained by ten patients under two drugs.
 SLEEP_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from guided_dropout.data.tables import read_table, read_tsv, table_files, table_kind
 from guided_dropout.errors import DataError
-from guided_dropout.tables import read_table, read_tsv, table_files, table_kind
 
 ANY = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 ONE_LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\t\n\r"), max_size=20)

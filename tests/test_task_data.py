@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guided_dropout.columns import Columns
+from guided_dropout.data.columns import Columns
+from guided_dropout.data.examples import hold_out, subset
+from guided_dropout.data.task_data import TaskData, load_data, load_training_data
+from guided_dropout.data.tasks import Examples, Task, get_task
 from guided_dropout.errors import DataError
-from guided_dropout.examples import hold_out, subset
-from guided_dropout.task_data import TaskData, load_data, load_training_data
-from guided_dropout.tasks import Examples, Task, get_task
 
 PAIRS = "text=first,second:label=gold"
 ROWS = [("a, b", 'he said "yes"', "neutral"), ("c", "d", "against"), ("e", "f", "for"), ("g", "h", "against")]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as sk
 
+from guided_dropout.data.tasks import TASKS, Examples, Task, compute_metrics, get_task, load_task, subset
 from guided_dropout.errors import DataError
-from guided_dropout.tasks import TASKS, Examples, Task, compute_metrics, get_task, load_task, subset
 
 COLA = get_task("cola")
 QQP = get_task("qqp")

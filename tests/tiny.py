@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer, PreTrainedModel
 
+from guided_dropout.data.tasks import Examples, Task
 from guided_dropout.models import quiet
-from guided_dropout.tasks import Examples, Task
 
 WORDS = [
     *("the", "a", "cat", "dog", "bird", "tree", "house", "sees", "likes", "finds", "eats", "and", "or", "big", "small"),

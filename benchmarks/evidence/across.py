@@ -12,8 +12,8 @@ import sys
 from collections import defaultdict
 
 from guided_dropout.bench.folder import Experiment
-from guided_dropout.bench.stats import PairedComparison, paired_comparison
 from guided_dropout.errors import DataError
+from guided_dropout.stats import PairedComparison, paired_comparison
 
 
 def across(folder: str, arm: str, other: str, other_arm: str) -> dict[tuple[str, float], PairedComparison]:

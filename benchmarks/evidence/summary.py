@@ -13,8 +13,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from guided_dropout.plots import figure_svg
-from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, plain
+from guided_dropout.plots.figures import figure_svg
+from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, plain
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence"
 EXPERIMENTS = {

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from guided_dropout.artefacts import write_json
-from guided_dropout.examples import subset
+from guided_dropout.data.examples import subset
+from guided_dropout.data.tasks import get_task, load_task
 from guided_dropout.finetune import finetune
 from guided_dropout.provenance import provenance
-from guided_dropout.tasks import get_task, load_task
 from guided_dropout.workbench import Workbench
 
 SEEDS = (1000, 1001)

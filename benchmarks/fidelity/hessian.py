@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from guided_dropout import estimate_fisher
 from guided_dropout.artefacts import write_json
-from guided_dropout.cli_inputs import open_text
-from guided_dropout.console import progress_bar
+from guided_dropout.cli.console import progress_bar
+from guided_dropout.cli.inputs import open_text
 from guided_dropout.detection import detect_objective
 from guided_dropout.inputs import text_inputs
 from guided_dropout.models import load_lm, load_tokenizer

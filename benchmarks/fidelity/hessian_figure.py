@@ -10,8 +10,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from guided_dropout.artefacts import read_json
-from guided_dropout.plots import save_figure
-from guided_dropout.plots_style import INK, plain, series
+from guided_dropout.plots.figures import save_figure
+from guided_dropout.plots.style import INK, plain, series
 
 ENDS = ("before", "after")
 

@@ -20,8 +20,8 @@ from guided_dropout.artefacts import read_json, write_text
 from guided_dropout.fidelity import Fidelity
 from guided_dropout.fidelity.table import markdown
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots import save_figure
-from guided_dropout.plots_fisher import draw_fidelity, draw_layers, draw_lorenz, draw_spectrum
+from guided_dropout.plots.figures import save_figure
+from guided_dropout.plots.fisher import draw_fidelity, draw_layers, draw_lorenz, draw_spectrum
 
 
 def main() -> None:

@@ -31,10 +31,10 @@ from benchmarks.gpu.measure import folder_name
 from guided_dropout.artefacts import write_json, write_text
 from guided_dropout.bench.folder import Experiment
 from guided_dropout.bench.run import processors
-from guided_dropout.bench.stats import HELPS, HURTS, paired_comparison, verdict
+from guided_dropout.data.tasks import Examples, get_task, load_task, subset
 from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult, Seeds
-from guided_dropout.tasks import Examples, get_task, load_task, subset
+from guided_dropout.stats import HELPS, HURTS, paired_comparison, verdict
 from guided_dropout.training import Recipe, precision_of
 
 RESULTS = Path(__file__).parents[1] / "results"

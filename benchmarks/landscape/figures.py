@@ -15,16 +15,16 @@ from PIL import Image
 
 from guided_dropout import FisherProfile, estimate_fisher
 from guided_dropout.artefacts import staged_file, write_json, write_text
-from guided_dropout.bench.stats import PairedComparison
-from guided_dropout.cli_inputs import open_text
-from guided_dropout.console_landscape import number_text
+from guided_dropout.cli.inputs import open_text
+from guided_dropout.cli.landscape_tables import number_text
 from guided_dropout.inputs import MAX_CHARACTERS, text_inputs
 from guided_dropout.landscape import Landscape, loss_landscape
 from guided_dropout.landscape.compare import as_json, differences, numbers
 from guided_dropout.landscape.record import remove_record
 from guided_dropout.models import load_lm, load_tokenizer
-from guided_dropout.plots import figure_of, save_figure
-from guided_dropout.plots_landscape import figure_lines, figure_planes, plot_shares
+from guided_dropout.plots.figures import figure_of, save_figure
+from guided_dropout.plots.landscape import figure_lines, figure_planes, plot_shares
+from guided_dropout.stats import PairedComparison
 
 PLANES = ["all", "top:0.5", "bottom:0.5"]
 SHARES = (0.8, 0.4, 0.1, 0.01, 0.0025)

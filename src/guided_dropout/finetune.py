@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.arms import ARMS, choose_arm
 from guided_dropout.artefacts import check_output_folder
-from guided_dropout.columns import Columns
+from guided_dropout.data.columns import Columns
+from guided_dropout.data.task_data import TaskData
+from guided_dropout.data.tasks import Examples, Task, subset
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.identity import model_identity
@@ -25,8 +27,6 @@ from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.samples import vocabulary_size
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.task_data import TaskData
-from guided_dropout.tasks import Examples, Task, subset
 from guided_dropout.training import ORDER, Recipe, kept_random_state, train_classifier
 from guided_dropout.vocabulary import occurring_rows
 from guided_dropout.workbench import Workbench

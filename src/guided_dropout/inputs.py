@@ -10,12 +10,12 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.corpus import lm_samples
+from guided_dropout.data.task_data import load_training_data
+from guided_dropout.data.tasks import TASKS, Task
 from guided_dropout.detection import detect_objective, has_lm_head
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.models import check_length
 from guided_dropout.samples import Sample
-from guided_dropout.task_data import load_training_data
-from guided_dropout.tasks import TASKS, Task
 from guided_dropout.texts import Text
 
 ALL = "all"
@@ -118,7 +118,7 @@ def task_inputs(
         DataError: no such task or data, the model has another number of classes, or a number is out of range.
         ModelError: the model is a language model.
     """
-    from guided_dropout.encoding import encode
+    from guided_dropout.data.encoding import encode
 
     if seed < 0:
         raise DataError(f"seed {seed}; expected 0 or more")

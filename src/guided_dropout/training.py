@@ -27,7 +27,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from guided_dropout.encoding import Encoded
+from guided_dropout.data.encoding import Encoded
+from guided_dropout.data.tasks import Task, compute_metrics
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.masks import quick_masks
 from guided_dropout.models import quiet
@@ -35,7 +36,6 @@ from guided_dropout.parts import parts_of_like_lengths
 from guided_dropout.regularizers import Handle
 from guided_dropout.results import Seeds
 from guided_dropout.schedule.shapes import check_rate
-from guided_dropout.tasks import Task, compute_metrics
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 EVALUATE = ("epoch", "end")

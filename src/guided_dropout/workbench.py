@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from guided_dropout.encoding import Encoded, TokenCache, encode
+from guided_dropout.data.encoding import Encoded, TokenCache, encode
+from guided_dropout.data.task_data import GLUE, PAPER, TaskData, load_data
+from guided_dropout.data.tasks import Examples, Task
 from guided_dropout.models import load_classifier, load_tokenizer
-from guided_dropout.task_data import GLUE, PAPER, TaskData, load_data
-from guided_dropout.tasks import Examples, Task
 
 
 class Workbench:

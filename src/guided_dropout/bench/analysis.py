@@ -16,9 +16,9 @@ from guided_dropout.bench import controls
 from guided_dropout.bench.arms import ArmComparison, ArmResult, Pairs, compare_arms, compare_pairs, group_by_arm
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.bench.stats import UNDECIDED, holm
 from guided_dropout.errors import DataError
 from guided_dropout.results import Seeds
+from guided_dropout.stats import UNDECIDED, holm
 
 MEAN_OVER_TASKS = None
 

@@ -15,7 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from guided_dropout.bench.stats import (
+from guided_dropout.data.task_data import GLUE
+from guided_dropout.errors import DataError
+from guided_dropout.results import RunResult, Seeds
+from guided_dropout.stats import (
     HELPS,
     HURTS,
     UNDECIDED,
@@ -26,9 +29,6 @@ from guided_dropout.bench.stats import (
     summarise,
     verdict,
 )
-from guided_dropout.errors import DataError
-from guided_dropout.results import RunResult, Seeds
-from guided_dropout.task_data import GLUE
 
 STATUSES = ("ok", "collapsed", "diverged", "failed")
 Pairs = Mapping[Seeds, tuple[float, float]]

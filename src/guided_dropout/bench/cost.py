@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.grid import RunKey
 from guided_dropout.bench.plan import Plan
+from guided_dropout.data.tasks import Examples
 from guided_dropout.finetune import finetune
-from guided_dropout.tasks import Examples
 from guided_dropout.workbench import Workbench
 
 # A step back costs about two steps forward.

@@ -14,9 +14,9 @@ from guided_dropout.bench.analysis import Analysis, Cell, Comparison
 from guided_dropout.bench.csv_files import OVERALL
 from guided_dropout.bench.document import Block, Heading, Paragraph, Picture
 from guided_dropout.bench.phrases import metric_name
-from guided_dropout.bench.stats import HELPS, HURTS
-from guided_dropout.plots import figure_svg
-from guided_dropout.plots_bench import CURVES, ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
+from guided_dropout.plots.bench import CURVES, ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
+from guided_dropout.plots.figures import figure_svg
+from guided_dropout.stats import HELPS, HURTS
 
 _COLUMNS = 4  # fractions side by side
 _ROWS = 44  # rows in a figure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from guided_dropout.bench.analysis import Comparison, Guidance
 from guided_dropout.bench.arms import ArmComparison
 from guided_dropout.bench.folder import Run
-from guided_dropout.bench.stats import HELPS, HURTS, UNDECIDED, Interval, verdict
+from guided_dropout.stats import HELPS, HURTS, UNDECIDED, Interval, verdict
 
 NOTHING = "–"
 _METRICS = {

@@ -11,6 +11,8 @@ from typing import Any
 from guided_dropout.arms import choose_arm
 from guided_dropout.bench import controls
 from guided_dropout.bench.grid import Grid, RunKey
+from guided_dropout.data.task_data import GLUE, parse_split
+from guided_dropout.data.tasks import get_task, subset
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.finetune import cut_note, finetune, fitting_length
 from guided_dropout.fisher import FisherProfile
@@ -19,8 +21,6 @@ from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.task_data import GLUE, parse_split
-from guided_dropout.tasks import get_task, subset
 from guided_dropout.training import ORDER, Recipe, precision_of
 from guided_dropout.workbench import Workbench
 

@@ -20,7 +20,7 @@ from guided_dropout.bench.sections import (
 )
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots import figure_of, figure_svg, plot_layers, plot_paired, plot_spectrum
+from guided_dropout.plots.figures import figure_of, figure_svg, plot_layers, plot_paired, plot_spectrum
 from guided_dropout.results import RunResult
 
 GUIDED = "guided"

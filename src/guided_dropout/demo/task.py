@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from guided_dropout.data.tasks import Examples, Task
 from guided_dropout.demo.text import demo_sentences, text_digest
 from guided_dropout.errors import DataError
-from guided_dropout.tasks import Examples, Task
 
 MOST_SWAPS = 3
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from guided_dropout.bench.stats import ArmSummary, PairedComparison, paired_comparison, summarise, verdict
 from guided_dropout.errors import DataError
 from guided_dropout.landscape.curvature import ROUNDING
 from guided_dropout.landscape.landscape import Landscape
 from guided_dropout.landscape.masks import Mask
+from guided_dropout.stats import ArmSummary, PairedComparison, paired_comparison, summarise, verdict
 
 _Values = npt.NDArray[np.float64]
 # A curvature is not resolved where rounding may be this share of it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,9 +26,6 @@ from guided_dropout.landscape.directions import Direction
 from guided_dropout.landscape.grid import Grid
 from guided_dropout.landscape.level import area_below
 from guided_dropout.landscape.masks import Mask
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 KIND = "loss-landscape"
 SCHEMA = 1
@@ -148,13 +145,6 @@ class Landscape:
                 losses = losses[order]
             cut.append(area_below(losses, points, self.origin_loss + level, smooth=smooth))
         return np.array([area for area, _ in cut]), np.array([edge for _, edge in cut])
-
-    def plot(self, ax: Axes | None = None, **options: Any) -> Axes:
-        """Draw curves of a line (`plots_landscape.plot_curves`) or a plane's contours (`plot_contours`)."""
-        from guided_dropout import plots_landscape
-
-        draw = plots_landscape.plot_curves if self.grid.dims == 1 else plots_landscape.plot_contours
-        return draw(self, ax=ax, **options)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder` (``landscape.json``, ``landscape.safetensors``, kept directions), all or nothing.

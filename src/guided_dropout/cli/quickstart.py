@@ -11,8 +11,8 @@ from rich.console import Console
 from guided_dropout import corpus
 from guided_dropout.artefacts import check_output_folder, read_json, write_json
 from guided_dropout.bench.report import write_report
-from guided_dropout.console import console as terminal
-from guided_dropout.console import progress_bar, site_table
+from guided_dropout.cli.console import console as terminal
+from guided_dropout.cli.console import progress_bar, site_table
 from guided_dropout.demo.task import SWAPPED_WORDS, swapped_words
 from guided_dropout.demo.text import demo_paragraphs, text_digest
 from guided_dropout.errors import ArtefactError, DataError

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from guided_dropout.data.tables import Table, check_columns
 from guided_dropout.errors import DataError
-from guided_dropout.tables import Table, check_columns
 
 
 def read_hub_table(

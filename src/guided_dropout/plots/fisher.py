@@ -19,7 +19,7 @@ from guided_dropout.errors import ArtefactError
 from guided_dropout.fidelity.result import Fidelity
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import Spectrum, spectrum
-from guided_dropout.plots_style import GREY, INK, percent, plain, series
+from guided_dropout.plots.style import GREY, INK, percent, plain, series
 from guided_dropout.schedule.kinds import KINDS, Group, groups
 
 Profiles = Mapping[str, FisherProfile]

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from guided_dropout.columns import Columns, class_reader, find_classes
+from guided_dropout.data.columns import Columns, class_reader, find_classes
+from guided_dropout.data.examples import Examples, hold_out, label_reader, pool, to_examples
+from guided_dropout.data.hub_tables import hub_split_names, read_hub_table
+from guided_dropout.data.tables import KINDS, Table, read_table, table_files, table_kind
+from guided_dropout.data.tasks import TASKS, Task, load_task
 from guided_dropout.errors import DataError, unknown
-from guided_dropout.examples import Examples, hold_out, label_reader, pool, to_examples
-from guided_dropout.hub_tables import hub_split_names, read_hub_table
-from guided_dropout.tables import KINDS, Table, read_table, table_files, table_kind
-from guided_dropout.tasks import TASKS, Task, load_task
 
 GLUE, PAPER, HOLDOUT = "glue", "paper", "holdout"
 _PAPER_SHARE = 0.2

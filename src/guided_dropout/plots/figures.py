@@ -1,7 +1,7 @@
 """Figures, on matplotlib; no global state, no display needed.
 
 Each ``plot_…`` draws on the ``ax`` it is given, or on a new figure of its own, and returns the `Axes`; its
-`figure_of` can be saved or handed to `figure_svg`. Colours and lines: `plots_style`.
+`figure_of` can be saved or handed to `figure_svg`. Colours and lines: `style`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from guided_dropout.artefacts import staged_file
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, new_axes, percent, plain, series
+from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, new_axes, percent, plain, series
 from guided_dropout.schedule import DropoutSchedule, rates_from_scores
 from guided_dropout.schedule.places import by_role, places
 

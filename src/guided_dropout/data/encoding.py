@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from guided_dropout.data.tables import HALF_CHARACTER
+from guided_dropout.data.tasks import Examples, Task
 from guided_dropout.errors import DataError
-from guided_dropout.tables import HALF_CHARACTER
-from guided_dropout.tasks import Examples, Task
 
 TokenCache = dict[tuple[str, ...], dict[str, Any]]
 

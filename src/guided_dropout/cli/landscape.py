@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guided_dropout import cli_options as options
-from guided_dropout.cli_inputs import Given
-from guided_dropout.cli_shared import MakeByDefault
-from guided_dropout.console import console, progress_bar
-from guided_dropout.console_landscape import difference_table, landscape_origin, landscape_table
+from guided_dropout.cli import options
+from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.inputs import Given
+from guided_dropout.cli.interrupts import interrupts_wait, resumable
+from guided_dropout.cli.landscape_tables import difference_table, landscape_origin, landscape_table
+from guided_dropout.cli.shared import MakeByDefault
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.landscape import Landscape
@@ -215,11 +215,11 @@ def _check_shown(plot: Path | None, html: Path | None, dims: int, level: float) 
 
     check_level(level)
     if plot is not None:
-        from guided_dropout.plots import check_figure_name
+        from guided_dropout.plots.figures import check_figure_name
 
         check_figure_name(plot)
     if html is not None:
-        from guided_dropout.plots_interactive import check_page
+        from guided_dropout.plots.interactive import check_page
 
         check_page(html, dims)
 
@@ -236,11 +236,11 @@ def _print(made: Landscape, level: float) -> None:
 
 def _draw(made: Landscape, plot: Path | None, html: Path | None) -> None:
     if plot is not None:
-        from guided_dropout.plots import save_figure
-        from guided_dropout.plots_landscape import figure_of_landscape
+        from guided_dropout.plots.figures import save_figure
+        from guided_dropout.plots.landscape import figure_of_landscape
 
         console.print(save_figure(figure_of_landscape(made), plot))
     if html is not None:
-        from guided_dropout.plots_interactive import save_surfaces
+        from guided_dropout.plots.interactive import save_surfaces
 
         console.print(save_surfaces(made, html))

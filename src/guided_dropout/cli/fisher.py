@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guided_dropout import cli_options as options
-from guided_dropout.cli_inputs import Given
-from guided_dropout.cli_shared import choose
-from guided_dropout.console import console, progress_bar
+from guided_dropout.cli import options
+from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.inputs import Given
+from guided_dropout.cli.interrupts import interrupts_wait, resumable
+from guided_dropout.cli.shared import choose
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.fisher import FisherProfile

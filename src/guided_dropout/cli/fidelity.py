@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from guided_dropout import cli_options as options
-from guided_dropout.cli_inputs import Given
-from guided_dropout.console import console, progress_bar
+from guided_dropout.cli import options
+from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.inputs import Given
+from guided_dropout.cli.interrupts import interrupts_wait, resumable
 from guided_dropout.errors import DataError
-from guided_dropout.interrupts import interrupts_wait, resumable
 
 if TYPE_CHECKING:
     from guided_dropout.fidelity import Fidelity

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from guided_dropout.cli_shared import choose
-from guided_dropout.console import console, progress_bar
+from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.shared import choose
 from guided_dropout.errors import DataError
 
 if TYPE_CHECKING:

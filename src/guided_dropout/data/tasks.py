@@ -18,8 +18,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 from sklearn import metrics as sk
 
-from guided_dropout.errors import DataError, unknown
-from guided_dropout.examples import (
+from guided_dropout.data.examples import (
     Examples,
     GlueFiles,
     HubData,
@@ -29,6 +28,7 @@ from guided_dropout.examples import (
     read_hub_data,
     subset,
 )
+from guided_dropout.errors import DataError, unknown
 
 __all__ = [
     "METRICS",

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from guided_dropout.bench.stats import Interval
     from guided_dropout.landscape import Landscape
     from guided_dropout.landscape.compare import Number
+    from guided_dropout.stats import Interval
 
 
 def landscape_origin(landscape: Landscape) -> str:

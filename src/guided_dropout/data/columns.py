@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from guided_dropout.data.tables import Table
 from guided_dropout.errors import DataError
-from guided_dropout.tables import Table
 
 FORM = "text=NAME or text=NAME,NAME, then :label=NAME for classes or :score=NAME for a regression"
 # More classes than this, and more than half as many as examples: the column is an index or a score.

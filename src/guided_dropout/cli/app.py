@@ -11,17 +11,17 @@ from typing import Annotated
 
 import typer
 
-from guided_dropout.cli_bench import bench_app
-from guided_dropout.cli_fidelity import fidelity
-from guided_dropout.cli_finetune import ArmsInHelp, finetune
-from guided_dropout.cli_fisher import fisher, merge
-from guided_dropout.cli_landscape import landscape_app
-from guided_dropout.cli_options import PROFILE_HELP, Grouping, Model, ResidualSites
-from guided_dropout.cli_plot import plot_app
-from guided_dropout.cli_schedule import schedule_app
-from guided_dropout.console import console, errors, site_table
+from guided_dropout.cli.bench import bench_app
+from guided_dropout.cli.console import console, errors, site_table
+from guided_dropout.cli.fidelity import fidelity
+from guided_dropout.cli.finetune import ArmsInHelp, finetune
+from guided_dropout.cli.fisher import fisher, merge
+from guided_dropout.cli.interrupts import SIGNALS, Interrupted, interrupt
+from guided_dropout.cli.landscape import landscape_app
+from guided_dropout.cli.options import PROFILE_HELP, Grouping, Model, ResidualSites
+from guided_dropout.cli.plot import plot_app
+from guided_dropout.cli.schedule import schedule_app
 from guided_dropout.errors import GuidedDropoutError
-from guided_dropout.interrupts import SIGNALS, Interrupted, interrupt
 
 app = typer.Typer(
     name="guided-dropout",
@@ -58,7 +58,7 @@ def quickstart(
     seeds: Annotated[int, typer.Option(help="Paired restarts of each arm.")] = 5,
 ) -> None:
     """Show the whole thing on an embedded model and text: Fisher, schedule, paired fine-tuning, report."""
-    from guided_dropout.demo.quickstart import quickstart as run
+    from guided_dropout.cli.quickstart import quickstart as run
 
     for path in run(out, seeds=seeds):
         console.print(path)

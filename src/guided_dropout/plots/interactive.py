@@ -12,7 +12,7 @@ import numpy as np
 from guided_dropout.artefacts import write_text
 from guided_dropout.errors import ArtefactError, DataError
 from guided_dropout.landscape.landscape import Landscape
-from guided_dropout.plots_landscape import colour_limits
+from guided_dropout.plots.landscape import colour_limits
 
 
 def check_page(path: str | Path, dims: int) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from guided_dropout.cli_options import ColumnNames, Model, ResidualSites, Seed
-from guided_dropout.console import console, progress_bar
+from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.options import ColumnNames, Model, ResidualSites, Seed
 
 
 class ArmsInHelp(TyperCommand):

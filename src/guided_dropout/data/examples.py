@@ -12,10 +12,10 @@ from typing import Any, overload
 
 import numpy as np
 
-from guided_dropout.columns import class_name
+from guided_dropout.data.columns import class_name
+from guided_dropout.data.hub_tables import read_hub_table
+from guided_dropout.data.tables import Table, read_tsv, table_kind
 from guided_dropout.errors import DataError
-from guided_dropout.hub_tables import read_hub_table
-from guided_dropout.tables import Table, read_tsv, table_kind
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guided_dropout.cli_options import PROFILE_HELP
-from guided_dropout.console import console
+from guided_dropout.cli.console import console
+from guided_dropout.cli.options import PROFILE_HELP
 from guided_dropout.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def spectrum(
     labels: Labels = None,
 ) -> None:
     """All Fisher values from the largest down, on linear and on logarithmic axes."""
-    from guided_dropout.plots import check_figure_name, save_figure
-    from guided_dropout.plots_fisher import draw_spectrum
+    from guided_dropout.plots.figures import check_figure_name, save_figure
+    from guided_dropout.plots.fisher import draw_spectrum
 
     check_figure_name(out)
     console.print(save_figure(draw_spectrum(_read(profiles, labels), normalise=normalise), out))
@@ -46,8 +46,8 @@ def spectrum(
 @plot_app.command()
 def lorenz(profiles: Profiles, out: Out, labels: Labels = None) -> None:
     """What the largest k % of the parameters hold of the Fisher information; the Lorenz curve and its Gini."""
-    from guided_dropout.plots import check_figure_name, save_figure
-    from guided_dropout.plots_fisher import draw_lorenz
+    from guided_dropout.plots.figures import check_figure_name, save_figure
+    from guided_dropout.plots.fisher import draw_lorenz
 
     check_figure_name(out)
     console.print(save_figure(draw_lorenz(_read(profiles, labels)), out))
@@ -67,8 +67,8 @@ def layers(
     labels: Labels = None,
 ) -> None:
     """The Fisher information by layer and kind: embedding, attention, intermediate, output, norm, head."""
-    from guided_dropout.plots import check_figure_name, save_figure
-    from guided_dropout.plots_fisher import draw_layers
+    from guided_dropout.plots.figures import check_figure_name, save_figure
+    from guided_dropout.plots.fisher import draw_layers
 
     check_figure_name(out)
     figure = draw_layers(_read(profiles, labels), measure=measure, normalise=normalise, by_size=by_size)
@@ -82,8 +82,8 @@ def fidelity(
 ) -> None:
     """What sub-samples of a text are worth, against the number of their samples."""
     from guided_dropout.fidelity import Fidelity
-    from guided_dropout.plots import check_figure_name, save_figure
-    from guided_dropout.plots_fisher import draw_fidelity
+    from guided_dropout.plots.figures import check_figure_name, save_figure
+    from guided_dropout.plots.fisher import draw_fidelity
 
     check_figure_name(out)
     console.print(save_figure(draw_fidelity(Fidelity.load(result)), out))

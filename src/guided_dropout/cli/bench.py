@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from guided_dropout.cli_options import ResidualSites
-from guided_dropout.console import console, duration, errors, progress_bar
+from guided_dropout.cli.console import console, duration, errors, progress_bar
+from guided_dropout.cli.options import ResidualSites
 from guided_dropout.errors import GuidedDropoutError
 
 if TYPE_CHECKING:

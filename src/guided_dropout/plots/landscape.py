@@ -24,8 +24,8 @@ from mpl_toolkits.mplot3d.axes3d import Axes3D
 from guided_dropout.errors import DataError
 from guided_dropout.landscape.landscape import Landscape
 from guided_dropout.landscape.masks import Mask
-from guided_dropout.plots import figure_of
-from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, new_axes, plain, series
+from guided_dropout.plots.figures import figure_of
+from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, new_axes, plain, series
 
 _HEIGHTS = "cividis"
 _KINDS = {"all": (INK, "s", "-"), "top": (ORANGE, "o", "-"), "bottom": (BLUE, "D", "-."), "random": (GREY, "^", "--")}

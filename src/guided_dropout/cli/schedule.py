@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from guided_dropout.cli_options import PROFILE_HELP, Grouping, ResidualSites
-from guided_dropout.cli_shared import MakeByDefault
-from guided_dropout.console import console, depth_chart, diff_table, schedule_origin, schedule_table
+from guided_dropout.cli.console import console, depth_chart, diff_table, schedule_origin, schedule_table
+from guided_dropout.cli.options import PROFILE_HELP, Grouping, ResidualSites
+from guided_dropout.cli.shared import MakeByDefault
 from guided_dropout.errors import ScheduleError, unknown
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def show(
 
     planned = DropoutSchedule.load(schedule)
     if plot:
-        from guided_dropout.plots import figure_of, plot_schedule, save_figure
+        from guided_dropout.plots.figures import figure_of, plot_schedule, save_figure
 
         save_figure(figure_of(plot_schedule(planned)), plot)
     console.print(schedule_origin(planned), highlight=False)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from guided_dropout.plots_style import BLUE, GREY, INK, ORANGE, SERIES, percent, plain, series
+from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, SERIES, percent, plain, series
 
 CURVES = len(SERIES)
 """How many curves a panel can hold and stay readable."""

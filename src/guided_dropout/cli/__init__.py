@@ -1,0 +1,1 @@
+"""The command line; ``app`` has its commands and its entry point."""
