@@ -1,5 +1,5 @@
 # Two commands do everything: `make quickstart` and `make test`.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 OUT    ?= quickstart
 PIP     = $(VENV)/bin/python -m pip install --quiet --constraint constraints.txt

@@ -2,8 +2,7 @@
 
 import torch
 
-from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher
-from guided_dropout.models import load_lm
+from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher, load_lm
 
 model = load_lm("demo")
 ids = torch.randint(5, 100, (16, 12), generator=torch.Generator().manual_seed(0))

@@ -3,8 +3,7 @@
 import torch
 from accelerate import Accelerator
 
-from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher
-from guided_dropout.models import load_lm
+from guided_dropout import DropoutSchedule, apply_dropout, estimate_fisher, load_lm
 
 accelerator = Accelerator()
 model = load_lm("demo")

@@ -8,8 +8,7 @@ evaluation mode, where nothing drops: call `train()` first. The schedule goes on
 import lightning
 import torch
 
-from guided_dropout import DropoutHandle, DropoutSchedule, apply_dropout, estimate_fisher
-from guided_dropout.models import load_lm
+from guided_dropout import DropoutHandle, DropoutSchedule, apply_dropout, estimate_fisher, load_lm
 
 
 class Model(lightning.LightningModule):

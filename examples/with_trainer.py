@@ -5,8 +5,7 @@ import tempfile
 import torch
 from transformers import Trainer, TrainingArguments
 
-from guided_dropout import DropoutSchedule, GuidedDropoutCallback, estimate_fisher
-from guided_dropout.models import load_lm
+from guided_dropout import DropoutSchedule, GuidedDropoutCallback, estimate_fisher, load_lm
 
 model = load_lm("demo")
 ids = torch.randint(5, 100, (16, 12), generator=torch.Generator().manual_seed(0))

@@ -3,17 +3,16 @@
 import re
 from pathlib import Path
 
-import torch
-from tiny import save_tiny_bert
+from tiny import WORDS, save_tiny_bert
 
-from guided_dropout.models import load_classifier, load_lm
+from guided_dropout.models import load_classifier
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_python_lines_run(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    folder = str(save_tiny_bert(tmp_path / "model"))
+    folder = str(save_tiny_bert(tmp_path / "model", max_position_embeddings=128))
     classifier = load_classifier(folder, 2, head_seed=0)
     seen = []
 
@@ -22,10 +21,9 @@ def test_the_python_lines_run(tmp_path, monkeypatch, capsys):
             seen.append(classifier.bert.embeddings.dropout.p)
 
     monkeypatch.chdir(tmp_path)
-    ids = torch.arange(5, 15)
     scope = {
-        "model": load_lm(folder),
-        "samples": [{"input_ids": ids, "labels": ids}, {"input_ids": ids[:4], "labels": ids[:4]}],
+        "name": folder,
+        "texts": [" ".join(WORDS)] * 40,
         "classifier": classifier,
         "trainer": Trainer(),
     }
