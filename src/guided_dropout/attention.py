@@ -44,7 +44,7 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def plain_experts(model: nn.Module) -> Iterator[None]:
-    """Let transformers' mixtures of experts be a loop for a while, which runs in any precision."""
+    """Let transformers' mixtures of experts be a loop for a while: each an operation of its own, in any precision."""
     with contextlib.ExitStack() as stack:
         for config in _configs(model):
             if name := getattr(config, "_experts_implementation_internal", None):

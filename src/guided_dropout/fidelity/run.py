@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from guided_dropout.attention import plain_experts
 from guided_dropout.errors import DataError
 from guided_dropout.fidelity import memory
 from guided_dropout.fidelity.metrics import METRICS, check_top, compare, largest
@@ -20,7 +21,6 @@ from guided_dropout.fidelity.subsamples import Subsamples, draw_subsamples
 from guided_dropout.fidelity.sums import SubsampleSums
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.estimate import CHECKPOINT_EVERY, begin, check_arguments, check_devices, profile_of
-from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.prefixes import Prefixes
 from guided_dropout.fisher.processes import Processes
 from guided_dropout.fisher.profile import FisherProfile
@@ -107,7 +107,7 @@ def fidelity(
         check_unused(checkpoint)
     sites = [site for site in find_sites(model) if not site.in_head]
     chosen, outer, inner = select_parameters(model), model, without_wrapper(model)
-    with evaluating(inner), unwritten(inner), own_precision(inner), torch.enable_grad(), experts_apart(inner):
+    with evaluating(inner), unwritten(inner), own_precision(inner), torch.enable_grad(), plain_experts(inner):
         check_devices(inner)
         goal, checked, unpadded = begin(inner, samples, objective, reduction, labels="data", seed=seed)
         prefixes = Prefixes()

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from guided_dropout.attention import plain_experts
 from guided_dropout.detection import NotFiniteError, detect_objective
 from guided_dropout.devices import has_float64
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
 from guided_dropout.fisher.coverage import coverage, untouched
-from guided_dropout.fisher.experts import experts_apart
 from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.prefixes import Prefixes
 from guided_dropout.fisher.processes import Processes, current_processes
@@ -122,7 +122,7 @@ def estimate_fisher(
     """
     world = current_processes() if distributed else Processes()
     chosen, outer, model = select_parameters(model, parameters), model, without_wrapper(model)
-    with evaluating(model), unwritten(model), own_precision(model), torch.enable_grad(), experts_apart(model):
+    with evaluating(model), unwritten(model), own_precision(model), torch.enable_grad(), plain_experts(model):
         with world.together():
             _check_gradients()
             check_arguments(batch_size, tokens_per_batch, objective)
