@@ -122,6 +122,26 @@ def test_a_checkpoint_without_a_schedule_is_refused(tmp_path: Path) -> None:
         trainer_of(model, tmp_path, GuidedDropoutCallback()).train(resume_from_checkpoint=True)
 
 
+def test_two_of_them_on_one_trainer_are_refused(tmp_path: Path) -> None:
+    model = classifier_of("bert")
+    before, callbacks = rates_of(model), [GuidedDropoutCallback(schedule_for(model, upper)) for upper in (0.4, 0.3)]
+    with pytest.raises(ScheduleError, match="holds several GuidedDropoutCallbacks"):
+        trainer_of(model, tmp_path, *callbacks).train()
+    assert rates_of(model) == before
+
+
+def test_a_trial_of_a_search_writes_into_its_own_checkpoints_alone(tmp_path: Path, monkeypatch) -> None:
+    first, second = (schedule_for(classifier_of("bert"), upper) for upper in (0.4, 0.3))
+    trainer_of(classifier_of("bert"), tmp_path, GuidedDropoutCallback(first), steps=2).train()
+    trainer = trainer_of(classifier_of("bert"), tmp_path, GuidedDropoutCallback(second), steps=2)
+    monkeypatch.setattr(
+        trainer, "_get_output_dir", lambda trial: str(tmp_path / "run-0")
+    )  # as any search's backend has it
+    trainer.train()
+    assert DropoutSchedule.load(tmp_path / "checkpoint-2" / "schedule.json") == first
+    assert DropoutSchedule.load(tmp_path / "run-0" / "checkpoint-2" / "schedule.json") == second
+
+
 def test_what_is_no_schedule_is_refused_at_once() -> None:
     with pytest.raises(ScheduleError, match="GuidedDropoutCallback was given a dict for a schedule; expected"):
         GuidedDropoutCallback({"a": 0.1})

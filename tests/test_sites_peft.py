@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import classifier_of, language_model, profile_of
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, BOFTConfig, IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftModel, get_peft_model
 from test_sites_families import random_states, state_of
 from torch import nn
 
@@ -49,6 +49,7 @@ def test_the_sites_are_the_base_models_and_one_for_each_adapted_layer(family: st
         assert not any("lora_" in name for name in (*site.parameters, *site.dataflow))
         if not site.in_adapter:
             assert tuple(map(inner_name, site.parameters)) == base[inner_name(site.path)].parameters
+            assert tuple(map(inner_name, site.dataflow)) == base[inner_name(site.path)].dataflow
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.0])
@@ -184,6 +185,106 @@ def test_the_base_models_weights_are_found_again_under_the_adapters() -> None:
     with torch.no_grad():
         model.get_parameter("base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight").mul_(2)
     assert schedule.has_weights_of(model) is False
+
+
+RESIDUAL = ["q_proj", "o_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=RESIDUAL, use_dora=True),
+        LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
+        IA3Config(target_modules=RESIDUAL, feedforward_modules=["down_proj"]),
+        AdaLoraConfig(target_modules=RESIDUAL, total_step=10),
+        OFTConfig(target_modules=RESIDUAL, oft_block_size=4),
+    ],
+    ids=["dora", "dora of queries", "ia3", "adalora", "oft"],
+)
+def test_residual_sites_are_where_the_base_model_has_them_whatever_the_adapter(config: PeftConfig) -> None:
+    base, model = language_model("llama"), get_peft_model(language_model("llama"), config)
+    sites = add_residual_sites(model).sites
+    assert tuple(map(inner_name, sites)) == add_residual_sites(base).sites
+    assert not any(".base_layer." in path for path in sites)
+    apply_dropout(model, DropoutSchedule.uniform(model, 0.1)).remove()
+
+
+def test_a_dropout_of_rotations_that_was_left_out_is_no_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)  # builds an extension otherwise
+    for rate in (0.0, 0.1):
+        config = BOFTConfig(target_modules=["query"], boft_block_size=4, boft_dropout=rate)
+        sites = find_sites(get_peft_model(language_model("bert"), config))
+        assert {inner_name(site.path) for site in sites} == {site.path for site in find_sites(language_model("bert"))}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaLoraConfig(target_modules=["query"], total_step=10),
+        LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [1, 2]}),
+        LoraConfig(target_modules=["query"], modules_to_save=["LayerNorm", "dense"]),
+    ],
+    ids=["adalora", "tokens", "copies"],
+)
+@pytest.mark.parametrize("grouping", ["owner", "dataflow"])
+def test_the_base_models_profile_scores_its_sites_as_there(config: PeftConfig, grouping: str) -> None:
+    base = language_model("bert")
+    profile, model = profile_of(base), get_peft_model(language_model("bert"), config)
+    of_base = DropoutSchedule.from_profile(profile, base, grouping=grouping)
+    sites = {site.path: inner_name(site.path) for site in find_sites(model) if not site.in_adapter}
+    schedule = DropoutSchedule.from_profile(profile, model, grouping=grouping)
+    assert {sites[path]: score for path, score in schedule.scores.items() if path in sites} == of_base.scores
+    apply_dropout(model, of_base).remove()
+
+
+def test_a_copy_of_a_layer_stands_for_it_where_it_trains() -> None:
+    model = with_lora("bert", 0.1, modules_to_save=["dense"])
+    site = next(site for site in find_sites(model) if site.path.endswith("layer.0.attention.output.dropout"))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len([name for name in site.parameters if ".dense." in name]) == 2
+    assert {name for name in site.parameters if ".dense." in name} <= trained
+
+
+def test_of_copies_of_a_layer_the_active_adapters_alone_has_sites() -> None:
+    config = LoraConfig(target_modules=["query"], modules_to_save=["output"])
+    model = get_peft_model(language_model("bert"), config)
+    model.add_adapter("b", config)
+    model.set_adapter("b")
+    copies = [site.path for site in find_sites(model) if "modules_to_save" in site.path]
+    assert copies
+    assert all("modules_to_save.b." in path for path in copies)
+    apply_dropout(model, DropoutSchedule.uniform(language_model("bert"), 0.2)).remove()
+
+
+class Packed(nn.Linear):
+    """A linear layer whose weight is stored as 4-bit weights are: two to a byte, frozen."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=False)
+        self._whole = layer.weight.detach()
+        packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self._whole)
+
+
+def test_quantised_weights_take_the_schedule_and_the_profile_of_whole_ones() -> None:
+    base, packed = language_model("llama"), language_model("llama")
+    for layer in packed.model.layers:
+        layer.self_attn.q_proj = Packed(layer.self_attn.q_proj)
+    model = with_lora("llama", 0.1, packed)
+    add_residual_sites(base)
+    add_residual_sites(model)
+    profile = profile_of(base)
+    for aggregate in ("tensor_mean", "sum"):
+        whole = DropoutSchedule.from_profile(profile, base, aggregate=aggregate)
+        schedule = DropoutSchedule.from_profile(profile, model, aggregate=aggregate)
+        scores = {inner_name(path): score for path, score in schedule.scores.items()}
+        assert whole.scores.items() <= scores.items()
+        apply_dropout(model, whole).remove()
+    rates = {path: 0.1 for path in schedule.rates if "lora" not in path}
+    apply_dropout(base, DropoutSchedule.from_rates(rates, model)).remove()
 
 
 def test_an_adapter_that_is_turned_off_has_no_site() -> None:

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
 from families import classifier_of, language_model, profile_of
 from test_sites_families import build, state_of
 
@@ -208,3 +209,14 @@ def test_nothing_that_was_compiled_under_a_plain_schedule_on_top_stays() -> None
             logits.append(forward(**IDS).logits)
     assert torch.equal(*logits)
     torch._dynamo.reset()
+
+
+def test_a_model_that_accelerate_prepared_under_it_runs_once_unwrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.state.AcceleratorState._shared_state", {})  # has one precision in a process
+    model, schedule = albert_by_call()
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    with apply_dropout(model, schedule):
+        prepared = accelerator.prepare(model)
+        prepared.train()(**IDS)
+    plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
+    assert torch.equal(plain(**IDS).logits, albert_by_call()[0].eval()(**IDS).logits)

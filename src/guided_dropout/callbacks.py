@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -68,12 +69,17 @@ class GuidedDropoutCallback(TrainerCallback, ExportableState):
         """Put the schedule on the model.
 
         Raises:
-            ScheduleError: no schedule, another than that of the checkpoint, one for another model, or a Trainer that
-                restores callbacks from the checkpoint, this one too.
+            ScheduleError: no schedule, another than that of the checkpoint, one for another model, a second callback of
+                this kind, or a Trainer that restores callbacks from the checkpoint, this one too.
             SiteError: a rate does not arrive.
         """
         assert model is not None
         self.remove()
+        if isinstance(cast("dict[str, Any]", state.stateful_callbacks).get(type(self).__name__), list):
+            raise ScheduleError(
+                f"the Trainer's state holds several {type(self).__name__}s, whose schedules cannot be told apart in a "
+                "checkpoint; expected one: remove the others"
+            )
         if state.global_step > 0:
             if args.restore_callback_states_from_checkpoint:  # the Trainer has put another callback in this one's place
                 raise ScheduleError(
@@ -143,7 +149,8 @@ class GuidedDropoutCallback(TrainerCallback, ExportableState):
 
 def _checkpoints(args: TrainingArguments, state: TrainerState) -> list[Path]:
     """The folder that the Trainer has just written; a hyperparameter search has one below, for its trial."""
-    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    written = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}/{TRAINER_STATE_NAME}"
     here = Path(str(args.output_dir))
-    folders = [here / name] if (here / name).is_dir() else list(here.glob(f"*/{name}"))
-    return sorted(folders, key=lambda folder: folder.stat().st_mtime)[-1:]
+    # Others are an earlier run's. A folder that is written to again may keep its own time.
+    states = sorted([*here.glob(written), *here.glob(f"*/{written}")], key=lambda path: path.stat().st_mtime_ns)
+    return [path.parent for path in states[-1:]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,14 +34,25 @@ def backbone_prefix(model: nn.Module) -> str:
 
     Of a model that PEFT has wrapped, the wrapper's own prefix comes before it: ``"base_model.model.bert."``.
     """
+    return _wrapper_prefix(model) + (
+        f"{getattr(unwrapped(model), 'base_model_prefix')}." if has_head(model) else ""  # noqa: B009
+    )
+
+
+def _wrapper_prefix(model: nn.Module) -> str:
     inner = unwrapped(model)
-    outer = next(f"{name}." if name else "" for name, m in model.named_modules() if m is inner)
-    return outer + (f"{getattr(inner, 'base_model_prefix')}." if has_head(model) else "")  # noqa: B009
+    return next(f"{name}." if name else "" for name, m in model.named_modules() if m is inner)
 
 
 def backbone_name(model: nn.Module, name: str) -> str:
     """`name` (of a module, parameter or knob) relative to the backbone; a head's as it is in a model without PEFT."""
     return relative_name(name, backbone_prefix(model))
+
+
+def names_before(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Each of these names of the model's → what it is in the model without PEFT."""
+    wrapper = _wrapper_prefix(model)
+    return {name: name_before(name.removeprefix(wrapper)) for name in names}
 
 
 def relative_name(name: str, prefix: str) -> str:
@@ -131,6 +142,11 @@ def backbone_weights(model: nn.Module, names: Collection[str]) -> dict[str, nn.P
         if name in names and not in_head(model, full) and not full.startswith(heads):
             found.setdefault(name, parameter)  # a layer comes before an adapter's copy of it
     return found
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether it holds quantised weights, whose shape says nothing of theirs."""
+    return not (parameter.is_floating_point() or parameter.is_complex())
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

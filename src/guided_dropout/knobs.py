@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # ``out_drop`` and ``lora_dropout``, but not ``drop_path``, which leaves out whole rows.
 _DROPOUT_NAME = re.compile(r"drop(out)?$")
+# PEFT's, which would put a dropout of whole blocks of a rotation here: on such a matrix a plain one ruins the layer.
+_ON_ROTATIONS = ("boft_dropout", "oft_dropout")
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,8 @@ def _absent(name: str, module: nn.Module) -> Iterator[Knob]:
     for key, child in module._modules.items():
         # The entries of a dictionary, as LoRA's, are called after what they are for: its own name says what they are.
         called = name.rpartition(".")[2] if isinstance(module, nn.ModuleDict) else key
-        if isinstance(child, nn.Identity | FilledDropout) and _DROPOUT_NAME.search(called.lower()):
+        named_so = _DROPOUT_NAME.search(called.lower()) and called not in _ON_ROTATIONS
+        if named_so and isinstance(child, nn.Identity | FilledDropout):
             yield AbsentKnob(f"{name}.{key}" if name else key, module, key, "module")
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from guided_dropout.adapters import is_adapter
 from guided_dropout.knobs import AbsentKnob, find_knobs
 from guided_dropout.probe import DROPOUTS, QUIET, run_once, tensors_in, turned
 
@@ -90,6 +91,7 @@ class _Call:
     module: nn.Module
     parent: _Call | None
     inputs: list[Tensor]
+    in_adapter: bool
     stream: set[int] = field(default_factory=set)
 
     def child_of(self, ancestor: _Call) -> _Call | None:
@@ -125,7 +127,8 @@ class _Watch(TorchFunctionMode):
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         inputs = [t for t in tensors_in([args, kwargs]) if t.is_floating_point()]
         self._kept.append(inputs)
-        self._call = _Call(module, self._call, inputs, {id(t) for t in inputs})
+        in_adapter = is_adapter(module) or (self._call is not None and self._call.in_adapter)
+        self._call = _Call(module, self._call, inputs, in_adapter, {id(t) for t in inputs})
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         call = self._call
@@ -139,6 +142,8 @@ class _Watch(TorchFunctionMode):
         goes_on = around is not None and self._is_stream(id(call.inputs[0]), around)
         for index, part in parts:
             self._kept.append(part)
+            if is_adapter(module):  # also where its layer made it, as after an adapter of what goes in
+                self._made[id(part)] = call, index
             self._made.setdefault(id(part), (call, index))
             if around is not None and goes_on and part.shape == call.inputs[0].shape:
                 around.stream.add(id(part))
@@ -162,7 +167,7 @@ class _Watch(TorchFunctionMode):
 
     def _add(self, left: Tensor, right: Tensor, result: Tensor) -> None:
         call = self._call
-        if call is None:
+        if call is None or call.in_adapter:  # what an adapter adds up is no stream
             return
         in_stream = [self._is_stream(id(t), call) for t in (left, right)]
         if in_stream == [False, False]:

@@ -12,11 +12,12 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from guided_dropout.adapters import adapted_layer, adapter_parts
+from guided_dropout.adapters import adapted_layer, adapter_parts, name_before
 from guided_dropout.errors import SiteError
 from guided_dropout.identity import in_head
 from guided_dropout.knobs import ConfigKnob, Knob, find_knobs
@@ -42,7 +43,8 @@ class DropoutSite:
         parameters: what feeds it, by owner: the parameters of the module that owns the dropout, as in the paper, or of
             all that share it. Where an owner is a whole stack of layers or has no parameters, the same as `dataflow`.
             Names as in ``model.named_parameters()``; an adapter's own are never among them.
-        dataflow: what feeds it, by dataflow: the parameters used since the dropout call before, over all of its calls.
+        dataflow: what feeds it, by dataflow: the parameters used since the dropout call before, over all of its calls;
+            an adapter's calls part none of the model's own.
         in_head: whether it lies outside the backbone.
         in_adapter: whether an adapter brought it, such as LoRA's dropout; it is fed by the layer that it adapts.
     """
@@ -102,8 +104,8 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
     """
     knobs = find_knobs(model)
     by_rate = {QUIET * (i + 1): path for i, path in enumerate(knobs)}
-    probes = {path: rate for rate, path in by_rate.items()}
-    calls = observe(model, inputs, rates=probes, known=by_rate.keys())
+    watch = partial(_watch_calls, model, inputs, by_rate)
+    calls = watch()
     heard: dict[str, list[DropoutCall]] = {}
     for call in calls:
         heard.setdefault(by_rate[call.rate], []).append(call)
@@ -111,7 +113,7 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
     like = idle_experts(model, [path for path in knobs if path not in heard], list(heard))
     if like:
         cut: set[str] = set()
-        for call in observe(model, inputs, run_beside(model, like, cut), rates=probes, known=by_rate.keys()):
+        for call in watch(run_beside(model, like, cut)):
             if (path := by_rate[call.rate]) in like and path not in cut:
                 heard.setdefault(path, []).append(call)
     sites = {path: _site(model, knobs[path], its_calls, heard) for path, its_calls in heard.items()}
@@ -131,6 +133,25 @@ def trace(model: nn.Module, inputs: Mapping[str, Any] | None = None, *, per_call
         dead=tuple(path for path, knob in knobs.items() if path not in heard and not isinstance(knob, ConfigKnob)),
         holders=holders,
     )
+
+
+def _watch_calls(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    by_rate: Mapping[float, str],
+    *contexts: contextlib.AbstractContextManager[Any],
+) -> list[DropoutCall]:
+    """The calls when each knob has its own rate; those of adapters part nothing that feeds the model's own."""
+    probes = {path: rate for rate, path in by_rate.items()}
+    calls, fed = [], frozenset[str]()
+    for call in observe(model, inputs, *contexts, rates=probes, known=by_rate.keys()):
+        if adapted_layer(model, by_rate[call.rate]) is not None:
+            calls.append(call)
+            fed |= call.parameters
+        else:
+            calls.append(replace(call, parameters=fed | call.parameters))
+            fed = frozenset()
+    return calls
 
 
 def _with_experts(order: list[str], like: Mapping[str, str], knobs: list[str]) -> list[str]:
@@ -257,6 +278,15 @@ def _owners(model: nn.Module, knob: Knob) -> tuple[nn.Module, ...]:
 
 
 def _in_model_order(model: nn.Module, names: set[str]) -> tuple[str, ...]:
-    """The names in the order of the model's parameters, without those that adapters have added."""
+    """The names in the order of the model's parameters, without those that adapters have added.
+
+    Of a layer and its copies (``modules_to_save``) the one that trains.
+    """
     parts = adapter_parts(model)
-    return tuple(n for n, _ in model.named_parameters() if n in names and not (parts and n.startswith(parts)))
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if name in names and not name.startswith(parts):
+            place = name_before(name)
+            if place not in found or parameter.requires_grad:
+                found[place] = name
+    return tuple(found.values())

@@ -94,13 +94,15 @@ def run_beside(model: nn.Module, like: Mapping[str, str], cut: set[str]) -> Iter
 def _in_lists(model: nn.Module, path: str) -> Iterator[tuple[str, str, str]]:
     """Each list of modules that a path goes through, the innermost first: its path, the entry, the rest.
 
-    An entry is more than a dropout: PEFT's dictionaries of those hold adapters that are turned off, whatever the data.
+    An entry is more than a dropout, and none of PEFT's dictionaries', which hold adapters that are turned off, whatever
+    the data.
     """
     parts = path.split(".")
     for i in reversed(range(1, len(parts) - 1)):
-        place = ".".join(parts[:i])
+        place, owner = ".".join(parts[:i]), ".".join(parts[: i - 1])
         with contextlib.suppress(AttributeError):
-            if isinstance(model.get_submodule(place), _LISTS):
+            of_adapters = hasattr(model.get_submodule(owner), "adapter_layer_names")
+            if isinstance(model.get_submodule(place), _LISTS) and not of_adapters:
                 yield place, parts[i], ".".join(parts[i + 1 :])
 
 

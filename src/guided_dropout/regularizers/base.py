@@ -29,7 +29,8 @@ class Context:
         rate: the plain dropout rate of the experiment, in [0, 1).
         schedule: a schedule for the model's backbone.
         profile: a profile of the model's backbone.
-        new: names of the parameters that are not pretrained; None for adapters' and those outside of the backbone.
+        new: names of the parameters that are not pretrained, as they are now or were before PEFT wrapped the model;
+            None for adapters' and those outside of the backbone.
         inputs: keyword arguments of the model's forward, for regularizers that run it once; by default a tiny batch.
     """
 

@@ -61,6 +61,11 @@ class _Wrapped:
         with self._around(self._module):
             return self._forward(*args, **kwargs)
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """As a method has one: accelerate wraps that, and binds it to the module when it unwraps a model."""
+        return lambda _, *args, **kwargs: self(*args, **kwargs)
+
     def replica(self) -> nn.Module:
         """A replica of the module, whose forward is its own: the module's would use the module's weights."""
         made = getattr(type(self._module), _REPLICATE)(self._module)

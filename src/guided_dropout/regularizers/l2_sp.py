@@ -11,13 +11,16 @@ from torch import nn
 
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
 from guided_dropout.regularizers.penalty import Pull, QuadraticPenalty
-from guided_dropout.regularizers.pretrained import new_parameters, pretrained_parameters
+from guided_dropout.regularizers.pretrained import new_parameters, pretrained_parameters, vital_of_adapters
 from guided_dropout.regularizers.strengths import relative_strengths
 
 
 @dataclass(frozen=True)
 class L2SP(Regularizer):
     r"""Holds the pretrained parameters :math:`\theta_S` near their start and the new ones :math:`\theta_{\bar S}` at 0.
+
+    What an adapter adds is new; where 0 would change what the model computes at the start (DoRA's magnitudes, IA3's
+    scales, an adapter that was trained before) it is held near its start instead, with the same strength.
 
     .. math:: \Omega(\theta) = \frac\alpha2\,\lVert\theta_S-\theta_S^*\rVert_2^2
         + \frac\beta2\,\lVert\theta_{\bar S}\rVert_2^2
@@ -42,7 +45,8 @@ class L2SP(Regularizer):
         pretrained, new = pretrained_parameters(model, context), new_parameters(model, context)
         strengths = self._strengths(model, context)
         pulls = [Pull(p, p.detach().clone(), self.alpha * strengths.get(n, 1.0)) for n, p in pretrained.items()]
-        pulls += [Pull(p, None, self.beta) for p in new.values()]
+        kept = vital_of_adapters(model, context, new)
+        pulls += [Pull(p, p.detach().clone() if n in kept else None, self.beta) for n, p in new.items()]
         return QuadraticPenalty(pulls, {"pretrained": len(pretrained), "new": sorted(new)})
 
     def _strengths(self, model: nn.Module, context: Context) -> Mapping[str, float]:

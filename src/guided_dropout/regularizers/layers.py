@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from guided_dropout.errors import ModelError
 from guided_dropout.identity import in_head
 from guided_dropout.knobs import find_knobs
-from guided_dropout.probe import ParameterUses, run_once, turned
+from guided_dropout.probe import ParameterUses, run_once, tensors_in, turned
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,28 @@ def parameters_in_order(model: nn.Module, inputs: Mapping[str, Any] | None = Non
         SiteError: as for `find_layers`.
     """
     uses = ParameterUses(model)
-    still = (turned(knob, 0.0) for knob in find_knobs(model).values())  # layer drop too
-    run_once(model, inputs, *still, uses)
+    _run_still(model, inputs, uses)
     return list(uses.used)
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """The tensors that one forward gives out; nothing drops meanwhile.
+
+    Raises:
+        SiteError: as for `find_layers`.
+    """
+    outputs: list[Tensor] = []
+    hook = model.register_forward_hook(lambda *args: outputs.extend(tensors_in(args[-1:])))
+    try:
+        _run_still(model, inputs)
+    finally:
+        hook.remove()
+    return outputs
+
+
+def _run_still(model: nn.Module, inputs: Mapping[str, Any] | None, *contexts: AbstractContextManager[Any]) -> None:
+    still = (turned(knob, 0.0) for knob in find_knobs(model).values())  # layer drop too
+    run_once(model, inputs, *still, *contexts)
 
 
 def stack_entries(model: nn.Module) -> Iterator[str]:

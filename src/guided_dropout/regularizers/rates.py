@@ -16,7 +16,7 @@ from guided_dropout.adapters import is_adapted
 from guided_dropout.attention import attention_implementations, takes_dropout
 from guided_dropout.errors import ScheduleError, SiteError, describe
 from guided_dropout.fisher.profile import FisherProfile, check_profile
-from guided_dropout.identity import backbone_name, model_identity, relative_name
+from guided_dropout.identity import backbone_name, is_packed, model_identity, relative_name
 from guided_dropout.knobs import Knob, find_knobs
 from guided_dropout.regularizers.base import Handle
 from guided_dropout.regularizers.per_call import set_by_call
@@ -277,10 +277,11 @@ def rates_on(model: nn.Module, schedule: DropoutSchedule, sites: Iterable[Dropou
     if made_on != here:
         raise _another_model(f"it was made on model type {made_on!r}, {type(model).__name__} is {here!r}")
     rates = _matched_rates(model, schedule, sites)
-    shapes = {backbone_name(model, name): list(p.shape) for name, p in model.named_parameters()}
+    parameters = {backbone_name(model, name): p for name, p in model.named_parameters()}
     for name, shape in schedule.model["shapes"].items():
-        if shapes.get(name) != shape:
-            found = shapes.get(name, "missing")
+        here = parameters.get(name)
+        if here is None or (list(here.shape) != shape and not is_packed(here)):
+            found = "missing" if here is None else list(here.shape)
             raise _another_model(f"{name} is {found} in {type(model).__name__}, {shape} in the schedule")
     return rates
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from guided_dropout.regularizers.base import Context, Handle, Regularizer, check_number
 from guided_dropout.regularizers.layers import find_layers
-from guided_dropout.regularizers.pretrained import is_new, measured_names
+from guided_dropout.regularizers.pretrained import measured_names, new_names
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,20 @@ class Surgical(Regularizer):
             scores[path] = total / max(1, sum(sizes.values()))
         number = math.ceil(Fraction(str(self.share)) * len(scores))  # in floats .28 of 25 is a little above 7
         trained = sorted(sorted(scores, key=lambda path: -scores[path])[:number])
-        handle = Handle({"trained": trained, "scores": scores})
+        handle, new, frozen = Handle({"trained": trained, "scores": scores}), new_names(model, context), []
         for name, parameter in model.named_parameters():
-            kept = is_new(model, name, context) or layers.block_of.get(name) in trained
+            kept = name in new or layers.block_of.get(name) in trained
             if parameter.requires_grad and not kept:  # what is frozen already is not this handle's to give back
                 handle.on_remove(parameter.requires_grad_, True)
+                handle.on_remove(parameter.register_hook(torch.zeros_like).remove)
                 parameter.requires_grad_(False)
+                frozen.append(parameter)
+        handle.on_remove(register_optimizer_step_pre_hook(partial(_freeze_again, frozen)).remove)
         return handle
+
+
+def _freeze_again(frozen: Iterable[nn.Parameter], *_: Any) -> None:
+    """PEFT lets all of its parameters train at the end of each ``disable_adapter()``; no optimizer may move these."""
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+        parameter.grad = None

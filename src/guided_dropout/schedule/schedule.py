@@ -13,7 +13,14 @@ from torch import nn
 
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile, check_profile
-from guided_dropout.identity import backbone_name, backbone_weights, model_identity, same_weights, weights_digest
+from guided_dropout.identity import (
+    backbone_name,
+    backbone_weights,
+    is_packed,
+    model_identity,
+    same_weights,
+    weights_digest,
+)
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
 from guided_dropout.schedule.shapes import Shape, check_rate, rates_from_scores, shape_name, with_mean
@@ -325,7 +332,8 @@ def _sites(
 
 def _model_facts(model: nn.Module, sites: list[DropoutSite], grouping: str) -> dict[str, Any]:
     feeding = {name for site in sites for name in site.parameters_by(grouping)}
-    shapes = {backbone_name(model, n): list(p.shape) for n, p in model.named_parameters() if n in feeding}
+    fed = {n: p for n, p in model.named_parameters() if n in feeding and not is_packed(p)}
+    shapes = {backbone_name(model, n): list(p.shape) for n, p in fed.items()}
     return {**model_identity(model), "shapes": shapes, "digest": weights_digest(backbone_weights(model, shapes))}
 
 

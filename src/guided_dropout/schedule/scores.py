@@ -13,7 +13,7 @@ from torch import nn
 from guided_dropout.errors import ScheduleError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.topk import select
-from guided_dropout.identity import backbone_name, model_identity, relative_name
+from guided_dropout.identity import backbone_name, is_packed, model_identity, relative_name
 from guided_dropout.schedule.shapes import check_choice
 from guided_dropout.sites import GROUPINGS, DropoutSite
 
@@ -176,6 +176,8 @@ def _of_profile(profile: FisherProfile, model: nn.Module) -> _Measure:
     shapes = {relative_name(name, prefix): shape for name, shape in profile.shapes.items()}
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     for name, parameter in model.named_parameters():
+        if is_packed(parameter):
+            continue
         name = backbone_name(model, name)
         sizes[name] = parameter.numel()
         if shapes.get(name, tuple(parameter.shape)) != tuple(parameter.shape):
