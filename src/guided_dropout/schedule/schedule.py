@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.identity import backbone_name, backbone_weights, model_identity, same_weights, weights_digest
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
-from guided_dropout.schedule.shapes import Shape, check_rate, rates_from_scores, shape_name, with_mean
+from guided_dropout.schedule.shapes import Shape, check_rate, mean_of, rates_from_scores, shape_name, with_mean
 from guided_dropout.schedule.table import read_rates
 from guided_dropout.sites import DropoutSite, find_sites
 
@@ -67,7 +66,7 @@ class DropoutSchedule:
     @property
     def mean_rate(self) -> float:
         """Mean rate over the sites."""
-        return math.fsum(self.rates.values()) / len(self.rates)
+        return mean_of(self.rates.values())
 
     @property
     def per_call(self) -> bool:
