@@ -70,10 +70,10 @@ def fidelity(
     state = beside(out, ".checkpoint")
     if max_memory is not None and not 0 < max_memory < math.inf:
         raise DataError(f"--max-memory {max_memory:g}; expected gigabytes, a number above 0")
-    check_output_file(out, kind=KIND)
     if profile_out:
         _check_apart(profile_out, out)
         check_output_folder(profile_out, marker=profile.JSON_NAME)
+    check_output_file(out, kind=KIND)
     if resume is None:
         check_unused(state)
     check_placement(device, None, 1)
