@@ -502,6 +502,15 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(folder, in_process):
     assert not (folder / "dry").exists()
 
 
+@pytest.mark.parametrize(("missing", "told"), [("1", "one after the other (as"), ("2", "if 2 side by side do not")])
+def test_no_more_runs_are_made_side_by_side_than_there_are(begun, in_process, missing, told):
+    for file in sorted(begun.path.glob("runs/*.json"))[: int(missing)]:
+        file.unlink()
+    code, text, err = in_process("begun", "--dry-run", "--jobs", "8")
+    assert (code, err) == (0, "")
+    assert told in text
+
+
 def test_a_second_call_makes_nothing_and_says_so(folder, finished, in_process):
     save_tiny_bert(folder / "other")
     plan, experiment = finished
@@ -628,6 +637,14 @@ def test_a_mistake_is_found_before_anything_is_written(folder, in_process, more,
         assert err.count("\n") == 1
         assert message in err
     assert sorted(folder.rglob("*")) == before
+
+
+def test_one_of_several_processes_is_refused_before_anything_is_written(folder, in_process, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, text, err = in_process("launched")
+    assert (code, text, err.count("\n")) == (2, "", 1)
+    assert "found 2 processes (WORLD_SIZE); expected one" in err
+    assert not (folder / "launched").exists()
 
 
 @pytest.fixture

@@ -97,6 +97,9 @@ def test_until_stable_says_how_many_samples_it_took(command):
         (LINE.replace("text.txt", "nowhere"), "cannot read the text nowhere"),
         ("plot fidelity text.txt --out a.png", "text.txt is not valid JSON"),
         ("plot fidelity text.txt --out a.jpg", "expected a name that ends in .png, .svg or .pdf"),
+        (f"{LINE} --out run/f.json --profile-out ./run", "--profile-out run with --out run/f.json; expected a folder"),
+        (f"{LINE} --out run --profile-out f/../run", "--profile-out f/../run with --out run; expected a folder of the"),
+        (f"{LINE} --out run --profile-out run/f", "beside the result: --profile-out profile"),
         ("plot spectrum nowhere --out a.png", "no folder nowhere"),
         (
             "fisher model --text text.txt --max-length 12 --until-stable --until-ranked --out new",

@@ -161,7 +161,8 @@ def test_control_writes_what_the_library_derives(folder, command, tmp_path, kind
     extra = (load_lm(str(folder / "model")),) if kind == "magnitude" else ()
     assert made == getattr(controls, name)(planned, *extra)
     assert made.mean_rate == pytest.approx(planned.mean_rate)
-    assert f"{name}{', seed 0' if kind == 'shuffled' else ''}: control of schedule {planned.digest}" in out
+    own = {"shuffled": ", seed 0", "top-only": ", k 1"}.get(kind, "")
+    assert f"{name}{own}: control of schedule {planned.digest}" in out
     assert "embeddings.dropout" in out
     assert str(tmp_path / "control.json") in out
     assert "other weights" not in out
@@ -172,7 +173,8 @@ def test_control_takes_a_seed_a_number_of_sites_and_a_model(folder, command, tmp
     planned = DropoutSchedule.load(folder / "a.json")
     command("schedule", "control", "a.json", "--kind", "shuffled", "--seed", 7, "--out", new)
     assert DropoutSchedule.load(new) == controls.shuffled(planned, 7)
-    command("schedule", "control", "a.json", "--kind", "top-only", "--k", 3, "--out", new)
+    _, out, _ = command("schedule", "control", "a.json", "--kind", "top-only", "--k", 3, "--out", new)
+    assert "top_only, k 3: control of schedule" in out
     assert DropoutSchedule.load(new) == controls.top_only(planned, 3)
     trained = load_lm(str(folder / "model"))
     with torch.no_grad():

@@ -4,6 +4,8 @@ import math
 
 import pytest
 from families import FAMILIES, classifier_of, language_model, profile_of
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from random_profiles import random_profile
 from test_sites_families import build
@@ -183,3 +185,14 @@ def test_a_schedule_of_one_rate_stays_as_it_is() -> None:
     flat = DropoutSchedule.uniform(model, 0.2)
     for control in every_control(flat, model).values():
         assert list(control.rates.values()) == pytest.approx([0.2] * len(flat.rates))
+
+
+@given(n=st.integers(1, 40), rate=st.sampled_from([0.1, 0.05, 0.2, 0.0495]) | st.floats(0, 0.99))
+def test_each_control_of_one_rate_is_refused_as_the_schedule_itself(n: int, rate: float) -> None:
+    model = {"model_type": "bert", "backbone_prefix": "", "shapes": {}}
+    rates = {f"layer.{i}.dropout": rate for i in range(n)}
+    flat = DropoutSchedule(rates, dict.fromkeys(rates), "table", "owner", upper=rate, lower=rate, model=model)
+    for name in set(controls.CONTROLS) - {"magnitude"}:
+        control = getattr(controls, name)(flat)
+        with pytest.raises(ScheduleError, match="is the schedule itself"):
+            controls.check_apart(name, control, flat)

@@ -186,6 +186,16 @@ def test_what_went_wrong_is_counted_and_named(tmp_path):
     assert (statuses.count("failed"), statuses.count("diverged"), statuses.count("collapsed")) == (1, 1, 1)
 
 
+def test_runs_that_are_in_no_line_are_told_below_the_lines(tmp_path):
+    def value(key):
+        if key.arm == "uniform" and key.fraction == 0.1 and key.seed < 2:
+            return None if key.seed else RuntimeError("lost")
+        return accuracy_like(key, {})
+
+    _, text, _ = report(tmp_path, tasks=["cola"], seeds=4, value=value)
+    assert "shuffled. Without a metric (diverged or failed), and in no line: uniform on cola 2 of 4 at 10 %." in text
+
+
 def test_a_task_on_which_little_is_learned_is_named(tmp_path):
     _, text, _ = report(tmp_path, fractions=[0.1], seeds=4, collapsed=lambda k: k.task == "rte" and k.seed > 1)
     assert "Half of the runs or more collapsed on rte (10 % of the training data)." in text

@@ -16,7 +16,7 @@ from guided_dropout.errors import ArtefactError, DataError, GuidedDropoutError
 from guided_dropout.fidelity import Fidelity, fidelity
 from guided_dropout.fidelity.schedules import order_metrics
 from guided_dropout.fidelity.subsamples import draw_subsamples
-from guided_dropout.fidelity.table import markdown, parameters_table, schedule_table
+from guided_dropout.fidelity.table import markdown, parameters_table, schedule_table, summary
 from guided_dropout.fisher.checkpoint import holds_state
 from guided_dropout.schedule import site_scores
 
@@ -259,6 +259,11 @@ def test_tables_hold_each_cell_with_its_spread(result):
     heads, rows = schedule_table(result)
     assert [row[:2] for row in rows] == [["50 %", "20"], ["20 %", "8"], ["5 %", "2"]]
     assert f"{result.recommended} samples: from there on" in markdown(result)
+
+
+def test_where_there_is_no_order_it_is_said_why(result):
+    (said,) = summary(replace(result, curve=None, bootstrap=None, recommended=None))
+    assert said == f"{result.sites} dropout sites, no two of which differ in score: no order to compare."
 
 
 def test_the_papers_figures_stand_beside_their_like(model):

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -286,6 +287,28 @@ def test_the_learning_rate_warms_up_and_decays(bert: Path, monkeypatch: pytest.M
     warm = math.ceil(0.1 * 40)
     expected = [1e-4 * min(k / warm, (40 - k) / (40 - warm)) for k in range(40)]
     assert rates == pytest.approx(expected)
+
+
+def test_a_single_step_trains(bert: Path) -> None:
+    one = finetune(bert, COLOUR, arm="none", data=(DATA[0][:12], DATA[1]), epochs=1, batch_size=12, learning_rate=1e-2)
+    two = finetune(bert, COLOUR, arm="none", data=(DATA[0][:12], DATA[1]), epochs=1, batch_size=12, learning_rate=1e-9)
+    assert one.history[0]["train_loss"] == two.history[0]["train_loss"]
+    assert one.history[0]["eval_loss"] != pytest.approx(two.history[0]["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_one_of_several_processes_is_refused(name: str, bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(GuidedDropoutError, match=rf"found 2 processes \({name}\); expected one.*`bench run --jobs`"):
+        finetune(bert, COLOUR, arm="none", **SHORT)
+
+
+def test_the_recipe_alone_says_the_precision(
+    bert: Path, runs: dict[str, RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert finetune(bert, COLOUR, arm="none", **SHORT).history == runs["none"].history
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 def test_a_pair_of_texts_and_regression(bert: Path) -> None:

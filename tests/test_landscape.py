@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from families import classifier_of, language_model, objective_of
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from landscapes import drawn_profile
 
 from guided_dropout.artefacts import write_json
@@ -202,6 +204,16 @@ def test_the_origin_is_a_point_and_no_point_stands_twice():
             five = grid.coordinates[grid.stencil(axis)]
             assert five[:, axis] == pytest.approx([-0.06, -0.03, 0, 0.03, 0.06])
     assert len(Grid(2, 9, 1.5).on_circle(0.75)) == 16
+
+
+@given(st.sampled_from([1, 2]), st.sampled_from([3, 7, 9, 25, 51]), st.floats(1e-6, 1e6))
+@example(1, 9, 16.129813270583)
+@example(2, 9, 12345.678)
+@settings(deadline=None, max_examples=30)
+def test_no_two_points_lie_a_digit_apart(dims, points, radius):
+    """At such a pair an area's curve would be as steep as rounding makes it."""
+    coordinates = Grid(dims, points, radius).coordinates
+    assert len(coordinates) == len(Grid(dims, points, 1.0).coordinates)
 
 
 @pytest.mark.parametrize(

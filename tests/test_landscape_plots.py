@@ -100,6 +100,22 @@ def test_lines_of_shares_have_controls_of_the_same_size_beside_them():
         figure_lines(bowl({"all": 2.0, **SHARES}, dims=1), equal_norm=True)
 
 
+@pytest.mark.parametrize("names", [[*SHARES, *(f"{name}=" for name in SHARES)], ["top:0.5", "top:0.1=", "bottom:0.1="]])
+def test_masks_of_both_lengths_are_all_drawn(names):
+    figure = figure_of_landscape(bowl({"all": 2.0, **dict.fromkeys(names, 1.0)}, dims=1))
+    kinds = {"most informative": "top", "random": "random", "least informative": "bottom"}
+    found = [
+        f"{kinds[ax.get_title('left')[3:]]}:{float(text.get_text().removesuffix(' %')) / 100:g}{end}"
+        for part, end in zip(figure.subfigs, ("", "="), strict=True)
+        for ax in part.axes
+        for text in ax.get_legend().get_texts()[1:]
+    ]
+    assert sorted(found) == sorted(names)
+    assert [part.get_suptitle() for part in figure.subfigs] == [
+        "steps of their own length", "steps as long as the unmasked one",
+    ]  # fmt: skip
+
+
 def test_shares_are_drawn_with_their_intervals():
     made = bowl({"all": 2.0, **SHARES}, dims=1)
     ax = plot_shares(made)

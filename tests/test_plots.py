@@ -76,6 +76,11 @@ def test_plot_layers_draws_scores_and_rates():
     assert "attribute" not in texts(ax)
 
 
+def test_a_score_of_0_is_one():
+    ax = plot_layers([site("a.first", 1e-6, 0.1), site("a.second", 0.0, 0.1)])
+    assert [text.get_text() for text in ax.texts] == ["0"]
+
+
 def test_plot_layers_drops_what_all_paths_share():
     ax = plot_layers([site("bert.layer.0.dropout", 1.0, 0.1), site("bert.layer.1.dropout", 2.0, 0.0)])
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0.dropout", "1.dropout"]

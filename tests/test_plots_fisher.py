@@ -71,6 +71,18 @@ def test_spectrum_draws_each_profile_on_both_kinds_of_axes():
     np.testing.assert_allclose(one.get_ydata(), other.get_ydata(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("_first", "second"), ("_a", "_b"), ("$x_$", "b$ {"), ("_$x$ ^{", "c")])
+def test_any_label_stands_in_the_legend_as_it_is(names, bert):
+    profiles = {name: replace(bert, diagonal={n: t + 1.0 for n, t in bert.diagonal.items()}) for name in names}
+    spectra, lorenz, means = draw_spectrum(profiles), draw_lorenz(profiles), draw_layers(profiles, measure="mean")
+    legends = [spectra.axes[1].get_legend(), lorenz.axes[1].get_legend(), means.legends[0]]
+    draw_layers(profiles).draw_without_rendering()
+    for figure, legend in zip((spectra, lorenz, means), legends, strict=True):
+        figure.draw_without_rendering()
+        shown = [text.get_text().strip().replace("\\$", "$") for text in legend.get_texts()]
+        assert [text.partition(": Gini")[0] for text in shown[:2]] == list(names)
+
+
 def test_lorenz_says_what_the_top_holds_and_the_gini():
     p = profile()
     said = words(draw_lorenz({"demo": p}))
@@ -165,6 +177,21 @@ def test_fidelity_shows_the_curve_the_draws_and_the_number_recommended():
     assert errors.get_yscale() == "log"
     assert list(overlap.lines[1].get_ydata()) == pytest.approx([0.6, 0.6])
     assert figure_svg(draw_fidelity(made_up())) == figure_svg(draw_fidelity(made_up()))
+
+
+@given(recommended=st.integers(1, 100), smallest=st.integers(1, 30))
+@settings(deadline=None, max_examples=10)
+def test_the_number_recommended_is_in_the_picture(recommended, smallest):
+    orders = (Order(0.3, smallest, {"tau": [0.8, 0.9]}),)
+    figure = draw_fidelity(made_up(recommended=recommended, orders=orders, cells=()))
+    figure.draw_without_rendering()
+    (ax,) = figure.axes
+    (label,) = (t for t in ax.texts if t.get_text() == f"{recommended} samples")
+    low, high = ax.get_xlim()
+    assert low < recommended < high
+    box, panel = label.get_window_extent(), ax.get_window_extent()
+    assert panel.x0 <= box.x0
+    assert box.x1 <= panel.x1
 
 
 def test_few_samples_are_named_on_the_axis_as_numbers_side_by_side():

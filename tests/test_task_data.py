@@ -158,6 +158,32 @@ def test_evaluation_on_training_data_is_told(tmp_path: Path) -> None:
     assert load_data(None, tmp_path / "part-*.csv", eval_data=tmp_path / "dev.csv", columns=PAIRS).notes == ()
 
 
+def test_a_label_that_may_be_missing_is_told(tmp_path: Path) -> None:
+    rows = [("a", "yes"), ("b", "no"), ("c", "nan"), ("d", "nan")]
+    train = write(tmp_path, "train.csv", rows, ("text", "label"))
+    (note,) = load_data(None, train, split="holdout:0.5").notes
+    assert "train.csv: 2 labels are 'nan', taken for a class of that name: remove" in note
+    assert load_training_data(None, train)[2] == (note,)
+
+
+@pytest.mark.parametrize("split", ["glue", "paper"])
+def test_a_regression_is_not_evaluated_on_placeholders(split: str, tmp_path: Path) -> None:
+    train = write(tmp_path, "train.csv", [("a", 1.5), ("b", 2.0)], ("text", "stars"))
+    test = write(tmp_path, "test.csv", [("c", -1.0), ("d", -1.0)], ("text", "stars"))
+    with pytest.raises(DataError, match=r"the score -1 alone in .*test\.csv \(2 in all\); expected scores that"):
+        load_data(None, train, eval_data=test, columns="text=text:score=stars", split=split)
+
+
+def test_a_correlation_with_a_single_class_is_told(tmp_path: Path) -> None:
+    train = write(tmp_path, "train.csv", [("a", "yes"), ("b", "no")], ("text", "label"))
+    dev = write(tmp_path, "dev.csv", [("c", "yes"), ("d", "yes")], ("text", "label"))
+    (note,) = load_data(None, train, eval_data=dev).notes
+    assert note.endswith(
+        "all 2 examples to evaluate on are 'yes': whatever is predicted, their Matthews correlation is 0"
+    )
+    assert load_data(None, train, eval_data=dev, metrics="accuracy").notes == ()
+
+
 def test_a_known_task_gives_files_its_classes_and_metrics(tmp_path: Path) -> None:
     train = write(tmp_path, "train.jsonl", [("a", "b", "not_entailment"), ("c", "d", 0)])
     given = load_data("rte", train, eval_data=train, columns=PAIRS)

@@ -19,6 +19,7 @@ from guided_dropout.data.task_data import TaskData
 from guided_dropout.data.tasks import Examples, Task, subset
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
+from guided_dropout.fisher.processes import check_alone
 from guided_dropout.identity import model_identity
 from guided_dropout.models import drawn_parameters, positions_of
 from guided_dropout.provenance import provenance
@@ -119,6 +120,7 @@ def finetune(
         progress: called after each step with the steps done and the steps in all.
 
     Raises:
+        ProcessError: a launcher started several processes.
         ScheduleError: an unknown arm or parameter; the arm needs a schedule or profile, or it is for another model; a
             control that is the schedule itself.
         DataError, ModelError: see `task_data.load_data` and `models.load_classifier`.
@@ -126,6 +128,7 @@ def finetune(
     """
     start = time.perf_counter()
     # What can go wrong at once goes wrong before the data are read, which may take minutes.
+    check_alone()
     chosen = choose_arm(arm, arm_parameters)
     context = Context(rate=rate, schedule=schedule, profile=profile)
     chosen.check(context)

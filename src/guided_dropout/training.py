@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import random
 import tempfile
 import time
@@ -220,7 +221,7 @@ def train_classifier(
         more: further examples to evaluate on after the last epoch, by a short name.
     """
     evaluator = _Evaluator(task)
-    with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet(), quick_masks():
+    with tempfile.TemporaryDirectory(prefix="guided-dropout-") as scratch, quiet(), quick_masks(), _own_precision():
         args = _arguments(scratch, recipe, seeds, len(train))
         trainer = _Trainer(
             handle or Handle(),
@@ -257,6 +258,18 @@ def train_classifier(
     )
 
 
+@contextlib.contextmanager
+def _own_precision() -> Iterator[None]:
+    """Leave the precision to the recipe: the Trainer takes one from accelerate's environment where it is told none."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    given = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if given is not None:
+            os.environ[name] = given
+
+
 def _on_gpu(recipe: Recipe) -> bool:
     return recipe.device != "cpu" and torch.cuda.is_available()
 
@@ -278,7 +291,8 @@ def _arguments(scratch: str, recipe: Recipe, seeds: Seeds, n_train: int) -> Trai
         per_device_eval_batch_size=_EVAL_BATCH,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=math.ceil(recipe.warmup_ratio * steps),
+        # The first step of a warm-up has a rate of 0; an only one would train nothing.
+        warmup_steps=math.ceil(recipe.warmup_ratio * steps) if steps > 1 else 0,
         weight_decay=recipe.weight_decay,
         optim="adamw_torch_fused",
         adam_beta1=0.9,

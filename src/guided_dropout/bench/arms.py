@@ -73,6 +73,11 @@ class ArmResult:
         return len(self.runs) + len(self.failed)
 
     @property
+    def lost(self) -> int:
+        """Runs without a metric: diverged or failed."""
+        return self.diverged + len(self.failed)
+
+    @property
     def counts(self) -> dict[str, int]:
         """Number of runs by status; ``ok`` are those that neither collapsed nor were lost."""
         ok = len(self.runs) - self.diverged - self.collapsed

@@ -13,7 +13,7 @@ from guided_dropout.bench import controls
 from guided_dropout.bench.analysis import Analysis, Cell, Comparison
 from guided_dropout.bench.csv_files import OVERALL
 from guided_dropout.bench.document import Block, Heading, Paragraph, Picture
-from guided_dropout.bench.phrases import metric_name
+from guided_dropout.bench.phrases import listing, metric_name
 from guided_dropout.plots.bench import CURVES, ArmRuns, Curve, Effect, plot_curves, plot_forest, plot_runs
 from guided_dropout.plots.figures import figure_svg
 from guided_dropout.stats import HELPS, HURTS
@@ -48,7 +48,7 @@ def curves(analysis: Analysis) -> list[Block]:
                         plot_curves(panels, metrics),
                         f"curves-{model}-{number + 1}",
                         f"{model}: metric over the share of the training data, a panel for each task",
-                        f"{model}: {', '.join(arms)}.",
+                        f"{model}: {', '.join(arms)}." + _lost(analysis, model, arms),
                     )
                 )
     return blocks
@@ -131,6 +131,18 @@ def _groups(analysis: Analysis) -> list[list[str]]:
     return [[*fixed, *map(str, part)] for part in parts]
 
 
+def _lost(analysis: Analysis, model: str, arms: Sequence[str]) -> str:
+    """Which runs are in no line: where the worst of an arm are lost, its line flatters it."""
+    cells = [c for t in analysis.tasks for f in analysis.fractions if (c := analysis.cells.get((model, t, f)))]
+    lost = [
+        f"{arm} on {c.task} {held.lost} of {held.made} at {100 * c.fraction:g} %"
+        for arm in arms
+        for c in cells
+        if (held := c.arms.get(arm)) and held.lost
+    ]
+    return f" Without a metric (diverged or failed), and in no line: {listing(lost)}." if lost else ""
+
+
 def _curve(cells: Sequence[Cell], arm: str, band: bool) -> Curve:
     held = [(c.fraction, s) for c in cells if (a := c.arms.get(arm)) and (s := a.summary)]
     return Curve(arm, [f for f, _ in held], [s.mean for _, s in held], [s.quartiles for _, s in held], band)
@@ -180,8 +192,7 @@ def _arm_runs(cell: Cell, main: str | None, by_place: dict[Any, list[Comparison]
     for name in names:
         arm = cell.arms[name]
         collapsed = [r.value for r in arm.runs if r.collapsed and r.value is not None]
-        lost = arm.diverged + len(arm.failed)
-        rows.append(ArmRuns(name, list(arm.values.values()), collapsed, lost, compared.get(name)))
+        rows.append(ArmRuns(name, list(arm.values.values()), collapsed, arm.lost, compared.get(name)))
     return rows
 
 

@@ -16,6 +16,7 @@ from guided_dropout.data.tasks import get_task, subset
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.finetune import cut_note, finetune, fitting_length
 from guided_dropout.fisher import FisherProfile
+from guided_dropout.fisher.processes import check_alone
 from guided_dropout.models import drawn_parameters, load_classifier, load_tokenizer
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
@@ -139,7 +140,9 @@ class Plan:
             GuidedDropoutError: a number of the recipe that is out of range, or a split that there is not.
             ScheduleError: an arm needs a profile or schedule that a model does not have.
             ArtefactError: one that cannot be read.
+            ProcessError: a launcher started several processes.
         """
+        check_alone()
         parse_split(self.split)
         # Refuses numbers out of range.
         self.recipe(1.0)

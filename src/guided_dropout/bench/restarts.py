@@ -63,10 +63,10 @@ def _restarts(analysis: Analysis, model: str, fraction: float) -> Restarts | Non
     paper = published()
     beside = paper.beside(analysis.arms, tasks, fraction)
     lost = [
-        f"Of {held.made} runs of {arm} on {cell.task}, {lost} have no metric (diverged or failed)."
+        f"Of {held.made} runs of {arm} on {cell.task}, {held.lost} have no metric (diverged or failed)."
         for arm in analysis.arms
         for cell in cells
-        if (held := cell.arms.get(arm)) and (lost := held.made - len(held.values))
+        if (held := cell.arms.get(arm)) and held.lost
     ]
     return Restarts(
         model, fraction, header, tuple(rows),

@@ -68,12 +68,13 @@ def run_experiment(
     Raises:
         ArtefactError: a run was made in another way than those that it would stand beside, or cannot be written.
     """
+    jobs = max(1, min(jobs, len(keys)))
     threads = threads or max(1, min(processors() // jobs, _threads_asked_for()))
     waiting = deque(keys)
     workers: list[_Worker] = []
     try:
         while waiting or any(w.key for w in workers):
-            while waiting and len(workers) < min(jobs, len(keys)):
+            while waiting and len(workers) < jobs:
                 workers.append(_Worker(plan, experiment, threads))
             for w in workers:
                 if w.key is None and waiting:

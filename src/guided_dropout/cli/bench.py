@@ -115,6 +115,7 @@ def run(
             experiment.note_grid(plan.grid)  # runs that were there before anyone asked for them
         console.print(out)
         return
+    jobs = min(jobs, len(missing))
     # A mistake that each run would make is found here, before anything is written.
     plan.rehearse(lambda note: console.print(note, style="dim", highlight=False))
     if experiment is not None:
@@ -298,7 +299,7 @@ def _tell_cost(plan: Plan, clock: Clock, missing: Sequence[RunKey], jobs: int) -
 
 def _left(clock: Clock, keys: Sequence[RunKey], jobs: int) -> float | None:
     seconds = clock.seconds(keys)
-    return None if seconds is None else seconds / jobs
+    return None if seconds is None else seconds / max(1, min(jobs, len(keys)))
 
 
 def _parts(values: Sequence[str] | None) -> list[str]:

@@ -129,8 +129,8 @@ def schedule_origin(schedule: DropoutSchedule) -> str:
     model, profile, source = schedule.model, schedule.profile, schedule.derived_from
     made = f"shape {schedule.shape}, grouping {schedule.grouping}, aggregate {schedule.aggregate}"
     if source:
-        seed = f", seed {source['seed']}" if "seed" in source else ""
-        made = f"{schedule.shape}{seed}: control of schedule {source['digest']} ({_recipe(source)})"
+        own = "".join(f", {name} {source[name]}" for name in ("seed", "k") if name in source)
+        made = f"{schedule.shape}{own}: control of schedule {source['digest']} ({_recipe(source)})"
     elif not any(score is not None for score in schedule.scores.values()):
         made = f"shape {schedule.shape}, no scores"
     lines = [

@@ -70,9 +70,10 @@ def fidelity(
     state = beside(out, ".checkpoint")
     if max_memory is not None and not 0 < max_memory < math.inf:
         raise DataError(f"--max-memory {max_memory:g}; expected gigabytes, a number above 0")
-    check_output_file(out, kind=KIND)
     if profile_out:
+        _check_apart(profile_out, out)
         check_output_folder(profile_out, marker=profile.JSON_NAME)
+    check_output_file(out, kind=KIND)
     if resume is None:
         check_unused(state)
     check_placement(device, None, 1)
@@ -134,6 +135,16 @@ def fidelity(
     if profile_out:
         console.print(profile_out)
     console.print(out)
+
+
+def _check_apart(profile_out: Path, out: Path) -> None:
+    """Refuse a profile's folder that is the result's file, lies below it or has it inside: the second would be lost."""
+    folder, file = profile_out.resolve(), out.resolve()
+    if folder.is_relative_to(file) or file.is_relative_to(folder):
+        raise DataError(
+            f"--profile-out {profile_out} with --out {out}; expected a folder of the profile's own, beside the result: "
+            f"--profile-out {out.parent / 'profile'}"
+        )
 
 
 def _has_profile(folder: Path) -> bool:

@@ -17,6 +17,8 @@ FORM = "text=NAME or text=NAME,NAME, then :label=NAME for classes or :score=NAME
 # More classes than this, and more than half as many as examples: the column is an index or a score.
 _MANY_CLASSES = 100
 _INTEGER = r"[+-]?[0-9]+"
+# What pandas and NumPy make of a missing value when they write it as text.
+_MISSING = ("nan", "NaN", "None", "<NA>", "NaT")
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,18 @@ def find_classes(tables: Sequence[Table], column: str) -> tuple[str, ...]:
         shown = f"one class, {names[0]!r}," if found else "no examples"
         raise DataError(f"{source}: found {shown} in {column!r}; expected at least two classes to tell apart")
     return tuple(sorted(found, key=lambda name: (int(name), name)) if integers else sorted(found))
+
+
+def missing_labels(tables: Sequence[Table], column: str) -> list[str]:
+    """A note on each class whose name stands for a missing value elsewhere."""
+    values = [value.strip() for t in tables for value in t.columns[column] if isinstance(value, str)]
+    source = ", ".join(t.source for t in tables[:3])
+    return [
+        f"{source}: {values.count(name):,} labels are {name!r}, taken for a class of that name: remove these examples "
+        "if their label is missing"
+        for name in _MISSING
+        if name in values
+    ]
 
 
 def class_reader(classes: Sequence[str]) -> Callable[[Any, str], int]:

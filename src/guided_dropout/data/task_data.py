@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from guided_dropout.data.columns import Columns, class_reader, find_classes
+from guided_dropout.data.columns import Columns, class_reader, find_classes, missing_labels
 from guided_dropout.data.examples import Examples, hold_out, label_reader, pool, to_examples
 from guided_dropout.data.hub_tables import hub_split_names, read_hub_table
 from guided_dropout.data.tables import KINDS, Table, read_table, table_files, table_kind
@@ -33,7 +33,7 @@ class TaskData:
         notes: what a person should know, a sentence each.
 
     Raises:
-        DataError: some examples have one text and others two.
+        DataError: some examples have one text and others two, or those that a regression is evaluated on one score.
     """
 
     task: Task
@@ -51,6 +51,8 @@ class TaskData:
                 first = first or here
                 if number != first[0]:
                     raise DataError(f"{self.task.name}: {first[1]} and {here[1]} texts; expected 1 or 2 in all of them")
+        for examples in (self.validation, *self.more.values()):
+            _check_scores(self.task, examples)
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,12 @@ def load_data(
             raise DataError(f"found --split {split} with data that were loaded before; expected it when loading them")
         return data
     read = _read(task, data, asked, evaluated=kind != HOLDOUT)
+    if read.validation is not None:
+        _check_scores(read.task, read.validation)  # before it is pooled with other examples
     train, validation = _dealt(read, kind, share, seed)
     chosen = replace(read.task, metrics=asked.metrics) if asked.metrics else read.task
-    return TaskData(chosen, train, validation, read.more, split, read.notes)
+    notes = [note for examples in (validation, *read.more.values()) for note in _one_class(chosen, examples)]
+    return TaskData(chosen, train, validation, read.more, split, (*read.notes, *notes))
 
 
 def load_training_data(
@@ -184,6 +189,27 @@ def _names(given: Sequence[str] | str, option: str) -> tuple[str, ...]:
     if not all(names):
         raise DataError(f"{option} {given}; expected names with commas between")
     return names
+
+
+def _check_scores(task: Task, examples: Examples) -> None:
+    """Refuse scores that are all the same, as the placeholders of an unlabelled split: nothing correlates with them."""
+    if task.is_regression and len(set(examples.labels)) == 1:
+        raise DataError(
+            f"{task.name}: found the score {examples.labels[0]:g} alone in {examples.source} ({len(examples):,} in "
+            "all); expected scores that differ, since a correlation with them is the metric: evaluate on labelled "
+            "examples"
+        )
+
+
+def _one_class(task: Task, examples: Examples) -> list[str]:
+    """A note on examples of a single class, with which nothing correlates either."""
+    if "matthews_correlation" not in task.metrics or len(examples) < 2 or len(set(examples.labels)) > 1:
+        return []
+    name = (task.labels or ())[int(examples.labels[0])]
+    return [
+        f"{examples.source}: all {len(examples):,} examples to evaluate on are {name!r}: whatever is predicted, their "
+        "Matthews correlation is 0"
+    ]
 
 
 def _dealt(read: _Read, kind: str, share: float, seed: int) -> tuple[Examples, Examples]:
@@ -264,14 +290,14 @@ def _read_files(task: Task | str | None, data: str | Path, asked: _Asked, *, eva
     columns, advice = _columns(asked)
     sources = table_files(data)
     tables = [read_table(file, columns.names, advice=advice) for file in sources]
-    chosen, read = _task(str(task or Path(data).name), known, tables, columns, asked)
+    chosen, read, odd = _task(str(task or Path(data).name), known, tables, columns, asked)
     train = pool([_examples(table, columns, read) for table in tables])
-    validation, notes = None, []
+    validation, notes = None, odd
     if evaluated:
         files = table_files(str(asked.eval_data))
         validation = pool([_examples(read_table(f, columns.names, advice=advice), columns, read) for f in files])
         both = {file.resolve() for file in sources} & {file.resolve() for file in files}
-        notes = [f"{file.name} is in --data and in --eval-data: evaluated on training data" for file in sorted(both)]
+        notes += [f"{file.name} is in --data and in --eval-data: evaluated on training data" for file in sorted(both)]
     return _Read(chosen, train, validation, notes=tuple(notes))
 
 
@@ -290,10 +316,10 @@ def _read_hub(name: str, asked: _Asked, *, evaluated: bool) -> _Read:
         if unlabelled:
             notes.append(f"{table.source}: {unlabelled:,} examples without a label left out")
         tables.append(table)
-    chosen, read = _task(name, None, tables[:1], columns, asked)
+    chosen, read, odd = _task(name, None, tables[:1], columns, asked)
     train, *evaluation = [_examples(table, columns, read) for table in tables]
     more = dict(zip(splits[2:], evaluation[1:], strict=True))
-    return _Read(chosen, train, evaluation[0] if evaluation else None, more, tuple(notes))
+    return _Read(chosen, train, evaluation[0] if evaluation else None, more, (*notes, *odd))
 
 
 def _choose_splits(
@@ -348,22 +374,22 @@ def _columns(asked: _Asked) -> tuple[Columns, str]:
 
 def _task(
     name: str, known: Task | None, tables: Sequence[Table], columns: Columns, asked: _Asked
-) -> tuple[Task, Callable[[Any, str], float]]:
-    """The task that training tables are of, and what reads a label of it."""
+) -> tuple[Task, Callable[[Any, str], float], list[str]]:
+    """The task that training tables are of, what reads a label of it, and notes on its classes."""
     if known:
         if known.is_regression != columns.regression:
             wanted = "score" if known.is_regression else "label"
             raise DataError(f"--task {known.name}; expected --columns text=…:{wanted}={columns.label}")
-        return known, label_reader(known.labels)
-    own = tables[0].classes.get(columns.label)
+        return known, label_reader(known.labels), []
+    own, notes = tables[0].classes.get(columns.label), []
     if columns.regression:
         labels, read = None, label_reader(None)
     elif own:
         labels, read = own, label_reader(own)
     else:
         labels = find_classes(tables, columns.label)
-        read = class_reader(labels)
-    return Task(name, labels, asked.metrics or default_metrics(labels)), read
+        read, notes = class_reader(labels), missing_labels(tables, columns.label)
+    return Task(name, labels, asked.metrics or default_metrics(labels)), read, notes
 
 
 def _examples(table: Table, columns: Columns, read: Callable[[Any, str], float]) -> Examples:

@@ -64,7 +64,7 @@ def summary(result: Fidelity) -> list[str]:
     whole = f"all {result.num_samples:,} samples"
     without = [f"{result.num_skipped:,} samples without a target were left out."] if result.num_skipped else []
     if result.curve is None or result.bootstrap is None or result.recommended is None:
-        return [*without, f"{result.sites} dropout sites whose scores differ: there is no order to compare."]
+        return [*without, f"{result.sites} dropout sites, no two of which differ in score: no order to compare."]
     lines = [
         *without,
         f"{result.recommended:,} samples: from there on, at least 95 % of {result.curve['subsamples']} random "

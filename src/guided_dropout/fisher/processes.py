@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Batches between two meetings: enough for their lengths to even out, few enough for an error to be told soon.
 BATCHES_BETWEEN = 8
+# Where launchers say how many processes there are; accelerate, and so the Trainer, goes by any of them.
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 class ProcessError(GuidedDropoutError):
@@ -173,6 +175,25 @@ def current_processes() -> Processes:
     if device is None:
         raise AssertionError("a process of several has a device")
     return Processes(state.process_index, state.num_processes, torch.device("cpu") if device.type == "cpu" else device)
+
+
+def check_alone() -> None:
+    """Refuse to be one of several processes: the Trainer would share a single training out to all of them.
+
+    Raises:
+        ProcessError: a launcher started several, or they have joined already.
+    """
+    told = {name: os.environ.get(name, "") for name in _COUNTS}
+    if dist.is_initialized():
+        told["torch.distributed"] = str(dist.get_world_size())
+    for name, count in told.items():
+        if count.isdigit() and int(count) > 1:
+            error = ProcessError(
+                f"found {count} processes ({name}); expected one, since a run is trained in a single process: start "
+                "it without torchrun or accelerate launch (`bench run --jobs` makes several runs side by side)"
+            )
+            error.told_elsewhere = os.environ.get("RANK", "0") != "0"
+            raise error
 
 
 def _check_gpus(processes: int, gpus: int) -> None:

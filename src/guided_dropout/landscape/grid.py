@@ -53,7 +53,8 @@ class Grid:
     def steps(self) -> npt.NDArray[np.float64]:
         """Coordinates along an axis [points], ascending, 0 exactly in the middle."""
         half = self.points // 2
-        return np.round(self.radius * np.arange(-half, half + 1) / half, _DIGITS)
+        # The radius times a share, rounded as the points beside are: else both would miss the same place by a digit.
+        return np.array([_point(self.radius * (k / half)) for k in range(-half, half + 1)])[:, 0]
 
     @cached_property
     def coordinates(self) -> npt.NDArray[np.float64]:
@@ -106,7 +107,8 @@ class Grid:
         if self.dims == 1:
             return [_point(-radius), _point(radius)]
         angles = [2 * math.pi * k / ANGLES for k in range(ANGLES)]
-        return [_point(radius * math.cos(a), radius * math.sin(a)) for a in angles]
+        # 15 decimals: on an axis a cosine is 0 but for rounding, which a large radius would show.
+        return [_point(radius * round(math.cos(a), 15), radius * round(math.sin(a), 15)) for a in angles]
 
     def _stencil(self, axis: int) -> list[tuple[float, ...]]:
         return [

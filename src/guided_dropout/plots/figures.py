@@ -24,7 +24,7 @@ from guided_dropout.artefacts import staged_file
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import spectrum
-from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, new_axes, percent, plain, series
+from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, as_text, new_axes, percent, plain, series
 from guided_dropout.schedule import DropoutSchedule, rates_from_scores
 from guided_dropout.schedule.places import by_role, places
 
@@ -76,8 +76,9 @@ def plot_layers(table: Sequence[Mapping[str, Any]], ax: Axes | None = None) -> A
         color, hatch = _KINDS[row["kind"]]
         if row["score"]:
             ax.barh(y, row["score"] - floor, left=floor, color=color, hatch=hatch, edgecolor=INK, linewidth=0.6)
-        else:
-            ax.text(0.02, y, "no score", transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
+        else:  # on a logarithmic axis 0 has no bar either
+            told = "no score" if row["score"] is None else "0"
+            ax.text(0.02, y, told, transform=ax.get_yaxis_transform(), va="center", fontsize=8, color=GREY)
     ax.set_xscale("log")
     ax.set_xlim(left=floor)
     ax.set_ylim(len(table) - 0.4, -0.6)
@@ -108,7 +109,7 @@ def plot_schedule(schedule: DropoutSchedule, ax: Axes | None = None) -> Axes:
         ax.plot(
             [paths.index(path) for path in members], [schedule.rates[path] for path in members],
             color=color, marker=marker, linestyle=line, linewidth=1.3, markersize=5.5,
-            label=role.removeprefix(prefix) + (f" ({', '.join(kinds)})" if kinds else ""),
+            label=as_text(role.removeprefix(prefix)) + (f" ({', '.join(kinds)})" if kinds else ""),
         )  # fmt: skip
     ax.axhline(schedule.mean_rate, color=GREY, linewidth=1, zorder=1)
     ax.annotate(

@@ -19,7 +19,7 @@ from guided_dropout.errors import ArtefactError
 from guided_dropout.fidelity.result import Fidelity
 from guided_dropout.fisher.profile import FisherProfile
 from guided_dropout.fisher.spectrum import Spectrum, spectrum
-from guided_dropout.plots.style import GREY, INK, percent, plain, series
+from guided_dropout.plots.style import GREY, INK, as_text, percent, plain, series
 from guided_dropout.schedule.kinds import KINDS, Group, groups
 
 Profiles = Mapping[str, FisherProfile]
@@ -56,7 +56,7 @@ def draw_spectrum(profiles: Profiles, *, normalise: bool = False) -> Figure:
         values = np.array([s.values[0], *s.values]) / unit
         color, _, line = series(number)
         for ax in (linear, log):
-            ax.plot(share, values, color=color, linestyle=line, linewidth=1.8, label=label)
+            ax.plot(share, values, color=color, linestyle=line, linewidth=1.8, label=as_text(label))
         linear.plot([share[-1], 1], [0, 0] if s.num_zeros else [values[-1]] * 2, color=color, linestyle=line)
     linear.set_xlim(-0.02, 1)
     linear.set_ylim(bottom=0)
@@ -118,7 +118,7 @@ def draw_lorenz(profiles: Profiles) -> Figure:
         x, y = lorenz_curve(s)
         lorenz.plot(
             x, y, color=color, linestyle=line, linewidth=1.8,
-            label=f"{label}: Gini {s.gini:.3f}" if len(spectra) > 1 else f"Gini {s.gini:.3f}",
+            label=as_text(f"{label}: Gini {s.gini:.3f}") if len(spectra) > 1 else f"Gini {s.gini:.3f}",
         )  # fmt: skip
     top.set_xscale("log")
     _share_axis(top, min(1 / s.num_parameters for s in spectra.values()))
@@ -188,9 +188,12 @@ def draw_fidelity(result: Fidelity) -> Figure:
         axes[0].set_ylim(0, 1.02)
         axes[1].set_yscale("log")
         _top_legend(axes[0], result)
+    left = 0.8 * min([o.samples for o in result.orders] or [1])
+    if result.recommended:
+        left = min(left, 0.6 * result.recommended)  # room for what is written beside its line
     for ax in figure.axes:
         ax.set_xscale("log")
-        ax.set_xlim(0.8 * min([o.samples for o in result.orders] or [1]), 1.25 * result.num_samples)
+        ax.set_xlim(left, 1.25 * result.num_samples)
         low, high = ax.get_xlim()
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
@@ -287,7 +290,7 @@ def _shares(grouped: Mapping[str, Sequence[Group]], by_size: bool) -> Figure:
         ax.yaxis.set_major_formatter(FuncFormatter(percent))
         ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
         if len(grouped) > 1:
-            ax.set_title(label, fontsize=10, loc="right", color=INK)
+            ax.set_title(as_text(label), fontsize=10, loc="right", color=INK)
         plain(ax)
         ax.grid(axis="x", visible=False)
     handles = []
@@ -339,7 +342,7 @@ def _means(grouped: Mapping[str, Sequence[Group]], normalise: bool) -> Figure:
     figure.supylabel(_RELATIVE + ", mean" if normalise else f"mean {_FISHER}", fontsize=10)
     if len(grouped) > 1:
         handles = [
-            Patch(facecolor=series(i)[0], hatch=_HATCHES[i % 4], edgecolor=INK, linewidth=0.4, label=label)
+            Patch(facecolor=series(i)[0], hatch=_HATCHES[i % 4], edgecolor=INK, linewidth=0.4, label=as_text(label))
             for i, label in enumerate(grouped)
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=3, frameon=False, fontsize=9)

@@ -6,7 +6,7 @@ which are read alike by the colour-blind and in grey.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from string import ascii_lowercase
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import scipy.stats
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from mpl_toolkits.mplot3d.axes3d import Axes3D
@@ -29,6 +29,7 @@ from guided_dropout.plots.style import BLUE, GREY, INK, ORANGE, new_axes, plain,
 
 _HEIGHTS = "cividis"
 _KINDS = {"all": (INK, "s", "-"), "top": (ORANGE, "o", "-"), "bottom": (BLUE, "D", "-."), "random": (GREY, "^", "--")}
+_SHARES = {"top": "most informative", "random": "random", "bottom": "least informative"}
 _LEVELS = 12
 # Above this share of the finite losses the scale ends: a corner or two far up would leave no colour for the rest.
 _TOP_QUANTILE = 0.98
@@ -273,56 +274,78 @@ def figure_planes(landscape: Landscape, *, masks: Sequence[str] | None = None, s
     return figure
 
 
-def figure_lines(landscape: Landscape, *, equal_norm: bool = False) -> Figure:
+def figure_lines(landscape: Landscape, *, equal_norm: bool | None = False) -> Figure:
     """Figure 2 of the paper: the loss along a line as fewer parameters move, with controls of the same size.
 
     A panel each for the top, random and bottom shares, on the same axes.
 
     Args:
         landscape: of one dimension.
-        equal_norm: draw the masks whose step is as long as the unmasked one; otherwise those that keep their own.
+        equal_norm: draw the masks whose step is as long as the unmasked one; otherwise those that keep their own; None
+            draws all, in a row for each where there are both.
 
     Raises:
         DataError: a plane, or no such masks.
     """
     _require(landscape, 1)
-    panels = [
-        (kind, [m for m in landscape.masks if m.kind == kind and m.equal_norm == equal_norm])
-        for kind in ("top", "random", "bottom")
-    ]
-    panels = [(kind, own) for kind, own in panels if own]
-    if not panels:
+    shares = [m for m in landscape.masks if m.kind != "all"]
+    wanted = (False, True) if equal_norm is None else (equal_norm,)
+    rows = [own for equal in wanted if (own := [m for m in shares if m.equal_norm == equal])]
+    if not rows:
         raise DataError(f"no masks of a share with equal_norm={equal_norm}; expected some, for instance top:0.5")
-    names = [m.name for _, own in panels for m in own] + ["all" for m in landscape.masks if m.kind == "all"]
+    kinds = [kind for kind in _SHARES if any(m.kind == kind for own in rows for m in own)]
+    figure = Figure(figsize=(3.6 * len(kinds) + 0.6, 3.7 if len(rows) == 1 else 4.0 * len(rows)), layout="constrained")
+    letters = iter(ascii_lowercase)
+    if len(rows) == 1:
+        _draw_lines(figure, landscape, rows[0], kinds, letters)
+        return figure
+    parts: Any = figure.subfigures(len(rows), 1)
+    for part, own in zip(parts, rows, strict=True):
+        _draw_lines(part, landscape, own, kinds, letters)
+        part.suptitle(
+            "steps as long as the unmasked one" if own[0].equal_norm else "steps of their own length",
+            x=0.01, ha="left", fontsize=11, weight="bold",
+        )  # fmt: skip
+    return figure
+
+
+def _draw_lines(
+    figure: FigureBase, landscape: Landscape, masks: Sequence[Mask], kinds: Sequence[str], letters: Iterator[str]
+) -> None:
+    """A row of `figure_lines`: a column for each kind, and no panel where none of the masks is of it."""
+    whole = [m.name for m in landscape.masks if m.kind == "all"]
+    names = [*whole, *(m.name for m in masks)]
     drawn = np.stack([landscape.surface(name, seed) for name in names for seed in landscape.seeds])
     high = max(drawn[np.isfinite(drawn)], default=landscape.origin_loss + 1)
-    figure = Figure(figsize=(3.6 * len(panels) + 0.6, 3.7), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    whole = [m.name for m in landscape.masks if m.kind == "all"]
-    titles = {"top": "most informative", "random": "random", "bottom": "least informative"}
-    for number, (ax, (kind, own)) in enumerate(zip(axes, panels, strict=True)):
-        ordered = sorted(own, key=lambda m: -m.share)
+    grid, first = figure.add_gridspec(1, len(kinds)), None
+    for column, kind in enumerate(kinds):
+        ordered = sorted((m for m in masks if m.kind == kind), key=lambda m: -m.share)
+        if not ordered:
+            continue
+        ax = figure.add_subplot(grid[0, column], sharex=first, sharey=first)
         plot_curves(landscape, ax, masks=[*whole, *(m.name for m in ordered)], legend=False)
         handles = {m.name: line for m, line in zip(_shown(landscape, whole, ordered), ax.lines, strict=False)}
         labels = ["100 %"] * len(whole) + [f"{100 * m.share:g} %" for m in ordered]
         lines = [handles[n] for n in [*whole, *(m.name for m in ordered)]]
         ax.legend(lines, labels, frameon=False, fontsize=8, handlelength=2.6, title="moved", title_fontsize=8,
                   loc="upper center", ncols=2)  # fmt: skip
-        ax.set_title(f"{'abc'[number]}  {titles[kind]}", fontsize=11, loc="left")
-        if number:
+        ax.set_title(f"{next(letters)}  {_SHARES[kind]}", fontsize=11, loc="left")
+        if first is not None:
             ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
+        first = first or ax
+    assert first is not None
+    first.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     margin = 0.04 * (high - landscape.origin_loss)
-    axes[0].set_ylim(landscape.origin_loss - margin, high + 7 * margin)  # room for the legend
-    return figure
+    first.set_ylim(landscape.origin_loss - margin, high + 7 * margin)  # room for the legend
 
 
 def figure_of_landscape(landscape: Landscape) -> Figure:
     """What suits it: planes side by side; lines by share; or all lines in one panel."""
     if landscape.grid.dims == 2:
         return figure_planes(landscape)
-    shares = {(m.share, m.equal_norm) for m in landscape.masks if m.kind != "all"}
-    if len({share for share, _ in shares}) > 1:
-        return figure_lines(landscape, equal_norm=(all(equal for _, equal in shares)))
+    if len({m.share for m in landscape.masks if m.kind != "all"}) > 1:
+        return figure_lines(landscape, equal_norm=None)
     return figure_of(plot_curves(landscape))
 
 

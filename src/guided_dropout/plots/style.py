@@ -43,3 +43,8 @@ def plain(ax: Axes) -> None:
 def percent(x: float, _: Any = None) -> str:
     """A share as a tick's label, in per cent."""
     return f"{100 * x:.8f}".rstrip("0").rstrip(".") + " %"
+
+
+def as_text(label: str) -> str:
+    r"""A label as it stands: a ``$`` would begin a formula, and a ``_`` in front keeps a line out of the legend."""
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")

@@ -6,7 +6,6 @@ without a score beside sites with one (a new head's) keep their rates where rate
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from guided_dropout.identity import backbone_name, model_identity, relative_name
 from guided_dropout.schedule.places import by_role
 from guided_dropout.schedule.schedule import DropoutSchedule
 from guided_dropout.schedule.scores import weight_scores
-from guided_dropout.schedule.shapes import place_rates, with_mean
+from guided_dropout.schedule.shapes import mean_of, place_rates, with_mean
 from guided_dropout.sites import find_sites
 
 CONTROLS = ("uniform", "top_only", "role_mean", "reversed", "shuffled", "depth_linear", "magnitude")
@@ -45,8 +44,8 @@ def top_only(schedule: DropoutSchedule, k: int = 1) -> DropoutSchedule:
     check_top(k)
     scores = _scored(schedule) or {path: -rate for path, rate in schedule.rates.items()}
     others = sorted(scores, key=scores.__getitem__, reverse=True)[k:]
-    mean = math.fsum(schedule.rates[path] for path in others) / max(len(others), 1)
-    rates = {**schedule.rates, **dict.fromkeys(others, mean)}
+    shared = dict.fromkeys(others, mean_of([schedule.rates[path] for path in others])) if others else {}
+    rates = {**schedule.rates, **shared}
     return schedule.derive("top_only", rates, derived_from={"k": k})
 
 
@@ -81,7 +80,7 @@ def role_mean(schedule: DropoutSchedule) -> DropoutSchedule:
     Fisher scores often differ more between roles than between layers, so that much of a schedule is this control.
     """
     roles = by_role(schedule.rates)
-    means = {role: math.fsum(schedule.rates[path] for path in paths) / len(paths) for role, paths in roles.items()}
+    means = {role: mean_of([schedule.rates[path] for path in paths]) for role, paths in roles.items()}
     rates = {path: means[role] for role, paths in roles.items() for path in paths}
     return schedule.derive("role_mean", rates)
 
@@ -140,7 +139,7 @@ def depth_linear(schedule: DropoutSchedule) -> DropoutSchedule:
     ramp = {path: low + k / steps * (high - low) for k, path in enumerate(rates)}
     return schedule.derive(
         "depth_linear",
-        {**schedule.rates, **with_mean(ramp, math.fsum(rates.values()) / len(rates))},
+        {**schedule.rates, **with_mean(ramp, mean_of(rates.values()))},
         scores=dict.fromkeys(schedule.rates),
         profile={},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from guided_dropout.identity import (
 )
 from guided_dropout.schedule.files import digest, facts_of, read_schedule, write_schedule
 from guided_dropout.schedule.scores import site_scores
-from guided_dropout.schedule.shapes import Shape, check_rate, rates_from_scores, shape_name, with_mean
+from guided_dropout.schedule.shapes import Shape, check_rate, mean_of, rates_from_scores, shape_name, with_mean
 from guided_dropout.schedule.table import read_rates
 from guided_dropout.sites import DropoutSite, find_sites
 
@@ -74,7 +73,7 @@ class DropoutSchedule:
     @property
     def mean_rate(self) -> float:
         """Mean rate over the sites."""
-        return math.fsum(self.rates.values()) / len(self.rates)
+        return mean_of(self.rates.values())
 
     @property
     def per_call(self) -> bool:

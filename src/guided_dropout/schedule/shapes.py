@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,9 +199,13 @@ def place_rates(scores: Mapping[str, float], rates: Sequence[float]) -> dict[str
     for _, tied in itertools.groupby(ranked, key=scores.__getitem__):
         paths = list(tied)
         theirs = rates[len(placed) : len(placed) + len(paths)]
-        shared = min(max(math.fsum(theirs) / len(theirs), min(theirs)), max(theirs))
-        placed |= dict.fromkeys(paths, shared)
+        placed |= dict.fromkeys(paths, mean_of(theirs))
     return {path: placed[path] for path in scores}
+
+
+def mean_of(rates: Collection[float]) -> float:
+    """Their mean, never beyond the lowest or the highest by rounding: of rates that are all the same, that rate."""
+    return min(max(math.fsum(rates) / len(rates), min(rates)), max(rates))
 
 
 def with_mean(rates: Mapping[str, float], mean: float) -> dict[str, float]:
@@ -215,7 +219,7 @@ def with_mean(rates: Mapping[str, float], mean: float) -> dict[str, float]:
     check_rate("mean_rate", mean)
     if not rates:
         return {}
-    present = math.fsum(rates.values()) / len(rates)
+    present = mean_of(rates.values())
     if present == 0:
         if mean == 0:
             return dict(rates)
