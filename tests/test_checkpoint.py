@@ -165,6 +165,28 @@ def test_other_weights_and_another_model_are_refused(stopped):
         stopped(model=language_model("bert"))
 
 
+@pytest.mark.parametrize("choice", ["trainable", lambda _, p: p.requires_grad])
+def test_other_weights_beneath_those_that_are_measured_are_refused(tmp_path, choice):
+    model = language_model("bert").requires_grad_(False)
+    model.register_buffer("packed", torch.arange(8, dtype=torch.int8))  # as quantised weights may be kept
+    model.bert.embeddings.LayerNorm.requires_grad_(True)
+    given = {"parameters": choice, "batch_size": 2, "checkpoint": tmp_path / "c"}
+    with pytest.raises(StopError):
+        estimate_fisher(model, SAMPLES, progress=stopped_after(6), **given)
+    beneath = [model.bert.encoder.layer[0].output.dense.weight, model.get_buffer("packed")]
+    for weight in beneath:
+        with torch.no_grad():
+            weight.add_(1)
+        with pytest.raises(ArtefactError, match=r'of another run: weights was "[0-9a-f]{32}", is "[0-9a-f]{32}"'):
+            estimate_fisher(model, SAMPLES, resume=True, **given)
+        with torch.no_grad():
+            weight.sub_(1)
+    model.bert.embeddings.LayerNorm.requires_grad_(False)
+    model.bert.encoder.layer[0].output.LayerNorm.requires_grad_(True)
+    with pytest.raises(ArtefactError, match="of another run: weights was"):
+        estimate_fisher(model, SAMPLES, resume=True, **given)
+
+
 def test_a_state_is_neither_used_nor_lost_unless_that_is_asked_for(model, stopped, tmp_path):
     with pytest.raises(
         ArtefactError, match=r"unfinished run \(6 samples\); .*--resume to go on .*--no-resume to start"

@@ -16,16 +16,23 @@ import torch
 from families import language_model
 from safetensors.torch import load_file, save_file
 from tiny import VOCABULARY, WORDS, save, save_tiny_bert, tiny_bert_config
-from transformers import BertForSequenceClassification, BertModel, T5Tokenizer
+from transformers import (
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    T5Tokenizer,
+)
 
 from guided_dropout import fisher
 from guided_dropout.arms import ARMS
 from guided_dropout.cli import app as cli
 from guided_dropout.fisher import FisherProfile
-from guided_dropout.inputs import task_inputs
+from guided_dropout.inputs import task_inputs, text_inputs
 from guided_dropout.models import load_lm, load_tokenizer, quiet
 from guided_dropout.results import RunResult
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.texts import stream_text
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +281,27 @@ def test_a_classifier_is_measured_on_its_task(chain, command):
     )
     assert code == 2
     assert "BertForSequenceClassification has 2 classes; stsb has 1: expected a model fine-tuned on the task" in err
+
+
+def test_what_a_tokenizer_gives_and_a_classifier_does_not_take_is_left_out(folder, command, tmp_path):
+    config = DistilBertConfig(
+        vocab_size=len(VOCABULARY), dim=16, n_layers=1, n_heads=2, hidden_dim=32, max_position_embeddings=24
+    )
+    save(DistilBertForSequenceClassification(config), tmp_path / "distil")
+    assert "token_type_ids" in load_tokenizer(tmp_path / "distil")("the cat")
+    code, _, err = command(
+        "fisher", tmp_path / "distil", "--task", "cola", "--data", folder / "glue", "--samples", 4,
+        "--max-length", 12, "--out", tmp_path / "profile",
+    )  # fmt: skip
+    assert code == 0, err
+    assert FisherProfile.from_pretrained(tmp_path / "profile").num_samples == 4
+
+
+def test_random_tokens_come_from_those_that_the_model_knows(folder):
+    tokenizer, model = load_tokenizer(folder / "model"), load_lm(folder / "model")
+    tokenizer.add_tokens([f"new{i}" for i in range(200)])
+    given = text_inputs(model, tokenizer, stream_text(folder / "text.txt"), num_samples=None, max_length=12, seed=0)
+    assert max(token for sample in given.samples for token in sample["input_ids"]) < len(VOCABULARY)
 
 
 def test_classes_go_by_their_numbers_not_by_the_order_in_which_they_are_named(folder, monkeypatch, tmp_path):

@@ -123,6 +123,15 @@ def test_bad_numbers_are_named(options, message):
         corpus.lm_samples([], tokenizer(), objective="mlm", num_samples=2, max_length=10)
 
 
+def test_a_mask_token_that_the_model_does_not_know_is_told_before_the_text_is_read():
+    def unread():
+        pytest.fail("the text was read")
+        yield ""
+
+    with pytest.raises(ModelError, match="a mask token with number 4; expected less than 4"):
+        corpus.lm_samples(unread(), tokenizer(), objective="mlm", num_samples=2, max_length=10, rows=4)
+
+
 def test_a_masked_lm_needs_a_mask_token():
     with pytest.raises(ModelError, match="no mask token"):
         corpus.lm_samples(TEXT, tokenizer(masked=False), objective="mlm", num_samples=2, max_length=10)

@@ -148,3 +148,68 @@ def test_what_a_sequence_to_sequence_tokenizer_lacks_is_named():
     assert corrupted("seq2seq", ids, T5, 0, 7) == {**corrupt_spans(ids, T5, 0, 7), "index": 7}
     with pytest.raises(DataError, match="expected mlm, causal or seq2seq"):
         corrupted("classification", ids, T5, 0, 0)
+
+
+def test_tokens_that_were_added_as_special_are_neither_masked_nor_put_in():
+    tokenizer = bert_tokenizer()
+    tokenizer.add_tokens(["<speaker>"], special_tokens=True)
+    tokenizer.add_tokens(["word"])
+    speaker, word = tokenizer.convert_tokens_to_ids(["<speaker>", "word"])
+    vocabulary = Vocabulary.of(tokenizer)
+    assert not np.isin([*tokenizer.all_special_ids, speaker], vocabulary.ordinary).any()
+    assert word in vocabulary.ordinary
+    samples = [mask_tokens([speaker, 7] * 20, vocabulary, 0, k) for k in range(20)]
+    assert {y for s in samples for y in s["labels"]} == {-100, 7}
+
+
+def test_tokens_without_a_row_in_the_model_are_put_into_no_sample():
+    tokenizer = bert_tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(40)])
+    vocabulary = Vocabulary.of(tokenizer, 45)
+    assert vocabulary.ordinary.tolist() == list(range(5, 45))
+    assert max(max(mask_tokens([7] * 200, vocabulary, 0, k)["input_ids"]) for k in range(5)) < 45
+    without_a_mask = bert_tokenizer()
+    without_a_mask.add_special_tokens({"mask_token": "<mask>"})
+    for objective in ("mlm", "seq2seq"):
+        with pytest.raises(ModelError, match="a mask token with number 45; expected less than 45, the model's vocab"):
+            corrupted(objective, [7] * 20, Vocabulary.of(without_a_mask, 45), 0, 0)
+    assert corrupted("causal", [7], Vocabulary.of(without_a_mask, 45), 0, 0)["labels"] == [2, 7, 3]
+    with pytest.raises(ModelError, match="a sentinel with number 142; expected less than 130"):
+        corrupted("seq2seq", [7] * 20, Vocabulary.of(t5_tokenizer(), 130), 0, 0)
+
+
+def numbered_tokenizer(*prefixes):
+    """With a longer series of special tokens for each further prefix."""
+    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    more = [f"<{name}_{i}>" for k, name in enumerate(prefixes) for i in range(4 + k)]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")), pad_token="<pad>", eos_token="</s>",
+        unk_token="<unk>", extra_special_tokens=more,
+    )  # fmt: skip
+
+
+def test_of_several_series_of_tokens_those_called_extra_id_are_the_sentinels():
+    both = numbered_tokenizer("extra_id", "item")
+    names = [f"<extra_id_{i}>" for i in range(4)]
+    assert both.convert_ids_to_tokens([*Vocabulary.of(both).sentinels]) == names
+    assert len(Vocabulary.of(numbered_tokenizer("item")).sentinels) == 4
+    unclear = Vocabulary.of(numbered_tokenizer("item", "place"))
+    with pytest.raises(ModelError, match="2 series of numbered tokens, from <item_0> and <place_0> on; expected one"):
+        corrupted("seq2seq", [7] * 20, unclear, 0, 0)
+    assert corrupted("causal", [7], unclear, 0, 0)["labels"] == [7]
+
+
+def test_what_stands_around_a_text_is_found_where_a_word_is_no_token():
+    def tokenizer(*letters):
+        vocab = {w: i for i, w in enumerate(["[PAD]", "[CLS]", "[SEP]", *letters])}
+        tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+        tok.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tok, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
+        )  # fmt: skip
+
+    assert Vocabulary.of(tokenizer("C", "G", "T")).framed([3, 4]) == [1, 3, 4, 2]
+    with pytest.raises(ModelError, match="makes no token of anything in its own vocabulary"):
+        Vocabulary.of(tokenizer())

@@ -81,6 +81,21 @@ def test_noise_is_what_is_noise_in_each_and_fallback_in_any():
     assert [part["coverage"] for part in merged.provenance["merged"]] == [slow, {"nonfinite": [4]}]
 
 
+def test_untouched_is_what_is_untouched_in_each_and_how_many_were_asked_for_is_each_parts_own():
+    why = {"b.weight": "a shared row"}
+    first = {"fallback": ["b.weight"], "reasons": why, "untouched": ["a.weight", "a.bias", "b.weight[0]"]}
+    second = {"fallback": [], "reasons": {}, "untouched": ["a.weight[1]", "a.bias", "b.weight[2]"]}
+    asked = {"samples": "1000", "text": "t.txt"}
+    merged = merge(profile(coverage=first, provenance=asked), profile(1, coverage=second, provenance=asked))
+    assert merged.coverage["untouched"] == ["a.bias", "a.weight[1]"]
+    assert merged.coverage["reasons"] == why
+    assert merged.provenance["text"] == "t.txt"
+    assert "samples" not in merged.provenance
+    assert [part["samples"] for part in merged.provenance["merged"]] == ["1000", "1000"]
+    known = merge(profile(coverage=first), profile(1)).coverage
+    assert "untouched" not in known
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

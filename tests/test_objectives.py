@@ -275,6 +275,11 @@ def test_draws_do_not_depend_on_batching_order_or_method(model, samples):
     assert other.tensor_means != pytest.approx(slow.tensor_means, rel=1e-2, abs=1e-16)
 
 
+def test_a_seed_below_zero_is_named():
+    with pytest.raises(DataError, match="seed -1; expected 0 or more"):
+        estimate_fisher(language_model("bert"), tokens([4]), labels="model", seed=-1)
+
+
 @settings(max_examples=25, deadline=None)
 @given(classes=st.integers(1, 9), seed=st.integers(0, 99), scale=st.floats(0, 30))
 def test_draws_follow_the_softmax(classes, seed, scale):
@@ -318,6 +323,9 @@ ROW = {"input_ids": [5, 6], "labels": [5, 6]}
         ({**ROW, "idx": 3}, "sample 8 holds 'idx', which BertForMaskedLM does not take; .*: rename or drop it"),
         ({**ROW, "labels": None}, "sample 8: labels is no sequence of integers, but None .* leave the sample out"),
         ({**ROW, "input_ids": "a b"}, "sample 8: input_ids is no sequence of integers, but a str, 'a b' .*: tokenise"),
+        ({**ROW, "index": -1}, "sample 8 has the index -1; expected a whole number from 0, or none"),
+        ({**ROW, "index": "a"}, "sample 8 has the index 'a'; expected a whole number"),
+        ({**ROW, "index": 1.5}, "sample 8 has the index 1.5; expected a whole number"),
         ({**ROW, "input_ids": 5}, r"sample 8: input_ids has shape \(\) .*: give token numbers"),
         (
             {"input_ids": torch.ones(2, 15, dtype=torch.long), "labels": torch.ones(2, 15, dtype=torch.long)},

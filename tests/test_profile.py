@@ -13,6 +13,7 @@ from toy_profile import NAMES, assert_same, profile
 
 from guided_dropout import DropoutSchedule, FisherProfile, find_sites
 from guided_dropout.errors import ArtefactError, DataError, ScheduleError
+from guided_dropout.fisher import merge
 from guided_dropout.fisher.facts import check_facts
 from guided_dropout.fisher.spectrum import spectrum
 from guided_dropout.schedule import site_scores
@@ -56,6 +57,8 @@ def test_means_need_shapes_and_noise_needs_a_tensor():
         profile(tensor_means={name: means[name] for name in ("a.weight", "a.bias")})
     with pytest.raises(ArtefactError, match=r"names c\.bias as noise but holds no such tensor"):
         profile(noise=["c.bias"])
+    with pytest.raises(ArtefactError, match="a profile of 0 samples; expected at least 1"):
+        profile(num_samples=0)
 
 
 def test_bfloat16_halves_the_file_and_is_off_by_less_than_it_says(tmp_path):
@@ -109,6 +112,28 @@ def test_one_changed_bit_is_seen_unless_told_not_to_look(tmp_path):
     assert list(FisherProfile.from_pretrained(folder, verify=False).diagonal) == list(NAMES)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mean_that_is_not_that_of_its_values_is_seen_unless_told_not_to_look(tmp_path, dtype):
+    folder = profile().save_pretrained(tmp_path / "p", dtype=dtype)
+    facts = json.loads((folder / "profile.json").read_text())
+    facts["tensor_means"]["b.weight"] *= 1.1
+    (folder / "profile.json").write_text(json.dumps(facts))
+    with pytest.raises(ArtefactError, match=r"profile\.json has .* for the mean of b\.weight; expected .*: copy or"):
+        FisherProfile.from_pretrained(folder)
+    assert FisherProfile.from_pretrained(folder, verify=False).tensor_means == facts["tensor_means"]
+
+
+def test_rounded_and_merged_profiles_have_the_means_of_their_values(tmp_path):
+    parts = [profile(seed, diagonal=profile(seed).diagonal | {"a.bias": torch.zeros(2)}) for seed in range(4)]
+    parts = [replace(p, tensor_means=p.tensor_means | {"a.bias": 1e-60}) for p in parts]  # too small for float32
+    merged = parts[0]
+    for number, part in enumerate(parts[1:3]):
+        folder = merge(merged, part).save_pretrained(tmp_path / str(number), dtype="bfloat16")
+        merged = FisherProfile.from_pretrained(folder)
+    folder = merge(merged, parts[3]).save_pretrained(tmp_path / "p", dtype="float32")
+    assert FisherProfile.from_pretrained(folder).num_samples == 34
+
+
 def test_a_swapped_file_is_seen(tmp_path):
     folder, other = profile().save_pretrained(tmp_path / "p"), profile(1).save_pretrained(tmp_path / "q")
     shutil.copy(other / "fisher.safetensors", folder)
@@ -148,6 +173,7 @@ def test_missing_facts_and_former_schemas_are_named(tmp_path):
         ("tensor_means", {"a.weight": "1"}, "a dict for 'tensor_means'"),
         ("num_samples", "8", "'8' for 'num_samples'"),
         ("num_samples", -8, "-8 for 'num_samples'"),
+        ("num_samples", 0, "0 for 'num_samples'"),
         ("num_skipped", True, "True for 'num_skipped'"),
         ("labels", "none", "'none' for 'labels'"),
         ("model", [], "a list for 'model'"),

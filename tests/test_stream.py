@@ -1,6 +1,7 @@
 """Batches of like lengths: each sample once, within the budget, little padding, in constant memory, the same sums."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -9,8 +10,9 @@ from families import language_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guided_dropout import estimate_fisher
+from guided_dropout import estimate_fisher, find_sites
 from guided_dropout.errors import DataError
+from guided_dropout.fisher.ranking import RankingTest
 from guided_dropout.fisher.stream import LOOK_AHEAD, MOST_SAMPLES, Item, Stream, batches
 from guided_dropout.objectives import Objective
 
@@ -89,6 +91,40 @@ def test_each_sample_stands_in_one_batch_and_no_batch_is_too_large(lengths, budg
             assert len(batch) == 1 or padded(batch) <= budget
             assert len(batch) <= MOST_SAMPLES
     assert cut == list(batches(iter(drawn), batch_size=batch_size, tokens_per_batch=budget))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    drawn=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 4), st.booleans()), max_size=60),
+    budget=st.one_of(st.none(), st.integers(1, 60)),
+    batch_size=st.integers(1, 9),
+)
+def test_in_order_a_batch_ends_where_the_next_sample_has_no_place_in_it(drawn, budget, batch_size):
+    stream = [Item(i, {}, (n, m), strict) for i, (n, m, strict) in enumerate(drawn)]
+
+    def fits(batch):
+        of_one_length = len({i.lengths for i in batch}) == 1
+        within = len(batch) <= batch_size if budget is None else padded(batch) <= budget
+        return within and (of_one_length or not any(i.unpadded for i in batch))
+
+    cut = list(batches(iter(stream), batch_size=batch_size, tokens_per_batch=budget, in_order=True))
+    assert [item for batch in cut for item in batch] == stream
+    assert all(len(batch) == 1 or fits(batch) for batch in cut)
+    assert not any(fits([*batch, following[0]]) for batch, following in itertools.pairwise(cut))
+
+
+def test_a_rule_stops_on_the_first_samples_of_the_stream_whatever_their_lengths():
+    model, rng = language_model("bert"), random.Random(0)
+    samples = draw_samples([rng.randint(2, 20) for _ in range(300)])
+    samples[1::40] = [{"input_ids": [5, 6], "labels": [-100, -100]}] * 8
+    sites = {s.path: s.parameters for s in find_sites(model) if not s.in_head}
+    rule = RankingTest(sites, tolerance=5.0)
+    found = estimate_fisher(model, iter(samples), tokens_per_batch=1000, until_ranked=rule)
+    assert found.num_samples < 200
+    first = estimate_fisher(model, samples[: found.num_samples + found.num_skipped])
+    assert first.num_samples == found.num_samples
+    means = {name: mean for name, mean in first.tensor_means.items() if name not in found.noise}
+    assert {name: found.tensor_means[name] for name in means} == pytest.approx(means, rel=1e-4)
 
 
 def test_padding_costs_next_to_nothing():

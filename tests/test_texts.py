@@ -82,6 +82,22 @@ def test_a_folder_is_read_through_links_to_folders_each_once(tmp_path):
     assert text.ignored == ()
 
 
+def test_a_link_in_a_folder_is_read_beside_its_target_once_and_told_where_it_leads_nowhere(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "real.txt").write_text("one\n")
+    (tmp_path / "a.txt").symlink_to(tmp_path / "b" / "real.txt")
+    (tmp_path / "blob").write_text("two\n")  # as the hub's cache has it
+    for link in ("c.txt", "d.txt"):
+        (tmp_path / link).symlink_to(tmp_path / "blob")
+    (tmp_path / "e.md").symlink_to(tmp_path / "nowhere.md")
+    text = stream_text(tmp_path)
+    assert list(text) == ["one", "two"]
+    assert text.ignored == ("blob", "e.md")
+    (tmp_path / "f.txt").symlink_to("/annex/f")
+    with pytest.raises(DataError, match=r"f\.txt is a link that leads nowhere \(/annex/f\); expected a text: fetch"):
+        stream_text(tmp_path)
+
+
 def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
     (tmp_path / "a.txt").write_text("words\n")

@@ -70,12 +70,12 @@ class StreamedSamples(Iterable[dict[str, Any]]):
 @overload
 def lm_samples(
     texts: Iterable[str], tokenizer: Any, *, objective: str, num_samples: int, max_length: int, seed: int = ...,
-    progress: Callable[[int], None] | None = ...,
+    rows: int | None = ..., progress: Callable[[int], None] | None = ...,
 ) -> DrawnSamples: ...  # fmt: skip
 @overload
 def lm_samples(
     texts: Iterable[str], tokenizer: Any, *, objective: str, num_samples: None, max_length: int, seed: int = ...,
-    progress: Callable[[int], None] | None = ...,
+    rows: int | None = ..., progress: Callable[[int], None] | None = ...,
 ) -> StreamedSamples: ...  # fmt: skip
 def lm_samples(
     texts: Iterable[str],
@@ -85,6 +85,7 @@ def lm_samples(
     num_samples: int | None,
     max_length: int,
     seed: int = 0,
+    rows: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> DrawnSamples | StreamedSamples:
     """Draw `num_samples` samples of up to `max_length` tokens from `texts`, or take all of them in order.
@@ -96,6 +97,7 @@ def lm_samples(
         num_samples: how many; fewer come back where the text has fewer blocks. None for all, in the text's order.
         max_length: tokens per block, special tokens included.
         seed: draws the blocks and, with the sample's index, what is to be guessed.
+        rows: of the model's token table; those of the tokenizer's tokens that are beyond are put into no sample.
         progress: called with the number of blocks read so far while samples are drawn.
 
     Returns:
@@ -103,13 +105,13 @@ def lm_samples(
 
     Raises:
         DataError: a number out of range, or no text.
-        ModelError: a tokenizer without the tokens that the objective needs.
+        ModelError: a tokenizer without the tokens that the objective needs, or a model without rows for them.
     """
     if num_samples is not None and num_samples < 1:
         raise DataError(f"number of samples {num_samples}; expected at least 1")
     if seed < 0:
         raise DataError(f"seed {seed}; expected 0 or more")
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = Vocabulary.of(tokenizer, rows)
     body = max_length - len(vocabulary.framed([]))
     if body < 2:
         raise DataError(f"max length {max_length}; expected at least {max_length - body + 2} tokens")

@@ -8,9 +8,10 @@ are never empty and sentences stay in order).
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,10 +35,12 @@ class Vocabulary:
         prefix: ids before a text.
         suffix: ids after a text.
         special: ids of all special tokens, int64.
-        ordinary: ids of all others, int64.
+        ordinary: ids of all others that the model knows, int64.
         mask: id of the mask token, if there is one.
         end: id of the end-of-text token, if there is one.
-        sentinels: ids of the numbered extra tokens in the order of their numbers (T5's ids count down).
+        series: the numbered extra tokens that may be sentinels: the first one's name → their ids in the order of their
+            numbers (T5's ids count down).
+        rows: how many tokens the model knows, if that is given.
     """
 
     name: str
@@ -47,43 +50,88 @@ class Vocabulary:
     ordinary: np.ndarray
     mask: int | None
     end: int | None
-    sentinels: tuple[int, ...]
+    series: Mapping[str, tuple[int, ...]]
+    rows: int | None = None
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Vocabulary:
-        """Look at a transformers tokenizer."""
-        prefix, suffix = special_tokens(tokenizer)
-        special = np.asarray(tokenizer.all_special_ids, dtype=np.int64)
+    def of(cls, tokenizer: Any, rows: int | None = None) -> Vocabulary:
+        """Look at a transformers tokenizer, for a model with so many rows in its token table."""
+        # Some are special by their own word alone, as a mark between two speakers that was added.
+        added = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+        special = np.unique(np.asarray([*tokenizer.all_special_ids, *added], dtype=np.int64))
+        ordinary = np.setdiff1d(np.arange(len(tokenizer)), special)
+        prefix, suffix = special_tokens(tokenizer, ordinary)
         return cls(
             name=type(tokenizer).__name__,
             prefix=tuple(prefix),
             suffix=tuple(suffix),
             special=special,
-            ordinary=np.setdiff1d(np.arange(len(tokenizer)), special),
+            ordinary=ordinary if rows is None else ordinary[ordinary < rows],
             mask=tokenizer.mask_token_id,
             end=tokenizer.eos_token_id,
-            sentinels=tuple(tokenizer.convert_tokens_to_ids(_numbered(tokenizer))),
+            series={one[0]: tuple(tokenizer.convert_tokens_to_ids(one)) for one in _numbered(tokenizer)},
+            rows=rows,
         )
+
+    @property
+    def sentinels(self) -> tuple[int, ...]:
+        """Ids of the sentinels in the order of their numbers; none where no tokens are numbered.
+
+        Raises:
+            ModelError: more than one series of tokens may be meant.
+        """
+        if len(self.series) > 1:
+            raise ModelError(
+                f"the tokenizer ({self.name}) has {len(self.series)} series of numbered tokens, from "
+                f"{' and '.join(self.series)} on; expected one, or one called extra_id, as T5's sentinels are: samples "
+                "with input_ids and labels can be given from Python"
+            )
+        return next(iter(self.series.values()), ())
+
+    def known(self, what: str, *ids: int) -> None:
+        """Make sure that the model has rows for tokens that are put into samples.
+
+        Raises:
+            ModelError: it has not.
+        """
+        if self.rows is not None and max(ids) >= self.rows:
+            raise ModelError(
+                f"the tokenizer ({self.name}) has {what} with number {max(ids)}; expected less than {self.rows}, the "
+                "model's vocabulary: use the tokenizer that the model was pretrained with, or give the model's table "
+                "more rows (resize_token_embeddings) and train them"
+            )
 
     def framed(self, ids: Sequence[int]) -> list[int]:
         """The ids of a text with the special tokens around it."""
         return [*self.prefix, *ids, *self.suffix]
 
 
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that `tokenizer` puts before and after a text, found by encoding one."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+def special_tokens(tokenizer: Any, ordinary: Iterable[int]) -> tuple[list[int], list[int]]:
+    """The ids that `tokenizer` puts before and after a text, found by encoding one.
+
+    Raises:
+        ModelError: neither ``"a"`` nor any of its `ordinary` tokens is a token to it.
+    """
+    for text in itertools.chain(["a"], (tokenizer.convert_ids_to_tokens(int(number)) for number in ordinary)):
+        if bare := tokenizer(text, add_special_tokens=False)["input_ids"]:
+            break
+    else:
+        raise ModelError(
+            f"the tokenizer ({type(tokenizer).__name__}) makes no token of anything in its own vocabulary; expected "
+            "one that reads text: use the tokenizer that the model was pretrained with"
+        )
+    full = tokenizer(text, add_special_tokens=True)["input_ids"]
     for i in range(len(full) - len(bare) + 1):
         if full[i : i + len(bare)] == bare:
             return full[:i], full[i + len(bare) :]
     return [], []
 
 
-def _numbered(tokenizer: Any) -> list[str]:
-    """The longest series of special tokens that differ in nothing but a number, from 0 on without a gap.
+def _numbered(tokenizer: Any) -> list[list[str]]:
+    """Each series of special tokens that differ in nothing but a number, from 0 on without a gap.
 
-    Where no special token is numbered, tokens of the vocabulary in angle brackets are looked at (mT5's).
+    Where no special token is numbered, tokens of the vocabulary in angle brackets are looked at (mT5's). Where some are
+    called ``extra_id``, as those of T5 and its kin, the others are meant for something else.
     """
     for pattern, names in (
         (r"(\D+)(\d+)(\D*)", tokenizer.all_special_tokens),
@@ -93,10 +141,9 @@ def _numbered(tokenizer: Any) -> list[str]:
         for name in names:
             if match := re.fullmatch(pattern, name):
                 series[match[1], match[3]][int(match[2])] = name
-        whole = [s for s in series.values() if len(s) > 1 and sorted(s) == list(range(len(s)))]
+        whole = [[s[i] for i in sorted(s)] for s in series.values() if len(s) > 1 and max(s) == len(s) - 1]
         if whole:
-            longest = max(whole, key=len)
-            return [longest[i] for i in range(len(longest))]
+            return [one for one in whole if "extra_id" in one[0]] or whole
     return []
 
 
@@ -139,6 +186,7 @@ def mask_tokens(ids: Sequence[int], vocabulary: Vocabulary, seed: int, index: in
             f"the tokenizer ({vocabulary.name}) has no mask token, which a masked LM needs; "
             "expected a masked LM's tokenizer: use --objective causal for a next-token model"
         )
+    vocabulary.known("a mask token", vocabulary.mask)
     row = np.asarray(ids, dtype=np.int64)
     rng = np.random.default_rng([seed, 1, index])
     target = (rng.random(len(row)) < MASK_SHARE) & ~np.isin(row, vocabulary.special)
@@ -165,6 +213,7 @@ def corrupt_spans(ids: Sequence[int], vocabulary: Vocabulary, seed: int, index: 
             f"{len(row)} tokens need {len(spans) + 1} sentinels; the tokenizer ({vocabulary.name}) has "
             f"{len(vocabulary.sentinels)}: use a smaller --max-length"
         )
+    vocabulary.known("a sentinel", *vocabulary.sentinels[: len(spans) + 1])
     inputs, labels, position = [], [], 0
     for (start, end), sentinel in zip(spans, vocabulary.sentinels, strict=False):
         inputs += [*row[position:start], sentinel]
@@ -177,6 +226,7 @@ def corrupt_spans(ids: Sequence[int], vocabulary: Vocabulary, seed: int, index: 
 def infill_spans(ids: Sequence[int], vocabulary: Vocabulary, seed: int, index: int) -> dict[str, list[int]]:
     """BART's text infilling: ``a b <mask> e <mask>`` → the whole text."""
     assert vocabulary.mask is not None
+    vocabulary.known("a mask token", vocabulary.mask)
     row = _ordinary(ids, vocabulary)
     inputs, position = [], 0
     for start, end in noise_spans(len(row), INFILL_SHARE, np.random.default_rng([seed, 1, index])):

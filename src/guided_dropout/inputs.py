@@ -15,7 +15,7 @@ from guided_dropout.data.tasks import TASKS, Task
 from guided_dropout.detection import detect_objective, has_lm_head
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.models import check_length
-from guided_dropout.samples import Sample
+from guided_dropout.samples import Sample, accepted, vocabulary_size
 from guided_dropout.texts import Text
 
 ALL = "all"
@@ -76,6 +76,7 @@ def text_inputs(
         num_samples=num_samples,
         max_length=max_length,
         seed=seed,
+        rows=vocabulary_size(model),
         progress=progress,
     )  # fmt: skip
     facts: dict[str, Any] = {"text": text.name, "seed": seed, "max_length": max_length}
@@ -138,10 +139,11 @@ def task_inputs(
         drawn = np.random.default_rng([seed, 0]).permutation(len(examples)).tolist()
         examples = examples.take(drawn[:num_samples])
     order = _own_numbers(model, chosen)
-    encoded = encode(examples, chosen, tokenizer, max_length)
+    encoded, taken = encode(examples, chosen, tokenizer, max_length), accepted(model)
     samples = []
     for i in range(len(encoded)):
-        row = dict(encoded[i])
+        # A BERT's tokenizer gives token types, which DistilBERT does not take.
+        row = {name: value for name, value in encoded[i].items() if name in (*taken, "label") or not taken}
         label = row.pop("label")
         samples.append({**row, "labels": order[label] if order else label, "index": i})
     if num_samples is not None and len(samples) < num_samples:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,9 +45,10 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
     Raises:
         DataError: a sample that is no mapping, is empty, whose sequences differ in length or are none, that holds keys
             that the model does not take or other ones than the first, more tokens than there are positions, a token
-            beyond the vocabulary, a label beyond the classes or a mask that leaves out everything.
+            beyond the vocabulary, a label beyond the classes, a mask that leaves out everything or an index that is
+            no number of a sample.
     """
-    vocabulary, accepted, positions = vocabulary_size(model), _accepted(model), _positions(model)
+    vocabulary, taken, positions = vocabulary_size(model), accepted(model), _positions(model)
     decoded = _decoded_vocabulary(model, vocabulary)
     encodes_and_decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     keys: set[str] = set()
@@ -54,7 +56,7 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
         if not isinstance(s, Mapping) or "input_ids" not in s or "labels" not in s:
             found = sorted(s) if isinstance(s, Mapping) else type(s).__name__
             raise DataError(f"sample {i} holds {found}; expected a mapping with input_ids and labels")
-        _check_keys(model, i, s, accepted)
+        _check_keys(model, i, s, taken)
         own = set(s) - {INDEX}
         if "position_ids" not in s:
             own -= {"attention_mask"}  # it is all ones where it is not given
@@ -88,9 +90,9 @@ def check_samples(model: nn.Module, samples: Iterable[Sample], *, first: int = 0
         if not labels.dim():
             _check_label(model, i, labels.item())
         _check_mask(i, tensors)
-        if "position_ids" in tensors and "attention_mask" in accepted and not _begins_anew(tensors["position_ids"]):
+        if "position_ids" in tensors and "attention_mask" in taken and not _begins_anew(tensors["position_ids"]):
             tensors.setdefault("attention_mask", torch.ones_like(tensors["input_ids"]))  # so that it is not packed
-        yield {**tensors, INDEX: int(s.get(INDEX, i))}
+        yield {**tensors, INDEX: _index(i, s)}
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
@@ -155,7 +157,7 @@ def _decoded_vocabulary(model: Any, vocabulary: int) -> int:
     return vocabulary if weight is None else weight.shape[0]
 
 
-def _accepted(model: nn.Module) -> list[str]:
+def accepted(model: nn.Module) -> list[str]:
     """Names of what the model is called with; none where a wrapper passes on whatever it gets."""
     names = list(inspect.signature(model.forward).parameters)
     return names if "input_ids" in names else []
@@ -199,6 +201,17 @@ def _check_tokens(model: nn.Module, i: int, name: str, tokens: Tensor, vocabular
             f"sample {i} has {int(tokens[bad][0])} in its {name}; expected 0 to {vocabulary - 1}, the vocabulary of "
             f"{type(model).__name__}, or {IGNORE} for no target: use the model's own tokenizer"
         )
+
+
+def _index(i: int, sample: Sample) -> int:
+    given = sample.get(INDEX, i)
+    try:
+        number = operator.index(given)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise DataError(f"sample {i} has the index {given!r}; expected a whole number from 0, or none: leave it out")
+    return number
 
 
 def _check_mask(i: int, tensors: Mapping[str, Tensor]) -> None:

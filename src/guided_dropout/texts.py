@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
+import io
 import json
-import lzma
 import os
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guided_dropout.compression import SUFFIXES, UNREADABLE, open_bytes
 from guided_dropout.errors import DataError, describe
 
 HUB = "hub:"
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-_SUFFIXES = {".txt", ".jsonl", *_OPENERS}
+_SUFFIXES = {".txt", ".jsonl", *SUFFIXES}
 # UTF-8 though some of them are, their lines are no prose: commas, braces and file headers would be measured.
 _NO_PROSE = (".csv", ".tsv", ".json", ".parquet", ".tar")
 # What JSON calls the values that are no text.
@@ -88,16 +86,20 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
         text = Text(str(source), _hub_lines(str(source)), max_characters)
     elif path.is_dir():
         files = _files_below(path)
-        readable = sorted(
-            n for n, p in files.items() if p.suffix.lower() in _SUFFIXES and _inner_suffix(p) not in _NO_PROSE
-        )
+        wanted = {n for n, p in files.items() if p.suffix.lower() in _SUFFIXES and _inner_suffix(p) not in _NO_PROSE}
+        if lost := sorted(name for name in wanted if not files[name].exists()):
+            raise DataError(
+                f"{path / lost[0]} is a link that leads nowhere ({os.readlink(files[lost[0]])}); expected a text: "
+                "fetch what it leads to, or remove it"
+            )
+        readable = _each_once({name: files[name] for name in wanted})
         if not readable:
             raise DataError(f"no text in the folder {source}; expected .txt, .jsonl, .gz or .xz files: add some")
         text = Text(
             str(source),
             lambda: (line for name in readable for line in _file_lines(files[name])),
             max_characters,
-            tuple(sorted(set(files) - set(readable))),
+            tuple(sorted(files.keys() - wanted)),
         )
     else:
         if path.exists() and (inner := _inner_suffix(path)) in _NO_PROSE:
@@ -116,7 +118,7 @@ def stream_text(source: str | Path, *, max_characters: int | None = None) -> Tex
 
 
 def _files_below(folder: Path) -> dict[str, Path]:
-    """Path relative to `folder` → file. Each folder is read once, whatever links lead to it."""
+    """Path relative to `folder` → file, or link to nothing. Each folder is read once, whatever links lead to it."""
 
     def failed(e: OSError) -> None:
         raise DataError(
@@ -134,27 +136,34 @@ def _files_below(folder: Path) -> dict[str, Path]:
                 below.append(name)
         folders[:] = below
         for path in (Path(place, name) for name in files):
-            if path.is_file():
+            if path.is_file() or (path.is_symlink() and not path.exists()):
                 found[path.relative_to(folder).as_posix()] = path
     return found
 
 
+def _each_once(files: Mapping[str, Path]) -> list[str]:
+    """Names in their order; of those that lead to one file the first, one that is no link before those that are."""
+    own: dict[str, str] = {}
+    for name in sorted(files, key=lambda name: (files[name].is_symlink(), name)):
+        own.setdefault(os.path.realpath(files[name]), name)
+    return sorted(own.values())
+
+
 def _inner_suffix(path: Path) -> str:
     """Its ending before that of the compression."""
-    return (path.with_suffix("") if path.suffix.lower() in _OPENERS else path).suffix.lower()
+    return (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).suffix.lower()
 
 
 def _file_lines(path: Path) -> Iterator[str]:
-    opener = _OPENERS.get(path.suffix.lower(), open)
     inner = _inner_suffix(path)
     done = 0
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as f:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig") as f:
             lines = _json_texts(f, path) if inner == ".jsonl" else iter(lambda: f.readline(_LONGEST_LINE), "")
             for line in lines:
                 done += 1
                 yield line
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as e:
+    except UNREADABLE as e:
         reason = getattr(e, "strerror", None) or e
         raise DataError(f"cannot read the text {path}: {reason}; expected a text file (.txt, .jsonl, .gz, .xz)") from e
     except UnicodeDecodeError as e:

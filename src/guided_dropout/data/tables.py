@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guided_dropout.compression import SUFFIXES, UNREADABLE, open_bytes
 from guided_dropout.errors import DataError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """What JSON and Python let pass in a string, and UTF-8 and tokenizers do not."""
-_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,8 @@ class Table:
 def table_kind(path: str | Path) -> str | None:
     """The ending in `KINDS` of a file's name, which may be compressed (``.csv.gz``, ``.csv.xz``); None of any other."""
     path = Path(path)
-    kind = (Path(path.stem) if path.suffix in _OPENERS else path).suffix.lower()
-    packed_parquet = kind == ".parquet" and path.suffix in _OPENERS
+    kind = (Path(path.stem) if path.suffix in SUFFIXES else path).suffix.lower()
+    packed_parquet = kind == ".parquet" and path.suffix in SUFFIXES
     return kind if kind in KINDS and not packed_parquet else None
 
 
@@ -165,9 +162,9 @@ def _from_cells(
 
 def _text(file: Path) -> str:
     try:
-        with _OPENERS.get(file.suffix, open)(file, "rb") as f:
+        with open_bytes(file) as f:
             return f.read().decode("utf-8-sig")  # Windows programs, and some copies of MRPC, begin with a mark
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as e:
+    except (*UNREADABLE, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise DataError(f"cannot read {file} ({reason}); expected UTF-8 text: check the path and the file") from e
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from guided_dropout.artefacts import read_tensors, write_tensors
 from guided_dropout.errors import DataError
+from guided_dropout.fisher.selection import MEASURED
 from guided_dropout.fisher.stream import Item
 from guided_dropout.unfinished import RunFiles
 
-FILES = RunFiles("fisher-checkpoint", 2, "checkpoint", "process-{}-of-{}.safetensors")
+FILES = RunFiles("fisher-checkpoint", 3, "checkpoint", "process-{}-of-{}.safetensors")
 # Elements of each parameter that go into the fingerprint of the weights.
 _SAMPLED = 256
 
@@ -132,12 +133,21 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def fingerprint(parameters: Mapping[str, Tensor]) -> str:
-    """Of a model's weights: names, shapes, types and a few hundred elements of each."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, p in parameters.items():
-        digest.update(f"\n{name} {list(p.shape)} {p.dtype} ".encode())
-        flat = p.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // _SAMPLED)].to("cpu", torch.float64)
+def fingerprint(tensors: Mapping[str, Tensor], measured: Iterable[str] = ()) -> str:
+    """Of a model's weights: names, shapes, types and a few hundred elements of each; and of which are measured."""
+    digest = hashlib.blake2b("\n".join(measured).encode(), digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(f"\n{name} {list(tensor.shape)} {tensor.dtype} ".encode())
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLED)].cpu()
+        some = some.double() if some.dtype in MEASURED else some.contiguous().view(torch.uint8)  # quantised
         digest.update(some.numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_fingerprint(model: nn.Module, measured: Iterable[str]) -> str:
+    """Of all that a model is saved with, buffers too, and of the names of those parameters that are measured.
+
+    The others are in the gradients as well: under an adapter, the whole base model, which may be quantised buffers.
+    """
+    return fingerprint({n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}, measured)

@@ -16,7 +16,7 @@ from guided_dropout.detection import NotFiniteError, detect_objective
 from guided_dropout.devices import has_float64
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.accumulate import Accumulator
-from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, fingerprint, remove_checkpoint
+from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, remove_checkpoint, weights_fingerprint
 from guided_dropout.fisher.coverage import coverage, untouched
 from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.prefixes import Prefixes
@@ -26,7 +26,7 @@ from guided_dropout.fisher.rounds import BatchMeans, RankedRun
 from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.site_scores import StoppingRule
-from guided_dropout.fisher.stream import LOOK_AHEAD, Stream, batches
+from guided_dropout.fisher.stream import Stream, batches
 from guided_dropout.identity import model_identity, weights_identity
 from guided_dropout.likelihood import terms_left_out
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
@@ -113,7 +113,7 @@ def estimate_fisher(
         A `FisherProfile` over the chosen floating-point parameters of ``model.named_parameters()``.
 
     Raises:
-        DataError: no samples, a malformed sample, or none with a target.
+        DataError: no samples, a malformed sample, or none with a target; a number out of range.
         ModelError: the model is no language model, parts of it are offloaded or on a device without float64, no
             parameter was chosen, a sample's loss is not finite, it writes to its weights in its forward, or gradients
             are off for good (inference mode).
@@ -159,7 +159,7 @@ def estimate_fisher(
             identity = {
                 "model": model_identity(outer),
                 "parameters": len(chosen),
-                "weights": fingerprint(chosen),
+                "weights": weights_fingerprint(outer, chosen),
                 "objective": goal.name,
                 "reduction": reduction,
                 "labels": labels,
@@ -182,8 +182,7 @@ def estimate_fisher(
                 stream,
                 batch_size=batch_size,
                 tokens_per_batch=tokens_per_batch,
-                # By length the first samples would be no random ones.
-                look_ahead=LOOK_AHEAD if until_ranked is None else 1,
+                in_order=until_ranked is not None,  # by length the first samples would be no random ones
             )
             if until_ranked is None or means is None:
                 run = Run(sums, drawn, place, progress)
@@ -264,6 +263,8 @@ def begin(
 
     Found on the first sample with a finite loss.
     """
+    if seed < 0:
+        raise DataError(f"seed {seed}; expected 0 or more")
     if has_divided_weights(model):
         raise ModelError(
             f"{type(model).__name__} has divided its weights for inference (config.rescale_every); expected those of "

@@ -31,6 +31,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_positive(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -58,7 +62,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "objective": _TEXT,
     "reduction": _TEXT,
     "labels": ("'data' or 'model'", lambda value: value in ("data", "model")),
-    "num_samples": _COUNT,
+    "num_samples": ("a whole number from 1", _is_positive),
     "num_skipped": _COUNT,
     "model": _MAPPING,
     "coverage": _MAPPING,

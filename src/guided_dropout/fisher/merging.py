@@ -33,7 +33,8 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
 
     Returns:
         A profile with values per parameter if each has them, otherwise with tensor means only. Noise is what is noise
-        in each. ``provenance["merged"]`` lists where each part came from; what all of them share stands above it.
+        in each, untouched what is untouched in each. ``provenance["merged"]`` lists where each part came from, with its
+        samples that were left out; what all of them share stands above it.
 
     Raises:
         ArtefactError: fewer than two, something that is no profile, or two that do not belong together or were measured
@@ -52,9 +53,6 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
             _check_other_samples(earlier, other, j + 1, k + 1)
     total = sum(p.num_samples for p in profiles)
     whole = all(p.diagonal for p in profiles)
-    fallback = sorted({name for p in profiles for name in p.coverage.get("fallback", [])})
-    sizes = {name: math.prod(shape) for name, shape in first.shapes.items()}
-    slow = sum(sizes[name] for name in fallback)
     return FisherProfile(
         diagonal={name: _weighted(profiles, name, total) for name in first.diagonal} if whole else {},
         tensor_means={
@@ -66,12 +64,34 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
         objective=first.objective,
         reduction=first.reduction,
         model={k: v for k, v in first.model.items() if k not in _WEIGHTS or all(k in p.model for p in profiles)},
-        coverage={"fallback": fallback, "parameters_by_rule": 1 - slow / sum(sizes.values())},
+        coverage=_coverage(profiles),
         provenance=_provenance(profiles),
         labels=first.labels,
         shapes=first.shapes,
         noise=[name for name in first.noise if all(name in p.noise for p in profiles)],
     )
+
+
+def _coverage(profiles: Sequence[FisherProfile]) -> dict[str, Any]:
+    """How each parameter was found; the numbers of samples that were left out are each part's own."""
+    parts = [p.coverage for p in profiles]
+    fallback = sorted({name for part in parts for name in part.get("fallback", [])})
+    sizes = {name: math.prod(shape) for name, shape in profiles[0].shapes.items()}
+    found: dict[str, Any] = {
+        "fallback": fallback,
+        "parameters_by_rule": 1 - sum(sizes[name] for name in fallback) / sum(sizes.values()),
+    }
+    if any("reasons" in part for part in parts):
+        reasons = {name: why for part in reversed(parts) for name, why in part.get("reasons", {}).items()}
+        found["reasons"] = dict(sorted(reasons.items()))
+    if all("untouched" in part for part in parts):
+        listed = [part["untouched"] for part in parts]
+        found["untouched"] = [
+            name
+            for name in dict.fromkeys(itertools.chain(*listed))
+            if all(name in names or name.partition("[")[0] in names for names in listed)  # a slice, or the whole of it
+        ]
+    return found
 
 
 def _weighted(profiles: Sequence[FisherProfile], name: str, total: int) -> torch.Tensor:
@@ -166,7 +186,8 @@ def _drawn_from(part: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
 
 def _provenance(profiles: Sequence[FisherProfile]) -> dict[str, Any]:
     first, *others = (p.provenance for p in profiles)
-    shared = {key: v for key, v in first.items() if all(key in o and o[key] == v for o in others) and key != "merged"}
+    own = ("merged", "samples")  # how many were asked for adds up to what none was
+    shared = {key: v for key, v in first.items() if all(key in o and o[key] == v for o in others) and key not in own}
     parts = [part for p in profiles for part in p.provenance.get("merged", [_part(p)])]
     return {**shared, **provenance(), "merged": parts}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,10 @@ TENSORS_NAME = "fisher.safetensors"
 CARD_NAME = "README.md"
 _FILES = (JSON_NAME, TENSORS_NAME, CARD_NAME)
 
+# How far a mean may be from that of its values: these may have been bfloat16 several times, whatever they are now (a
+# profile that was loaded, merged and saved again), and what is too small for float32 is 0 among them.
+_ROUNDED, _TINY = 0.02, 1e-37
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """On disk. bfloat16 has float32's range and 8 significant bits: each value is off by at most 0.4 %."""
 
@@ -64,7 +69,7 @@ class FisherProfile:
             softmax): they take no part in rankings and scores.
 
     Raises:
-        ArtefactError: means without shapes, or values without means, or noise that is none of the tensors.
+        ArtefactError: means without shapes, or values without means, noise that is none of the tensors, or no samples.
     """
 
     diagonal: Mapping[str, torch.Tensor]
@@ -90,6 +95,8 @@ class FisherProfile:
                 f"a profile whose shapes and tensor means differ in {odd[0]}; expected values or a shape for "
                 "each mean: give both"
             )
+        if self.num_samples < 1:
+            raise ArtefactError(f"a profile of {self.num_samples} samples; expected at least 1")
         if odd := [name for name in self.noise if name not in self.tensor_means]:
             raise ArtefactError(f"the profile names {odd[0]} as noise but holds no such tensor; expected one it holds")
 
@@ -201,11 +208,11 @@ class FisherProfile:
             source: a folder; a string that is no folder but reads ``"user/name"`` is sought on the hub.
             revision: branch, tag or commit on the hub.
             token: for a private repository on the hub; by default the one that ``hf auth login`` stored.
-            verify: compare the file of values with its digest, which reads it once more.
+            verify: compare the file of values with its digest, which reads it once more, and the means with the values.
 
         Raises:
-            ArtefactError: there is no such profile, something is missing or damaged, or the file of values is not the
-                one that the JSON describes.
+            ArtefactError: there is no such profile, something is missing or damaged, or the values are not those that
+                the JSON describes.
         """
         folder = Path(source)
         if folder.is_file():
@@ -266,6 +273,8 @@ class FisherProfile:
         check_facts(folder / JSON_NAME, facts, names)
         values = facts["values"]
         diagonal = {} if values is None else _read_values(folder / TENSORS_NAME, facts["shapes"], values, verify)
+        if verify:
+            _check_means(folder, facts["tensor_means"], diagonal)
         return cls(diagonal=diagonal, **{name: facts[name] for name in names if name != "values"})
 
     def _as(self, dtype: torch.dtype) -> FisherProfile:
@@ -343,3 +352,14 @@ def _read_values(
             f"by {JSON_NAME}: copy or download both files again, or estimate the profile again"
         )
     return {name: diagonal[name] for name in shapes}
+
+
+def _check_means(folder: Path, means: Mapping[str, float], diagonal: Mapping[str, torch.Tensor]) -> None:
+    """Make sure that the JSON's means are those of the values."""
+    for name, values in diagonal.items():
+        mean = values.sum(dtype=torch.float64).item() / max(1, values.numel())
+        if not math.isclose(mean, means[name], rel_tol=_ROUNDED, abs_tol=_TINY):
+            raise ArtefactError(
+                f"{folder / JSON_NAME} has {means[name]:.6g} for the mean of {name}; expected {mean:.6g}, that of its "
+                f"values in {TENSORS_NAME}: copy or download both files again, or estimate the profile again"
+            )

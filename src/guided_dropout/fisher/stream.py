@@ -81,9 +81,9 @@ def batches(
     *,
     batch_size: int = 8,
     tokens_per_batch: int | None = None,
-    look_ahead: int = LOOK_AHEAD,
+    in_order: bool = False,
 ) -> Iterator[list[Item]]:
-    """Group samples of like lengths, window by window.
+    """Group samples of like lengths, window by window, or cut the stream as it comes.
 
     The order is a function of the lengths alone. Within a window the longest samples come first, so that memory runs
     out at once or never; the other batches follow in the order of their earliest sample, so that lengths are mixed.
@@ -93,12 +93,16 @@ def batches(
         batch_size: samples per batch, where `tokens_per_batch` is None.
         tokens_per_batch: the most that a batch may hold, padding counted: samples × (longest input + longest decoder
             input). A sample that is longer runs alone.
-        look_ahead: batches' worth of samples that are read ahead; 1 keeps the samples' own order.
+        in_order: keep the samples' own order, with more padding: a batch ends where the next sample has no place in it.
     """
     most = min(batch_size if tokens_per_batch is None else MOST_SAMPLES, MOST_SAMPLES)
-    for window in _windows(items, look_ahead * most, look_ahead * (tokens_per_batch or math.inf)):
+    budget = tokens_per_batch or math.inf
+    if in_order:
+        yield from _cut(items, most, budget)
+        return
+    for window in _windows(items, LOOK_AHEAD * most, LOOK_AHEAD * budget):
         window.sort(key=_by_length, reverse=True)
-        longest, *others = _cut(window, most, tokens_per_batch or math.inf)
+        longest, *others = _cut(window, most, budget)
         yield longest
         yield from sorted(others, key=lambda batch: min(item.index for item in batch))
 
@@ -122,16 +126,19 @@ def _by_length(item: Item) -> tuple[int, int]:
     return (round(8 * math.log2(source)), target) if target else (source, 0)
 
 
-def _cut(window: list[Item], most: int, budget: float) -> Iterator[list[Item]]:
+def _cut(items: Iterable[Item], most: int, budget: float) -> Iterator[list[Item]]:
     batch: list[Item] = []
     longest = (0, 0)
-    for item in window:
+    for item in items:
         padded = (max(longest[0], item.lengths[0]), max(longest[1], item.lengths[1]))
         strict = any(i.unpadded for i in (item, *batch)) and any(i.lengths != item.lengths for i in batch)
-        if batch and (strict or len(batch) == most or (len(batch) + 1) * sum(padded) > budget):
+        if batch and (strict or (len(batch) + 1) * sum(padded) > budget):
             yield batch
             batch, padded = [], item.lengths
         batch.append(item)
         longest = padded
+        if len(batch) == most:  # without a look at the next one
+            yield batch
+            batch, longest = [], (0, 0)
     if batch:
         yield batch
