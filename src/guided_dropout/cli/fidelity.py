@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from guided_dropout.cli import options
-from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.console import console, kept_whole, progress_bar
 from guided_dropout.cli.inputs import Given
 from guided_dropout.cli.interrupts import interrupts_wait, resumable
 from guided_dropout.errors import DataError
@@ -176,7 +176,7 @@ def _rich(rows: Rows) -> Table:
         table.add_column(head, justify="right")
     for row in rows[1]:
         table.add_row(*row)
-    return table
+    return kept_whole(table)
 
 
 def _numbers(option: str, given: str) -> list[float]:
