@@ -121,15 +121,15 @@ def fidelity(
             progress=progress,
             facts=inputs.facts,
         )
+        if result is not finished:  # in here a signal waits: it does not lose a finished pass
+            result.save(out)
+            if profile_out and result.profile:
+                result.profile.save_pretrained(profile_out)
+            remove_checkpoint(state)
     if result is finished:
         if profile_out:
             _check_profile(profile_out, result)
         console.print("the comparison of this run is there already: nothing was measured")
-    else:
-        result.save(out)
-        if profile_out and result.profile:
-            result.profile.save_pretrained(profile_out)
-        remove_checkpoint(state)
     _print(result)
     if profile_out:
         console.print(profile_out)

@@ -127,11 +127,12 @@ def control(
     ] = None,
 ) -> None:
     """Derive a control from a schedule: the same sites at the same mean rate, without the guidance."""
-    from guided_dropout.artefacts import check_output_file
+    from guided_dropout.artefacts import check_no_input, check_output_file
     from guided_dropout.schedule import DropoutSchedule, controls
     from guided_dropout.schedule.files import KIND
 
     check_output_file(out, kind=KIND)
+    check_no_input(out, [schedule])
     name = kind.replace("-", "_")
     if name not in controls.CONTROLS:
         raise ScheduleError(unknown("control", kind, [known.replace("_", "-") for known in controls.CONTROLS]))
