@@ -228,6 +228,33 @@ def test_a_damaged_profile_says_what_is_wrong(tmp_path, damage, message):
         FisherProfile.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("NaN", "NaN is no number in JSON"),
+        ("-Infinity", "-Infinity is no number in JSON"),
+        ("1e999", "the number 1e999 is too large"),
+        ("-" + "9" * 400, "the number -9{19} is too large"),
+        ('{"a": 1, "b": 2, "a": 3}', "an object gives a twice"),
+        ("[" * 100_000, "it is nested too deep"),
+    ],
+    ids=["nan", "infinity", "float", "int", "twice", "deep"],
+)
+def test_json_is_taken_by_its_word(tmp_path, value, message):
+    file = tmp_path / "x.json"
+    file.write_text(f'{{"kind": "x", "schema": 1, "value": {value}}}')
+    with pytest.raises(ArtefactError, match=rf"x.json is not valid JSON \({message}\); expected a x file: make it"):
+        artefacts.read_json(file, kind="x", schema=1)
+
+
+def test_what_a_killed_process_left_half_written_is_nobodys(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".result.json.x1y2").write_text("{")
+    artefacts.check_output_folder(tmp_path / "run", marker="result.json")
+    with pytest.raises(ArtefactError, match=r"holds other files and no profile\.json"):
+        artefacts.check_output_folder(tmp_path / "run", marker="profile.json")
+
+
 def test_a_profile_that_is_not_there_says_how_to_make_one(tmp_path):
     with pytest.raises(ArtefactError, match="guided-dropout fisher"):
         FisherProfile.from_pretrained(tmp_path / "none")

@@ -437,7 +437,7 @@ def command(folder, out):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "guided_dropout", "bench", "run", *LINE, "--out", str(out)],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True,
     )  # fmt: skip
 
 
@@ -454,6 +454,21 @@ def wait_for(condition, process, seconds=120):
         assert time.monotonic() < until, "nothing happened"
         time.sleep(0.02)
     return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="there is no server elsewhere")
+def test_a_ctrl_c_while_the_server_still_imports_is_one_line(folder, tmp_path):
+    invocation = command(folder, tmp_path / "out")
+
+    def server():
+        return any("forkserver" in " ".join(child.cmdline()) for child in psutil.Process(invocation.pid).children())
+
+    wait_for(server, invocation)
+    time.sleep(0.3)  # it imports for longer
+    os.killpg(invocation.pid, signal.SIGINT)
+    _, err = invocation.communicate(timeout=60)
+    assert (invocation.returncode, err.count("\n")) == (2, 1), err
+    assert err.startswith("error: interrupted; ")
 
 
 def test_killed_processes_and_two_invocations_give_the_same_results(folder, finished):

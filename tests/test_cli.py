@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -347,6 +348,11 @@ def test_profiles_are_merged_and_stored_smaller(chain, command):
     assert both.provenance["source"] == "model"
     assert f"{both.num_samples} samples" in out
     assert [part["seed"] for part in both.provenance["merged"]] == [1, 2]
+    before = (chain / "half" / "profile.json").read_bytes()
+    code, _, err = command("merge", "profile", "half", "--out", "half")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "half is what the result is made from, and would be gone; expected another place" in err
+    assert (chain / "half" / "profile.json").read_bytes() == before
     assert command("schedule", "both", "--out", "both.json")[0] == 0
     for also in ("profile", "both"):  # whose first samples these are
         line = f"fisher model --text text.txt --samples 7 --max-length 12 --seed 1 --out fewer-of-{also}"
@@ -557,6 +563,44 @@ def test_an_interrupt_before_the_first_batch_leaves_nothing(chain, command, monk
     assert code == 2, err
     assert err == "error: interrupted; nothing was written by the unfinished step: run the command again\n"
     assert sorted(chain.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{FISHER} --samples 8 --scores-only",
+        "fidelity model --text text.txt --samples 8 --max-length 12 --fractions 0.5 --draws 1 --scores-only --out new",
+        "landscape model --text text.txt --samples 4 --max-length 12 --dims 1 --points 3 --out new",
+    ],
+)
+def test_an_interrupt_while_the_result_is_saved_waits_for_it(folder, command, monkeypatch, line):
+    fsync, sent = os.fsync, []
+
+    def saving(handle):
+        if not sent and list(folder.glob(".new.*")):  # the result, not yet in its place
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", saving)
+    code, _, err = command(*line.split())
+    assert (code, len(sent)) == (0, 1), err
+    assert (folder / "new").exists()
+    assert not (folder / "new.checkpoint").exists()
+    (shutil.rmtree if (folder / "new").is_dir() else os.unlink)(folder / "new")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full device here")
+@pytest.mark.parametrize("buffered", [True, False])
+def test_what_cannot_be_printed_is_one_line(buffered):
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    line = f"'{sys.executable}' {'' if buffered else '-u'} -m guided_dropout --version"
+    for to, code in ((">/dev/full", 2), (">&-", 0)):
+        made = subprocess.run(f"{line} {to}", shell=True, env=env, stderr=subprocess.PIPE, text=True)
+        assert made.returncode == code, made.stderr
+        assert made.stderr.count("\n") == (code != 0)
+        assert ("error: standard output cannot be written (No space left on device); expected" in made.stderr) == (
+            code != 0
+        )
 
 
 def test_samples_that_are_not_finite_are_named_and_left_out_if_asked(chain, command, tmp_path):

@@ -27,6 +27,7 @@ def test_it_says_what_was_found_and_where_it_is(command, tmp_path):
     code, out, err = command("bench", "report", "e", "--out", "elsewhere")
     assert code == 0, err
     assert (tmp_path / "elsewhere" / "comparisons.csv").exists()
+    assert "guided-dropout bench report e --out elsewhere\n" in (tmp_path / "elsewhere" / "report.md").read_text()
 
 
 def test_any_two_arms_can_be_compared(command, tmp_path):

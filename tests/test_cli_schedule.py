@@ -66,6 +66,17 @@ def test_what_is_no_schedule_is_not_written_over(folder, command, line):
     assert file.read_bytes() == before
 
 
+def test_a_control_does_not_take_the_place_of_its_schedule(folder, command):
+    before = (folder / "a.json").read_bytes()
+    (folder / "link.json").symlink_to("a.json")
+    for out in ("a.json", "model/../a.json", "link.json"):
+        code, _, err = command("schedule", "control", "a.json", "--kind", "reversed", "--out", out)
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"{out} is what the result is made from, and would be gone; expected another place" in err
+    (folder / "link.json").unlink()
+    assert (folder / "a.json").read_bytes() == before
+
+
 def test_the_help_calls_the_profile_what_the_usage_does(command):
     for line in ("schedule --help", "schedule make --help"):
         _, out, _ = command(*line.split())

@@ -129,7 +129,7 @@ def run(out, model, seeds=1, settings=SMALL):
 
 
 def test_quickstart_makes_everything_and_goes_on_where_it_was_cut_off(tmp_path, model, monkeypatch):
-    out, trained = tmp_path / "out", []
+    out, trained = tmp_path / "its folder", []
     original = module.finetune
 
     def counting(*args, **options):
@@ -142,6 +142,8 @@ def test_quickstart_makes_everything_and_goes_on_where_it_was_cut_off(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         run(out, model)
     assert trained == [("dropout", 0), ("uniform", 0)]
+    (out / "runs" / "guided-0").mkdir()  # as where it was killed while it wrote the result
+    (out / "runs" / "guided-0" / ".result.json.x1y2").write_text("{")
     first = (out / "runs" / "dropout-0" / "result.json").read_bytes()
     (out / "again").write_text("")
     told = Console(file=io.StringIO(), markup=False)
@@ -157,6 +159,7 @@ def test_quickstart_makes_everything_and_goes_on_where_it_was_cut_off(tmp_path, 
     assert results["guided"].rates["mean"] == pytest.approx(results["uniform"].rates["mean"])
     assert (results["guided"].rates["min"], results["guided"].rates["max"]) == (0.0, 0.1)
     assert SWAPPED_WORDS.name in (out / "report.md").read_text()
+    assert f"guided-dropout quickstart --out '{out}' --seeds 2" in (out / "report.md").read_text()
     with pytest.raises(ArtefactError, match=r"epochs 1; expected 2"):
         run(out, model, settings=replace(SMALL, epochs=2))
     with pytest.raises(ArtefactError, match="fisher_samples"):  # which no run's own recipe would tell

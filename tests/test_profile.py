@@ -171,6 +171,7 @@ def test_missing_facts_and_former_schemas_are_named(tmp_path):
         ("noise", "a.bias", "'a.bias' for 'noise'"),
         ("tensor_means", [1], "a list for 'tensor_means'"),
         ("tensor_means", {"a.weight": "1"}, "a dict for 'tensor_means'"),
+        ("tensor_means", {"a.weight": -0.5}, "a dict for 'tensor_means'"),
         ("num_samples", "8", "'8' for 'num_samples'"),
         ("num_samples", -8, "-8 for 'num_samples'"),
         ("num_samples", 0, "0 for 'num_samples'"),

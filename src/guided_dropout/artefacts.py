@@ -10,10 +10,11 @@ import contextlib
 import fnmatch
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,11 @@ def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Pa
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
-    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in (begun, marker) if name):
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    known = [name for name in (begun, marker) if name]
+    # What a killed process has left half written is nobody's.
+    whole = [name for name in names if not any(name.startswith(f".{own}.") for own in known)]
+    if whole and not any(name in whole for name in known):
         raise ArtefactError(
             f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this "
             "command wrote: choose another --out"
@@ -213,6 +218,25 @@ def check_output_file(path: str | Path, *, kind: str) -> Path:
     return path
 
 
+def check_no_input(path: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Make sure that a result does not take the place of what it is made from.
+
+    Args:
+        path: the file or folder to be.
+        inputs: files and folders; names of other things, as on the hub, are none.
+
+    Raises:
+        ArtefactError: `path` is one of them.
+    """
+    path = Path(path)
+    for given in map(Path, inputs):
+        if path.exists() and given.exists() and path.samefile(given):
+            raise ArtefactError(
+                f"{path} is what the result is made from, and would be gone; expected another place: choose another "
+                "--out"
+            )
+
+
 def _holds(path: Path) -> str | None:
     """The kind of a JSON artefact, or words for what else a file holds; None for an empty file."""
     try:
@@ -238,6 +262,40 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """What `text` says, taken by its word: it has no NaN, no infinity, and no name of an object stands twice.
+
+    Raises:
+        ValueError: it is no such JSON, or nested too deep to read.
+    """
+
+    def no_constant(name: str) -> float:
+        raise ValueError(f"{name} is no number in JSON")
+
+    def number(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+        def read(digits: str) -> int | float:
+            if math.isinf(float(digits)):
+                raise ValueError(f"the number {digits[:20]} is too large")
+            return kind(digits)
+
+        return read
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"an object gives {name} twice")
+            found[name] = value
+        return found
+
+    try:
+        return json.loads(
+            text, object_pairs_hook=once, parse_constant=no_constant, parse_int=number(int), parse_float=number(float)
+        )
+    except RecursionError as e:
+        raise ValueError("it is nested too deep") from e
+
+
 def read_json(path: str | Path, *, kind: str, schema: int | Sequence[int]) -> dict[str, Any]:
     """Read a JSON artefact and check what it says it is.
 
@@ -251,7 +309,7 @@ def read_json(path: str | Path, *, kind: str, schema: int | Sequence[int]) -> di
     """
     path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise ArtefactError(f"cannot read {path}: {e.strerror}; expected a {kind} file") from e
     except ValueError as e:

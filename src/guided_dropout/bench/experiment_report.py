@@ -53,6 +53,7 @@ def report_experiment(
         DataError: no runs, or runs that do not belong together.
     """
     experiment = Experiment(path)
+    elsewhere = "" if out is None else f" --out {shlex.quote(str(out))}"
     out = Path(path) / "report" if out is None else Path(out)
     check_output_folder(out, marker=HTML_NAME)
     analysis = analyse(experiment.runs(), experiment.grids, margin=margin, confidence=confidence)
@@ -72,7 +73,7 @@ def report_experiment(
         *run_by_run(analysis),
         *what_became(analysis),
         *what_was_run(analysis, experiment.facts),
-        *_again(analysis, experiment),
+        *_again(analysis, experiment, elsewhere),
         *_limits(analysis),
     ]  # fmt: skip
     with staged_folder(out, own=(HTML_NAME, MARKDOWN_NAME, FIGURES_NAME, LATEX_NAME)) as folder:
@@ -111,12 +112,12 @@ def _progress(analysis: Analysis) -> list[Block]:
     return blocks
 
 
-def _again(analysis: Analysis, experiment: Experiment) -> list[Block]:
+def _again(analysis: Analysis, experiment: Experiment, elsewhere: str) -> list[Block]:
     results = [run.result for run in analysis.runs if run.result is not None]
     margin = f" --margin {analysis.margin:g}" if analysis.margin is not None else ""
     return [
         Heading("How to make it again"),
-        Code(f"guided-dropout bench report {shlex.quote(str(experiment.path))}{margin}"),
+        Code(f"guided-dropout bench report {shlex.quote(str(experiment.path))}{margin}{elsewhere}"),
         Bullets(
             [
                 *origins([r.provenance for r in results]),

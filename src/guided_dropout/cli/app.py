@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from importlib import metadata
@@ -92,7 +93,7 @@ def inspect(
         rows = dropout_table(loaded, planned, measured, grouping)
         dead = trace(loaded).dead
     if as_json:
-        sys.stdout.write(json.dumps(rows, indent=1) + "\n")
+        print(json.dumps(rows, indent=1), flush=True)
         return
     console.print(site_table(rows))
     if dead:
@@ -113,6 +114,8 @@ def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit code 2."""
     for number in SIGNALS:
         signal.signal(number, interrupt)
+    if sys.stdout is None:  # closed, as by `>&-`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         app(standalone_mode=True)
     except GuidedDropoutError as e:
@@ -129,7 +132,26 @@ def main() -> None:
             highlight=False,
         )
         sys.exit(2)
+    except OSError:
+        if (why := _why_not_printed()) is None:
+            raise
+        errors.print(
+            f"error: standard output cannot be written ({why}); expected a terminal, file or pipe that takes what is "
+            "printed: what was to be written to files before is there",
+            highlight=False,
+        )
+        sys.exit(2)
     except Interrupted as e:
         what = str(e) or "nothing was written by the unfinished step: run the command again"
         errors.print(f"error: interrupted; {what}", highlight=False)
         sys.exit(2)
+
+
+def _why_not_printed() -> str | None:
+    """Why standard output cannot be written, and have nobody try again; None if it can."""
+    try:
+        print(flush=True)  # buffered or not, it shows
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return e.strerror or str(e)
+    return None

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from guided_dropout.cli import options
-from guided_dropout.cli.console import console, progress_bar
+from guided_dropout.cli.console import console, kept_whole, progress_bar
 from guided_dropout.cli.inputs import Given
 from guided_dropout.cli.interrupts import interrupts_wait, resumable
 from guided_dropout.errors import DataError
@@ -122,15 +122,15 @@ def fidelity(
             progress=progress,
             facts=inputs.facts,
         )
+        if result is not finished:  # in here a signal waits: it does not lose a finished pass
+            result.save(out)
+            if profile_out and result.profile:
+                result.profile.save_pretrained(profile_out)
+            remove_checkpoint(state)
     if result is finished:
         if profile_out:
             _check_profile(profile_out, result)
         console.print("the comparison of this run is there already: nothing was measured")
-    else:
-        result.save(out)
-        if profile_out and result.profile:
-            result.profile.save_pretrained(profile_out)
-        remove_checkpoint(state)
     _print(result)
     if profile_out:
         console.print(profile_out)
@@ -187,7 +187,7 @@ def _rich(rows: Rows) -> Table:
         table.add_column(head, justify="right")
     for row in rows[1]:
         table.add_row(*row)
-    return table
+    return kept_whole(table)
 
 
 def _numbers(option: str, given: str) -> list[float]:

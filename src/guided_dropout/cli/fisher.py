@@ -197,11 +197,12 @@ def fisher(
             progress=progress,
             facts=inputs.facts,
         )
-    with world.together():
-        if world.is_main:
-            folder = measured.save_pretrained(out, dtype=save_dtype)
-            remove_checkpoint(state)
-            _print(measured, folder)
+        with world.together():  # in here a signal waits: it does not lose a finished pass
+            if world.is_main:
+                measured.save_pretrained(out, dtype=save_dtype)
+                remove_checkpoint(state)
+    if world.is_main:
+        _print(measured, out)
     leave_processes()
 
 
@@ -210,10 +211,11 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder for the merged profile.")],
 ) -> None:
     """Make one profile of several that were measured on different samples, each weighted by how many it saw."""
-    from guided_dropout.artefacts import check_output_folder
+    from guided_dropout.artefacts import check_no_input, check_output_folder
     from guided_dropout.fisher import FisherProfile, profile
     from guided_dropout.fisher import merge as run
 
+    check_no_input(out, profiles)
     check_output_folder(out, marker=profile.JSON_NAME)
     merged = run(*map(FisherProfile.from_pretrained, profiles))
     folder = merged.save_pretrained(out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,13 +164,14 @@ def make(
             progress=progress,
             facts=inputs.facts,
         )
+        with world.together():  # in here a signal waits: it does not lose a finished grid
+            if world.is_main and finished is None:
+                made.save_pretrained(out)
+                record.remove_record(state)
     with world.together():
         if world.is_main:
             if finished is not None:
                 console.print("the landscape of this run is there already: nothing was measured")
-            else:
-                made.save_pretrained(out)
-                record.remove_record(state)
             _print(made, level)
             _draw(made, plot, html)
             console.print(out)
@@ -196,7 +196,7 @@ def show(
 
         from guided_dropout.landscape.compare import as_json as numbers
 
-        sys.stdout.write(json.dumps(numbers(found, level=level), indent=1) + "\n")
+        print(json.dumps(numbers(found, level=level), indent=1), flush=True)
     else:
         _print(found, level)
     _draw(found, plot, html)

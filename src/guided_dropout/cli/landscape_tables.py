@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from guided_dropout.cli.console import kept_whole
+
 if TYPE_CHECKING:
     from guided_dropout.landscape import Landscape
     from guided_dropout.landscape.compare import Number
@@ -47,7 +49,7 @@ def landscape_table(landscape: Landscape, *, level: float) -> Table:
         for measure in shown:
             cells.append(number_text(found[mask.name, measure.name]))
         table.add_row(*cells)
-    return table
+    return kept_whole(table)
 
 
 def difference_table(landscape: Landscape, *, level: float) -> Table | None:
@@ -59,14 +61,14 @@ def difference_table(landscape: Landscape, *, level: float) -> Table | None:
         return None
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("mask", "against", "in"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("difference [95 %]", justify="right", no_wrap=True)
+        table.add_column(name)
+    table.add_column("difference [95 %]", justify="right")
     table.add_column("")
     for d in found:
         cells = [d.first, d.second, d.measure, _with(d.comparison.mean, d.comparison.t_interval, sign="+")]
         table.add_row(*cells, d.verdict, style=None if d.verdict in ("more", "less") else "dim")
     table.caption = f"{len(found)} intervals, each at 95 %, not corrected for their number"
-    return table
+    return kept_whole(table)
 
 
 def number_text(number: Number) -> str:

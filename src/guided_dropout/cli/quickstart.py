@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from guided_dropout.finetune import finetune
 from guided_dropout.fisher import FisherProfile, estimate_fisher
 from guided_dropout.models import load_classifier, load_lm, load_tokenizer
 from guided_dropout.regularizers import dropout_table
-from guided_dropout.results import RunResult, Seeds
+from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
 
 KIND = "quickstart"
@@ -120,7 +121,7 @@ def quickstart(
             "same everywhere."
         ],
         notes=_NOTES,
-        commands=[f"guided-dropout quickstart --out {out} --seeds {seeds}"],
+        commands=[f"guided-dropout quickstart --out {shlex.quote(str(out))} --seeds {seeds}"],
     )
     return [*reports, out / "fisher", schedule_file, out / "runs"]
 
@@ -171,7 +172,7 @@ def _runs(
                 place = folder / f"{arm}-{seed}"
                 results.append(
                     _kept(place, arm, seed, {**recipe, "train_data": data[0].source, "eval_data": data[1].source})
-                    if place.exists()
+                    if (place / JSON_NAME).exists()
                     else finetune(
                         model, SWAPPED_WORDS, data=data, arm=arm, schedule=schedule, seed=seed, out=place, **recipe
                     )

@@ -96,7 +96,7 @@ def make(
     else:
         raise ScheduleError("no profile; expected a folder that `guided-dropout fisher` wrote, or --rates FILE")
     path = planned.save(out)
-    console.print(schedule_table(planned))
+    console.print(schedule_table(planned, console.width))
     console.print(schedule_origin(planned), highlight=False)
     if measured is not None and (note := measured.weights_note(loaded)):
         console.print(note, style="dim", highlight=False)
@@ -127,11 +127,12 @@ def control(
     ] = None,
 ) -> None:
     """Derive a control from a schedule: the same sites at the same mean rate, without the guidance."""
-    from guided_dropout.artefacts import check_output_file
+    from guided_dropout.artefacts import check_no_input, check_output_file
     from guided_dropout.schedule import DropoutSchedule, controls
     from guided_dropout.schedule.files import KIND
 
     check_output_file(out, kind=KIND)
+    check_no_input(out, [schedule])
     name = kind.replace("-", "_")
     if name not in controls.CONTROLS:
         raise ScheduleError(unknown("control", kind, [known.replace("_", "-") for known in controls.CONTROLS]))
@@ -151,7 +152,7 @@ def control(
         derived = getattr(controls, name)(planned)
     controls.check_apart(kind, derived, planned)
     path = derived.save(out)
-    console.print(schedule_table(derived))
+    console.print(schedule_table(derived, console.width))
     console.print(schedule_origin(derived), highlight=False)
     console.print(path)
 
@@ -195,7 +196,7 @@ def show(
         save_figure(figure_of(plot_schedule(planned)), plot)
     console.print(schedule_origin(planned), highlight=False)
     console.print()
-    console.print(schedule_table(planned))
+    console.print(schedule_table(planned, console.width))
     console.print()
     console.print(depth_chart(planned))
     if plot:

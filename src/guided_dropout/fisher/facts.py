@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def _is_positive(value: object) -> bool:
     return _is_count(value) and value != 0
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_mean(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _is_mapping(value: object, holds: Callable[[Any], bool] = lambda _: True) -> bool:
@@ -68,7 +69,7 @@ _FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "coverage": _MAPPING,
     "provenance": _MAPPING,
     "noise": ("a list of names", lambda value: _is_list(value, _is_text)),
-    "tensor_means": ("a number for each tensor", lambda value: _is_mapping(value, _is_number)),
+    "tensor_means": ("a number from 0 for each tensor", lambda value: _is_mapping(value, _is_mean)),
     "shapes": ("a list of whole numbers for each tensor", lambda value: _is_mapping(value, _is_shape)),
     "values": (
         "null, or an object with the sha256 of the file of values",

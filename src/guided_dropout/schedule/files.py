@@ -93,8 +93,15 @@ def _check_types(arguments: Mapping[str, Any]) -> None:
         _a(str, name, arguments.get(name, ""))
     for name in ("upper", "lower"):
         _a((int, float), name, arguments[name])
-    for name in ("profile", "derived_from"):
-        _a(dict, name, arguments.get(name, {}))
+    if profile := _a(dict, "profile", arguments.get("profile", {})):
+        _a(int, "the profile's num_samples", profile["num_samples"])
+        _a(str, "the profile's objective", profile["objective"])
+        for name in ("digest", "text", "date"):
+            _a((str, NoneType), f"the profile's {name}", profile.get(name))
+    if source := _a(dict, "derived_from", arguments.get("derived_from", {})):
+        for name in ("digest", "shape", "grouping", "aggregate"):
+            _a(str, f"the {name} in derived_from", source[name])
+        _a((int, float), "the mean_rate in derived_from", source["mean_rate"])
     _a(dict, "rates", arguments["rates"])
     for path, score in _a(dict, "scores", arguments["scores"]).items():
         _a((int, float, NoneType), f"the score of {path}", score)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from guided_dropout.artefacts import parse_json
 from guided_dropout.errors import ArtefactError, ScheduleError
 from guided_dropout.schedule.shapes import check_rate
 
@@ -20,8 +20,9 @@ def read_rates(path: str | Path) -> dict[str, float]:
             the rate, with or without a line of headings.
 
     Raises:
-        ArtefactError: no such file, another ending, or not in that form; a CSV's line is named.
-        ScheduleError: a rate that is not a number in [0, 1), a path that stands twice, or no rates.
+        ArtefactError: no such file, another ending, or not in that form; a CSV's line is named, and so is a path that
+            stands twice in JSON.
+        ScheduleError: a rate that is not a number in [0, 1), a path that stands twice in CSV, or no rates.
     """
     path = Path(path)
     readers = {".json": _from_json, ".csv": _from_csv}
@@ -35,8 +36,8 @@ def read_rates(path: str | Path) -> dict[str, float]:
         ) from e
     rates: dict[str, float] = {}
     for site, rate in readers[path.suffix.lower()](path, text):
-        if isinstance(rate, list):
-            kind = "an object" if isinstance(rate, _Object) else "an array"
+        if isinstance(rate, dict | list):
+            kind = "an object" if isinstance(rate, dict) else "an array"
             raise ScheduleError(
                 f'{path} gives {site} {kind}; expected a number in [0, 1), as in {{"{site}": 0.1}}: give each site its '
                 "rate, by its whole path"
@@ -52,23 +53,19 @@ def read_rates(path: str | Path) -> dict[str, float]:
     return rates
 
 
-class _Object(list[tuple[str, Any]]):
-    """A JSON object's pairs, so that a name that stands twice is seen; an array is a plain list."""
-
-
 def _from_json(path: Path, text: str) -> Iterable[tuple[str, Any]]:
     try:
-        pairs = json.loads(text, object_pairs_hook=_Object)
+        rates = parse_json(text)
     except ValueError as e:
         raise ArtefactError(f"{path} is not valid JSON ({e}); expected an object of path and rate") from e
-    if not isinstance(pairs, _Object):
+    if not isinstance(rates, dict):
         raise ArtefactError(f"{path} holds no object; expected one of path and rate")
-    if "kind" in dict(pairs):
+    if "kind" in rates:
         raise ArtefactError(
-            f"{path} holds {dict(pairs)['kind']!r}; expected a plain object of path and rate: a dropout-schedule file "
+            f"{path} holds {rates['kind']!r}; expected a plain object of path and rate: a dropout-schedule file "
             "is used as it is"
         )
-    return pairs
+    return rates.items()
 
 
 def _from_csv(path: Path, text: str) -> Iterable[tuple[str, Any]]:
