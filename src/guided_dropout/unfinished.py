@@ -93,8 +93,10 @@ class RunFiles:
             further: patterns of the names of other files of the run, which go too.
         """
         folder = Path(folder)
-        for pattern in (self.name.format("*", "*"), *further):
-            for file in [*folder.glob(pattern), *folder.glob(f".{pattern}.*")]:
+        names = [self.name.format("*", "*"), *further]
+        # safetensors, too, writes under a name of its own before it renames.
+        for pattern in (*names, *(f".{name}.*" for name in names), ".tmp??????"):
+            for file in folder.glob(pattern):
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
