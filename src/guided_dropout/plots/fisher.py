@@ -36,8 +36,6 @@ _LOOKS = {
     "other": ("#ffffff", "xx"),
 }
 _HATCHES = ("", "////", "..", "xx")
-_ORDER = ("embedding", "attention", "intermediate", "output", "norm", "head", "other")
-assert set(_ORDER) == set(KINDS)
 
 
 def draw_spectrum(profiles: Profiles, *, normalise: bool = False) -> Figure:
@@ -49,8 +47,8 @@ def draw_spectrum(profiles: Profiles, *, normalise: bool = False) -> Figure:
     """
     figure = Figure(figsize=(9.2, 3.9), layout="constrained")
     linear, log = figure.subplots(1, 2)
-    for number, (label, profile) in enumerate(profiles.items()):
-        s = spectrum(profile)
+    spectra = {label: spectrum(profile) for label, profile in profiles.items()}
+    for number, (label, s) in enumerate(spectra.items()):
         unit = s.sums[-1] / s.num_parameters if normalise else 1.0
         share = np.array([1, *s.counts]) / s.num_parameters
         values = np.array([s.values[0], *s.values]) / unit
@@ -63,7 +61,7 @@ def draw_spectrum(profiles: Profiles, *, normalise: bool = False) -> Figure:
     linear.xaxis.set_major_formatter(FuncFormatter(percent))
     _beginning(linear)
     log.set(xscale="log", yscale="log")
-    _share_axis(log, min(1 / spectrum_size(p) for p in profiles.values()))
+    _share_axis(log, min(1 / s.num_parameters for s in spectra.values()))
     for ax, title in ((linear, "linear axes"), (log, "logarithmic axes")):
         ax.set_xlabel("share of the parameters, largest value first")
         ax.set_title(title, fontsize=10, loc="left", color=INK)
@@ -263,7 +261,7 @@ def _shares(grouped: Mapping[str, Sequence[Group]], by_size: bool) -> Figure:
     widest = max(len(places) for places in labels.values())
     width = min(max(6.4, 2.2 + 0.42 * widest), 14)
     figure = Figure(figsize=(width, 0.9 + 2.7 * len(grouped)), layout="constrained")
-    kinds = [k for k in _ORDER if any(g.place.kind == k for found in grouped.values() for g in found)]
+    kinds = [k for k in KINDS if any(g.place.kind == k for found in grouped.values() for g in found)]
     for ax, (label, found) in zip(np.atleast_1d(figure.subplots(len(grouped), 1)), grouped.items(), strict=True):
         whole = sum(g.total for g in found) or 1.0
         places = list(labels[label])
@@ -308,7 +306,7 @@ def _shares(grouped: Mapping[str, Sequence[Group]], by_size: bool) -> Figure:
 
 
 def _means(grouped: Mapping[str, Sequence[Group]], normalise: bool) -> Figure:
-    kinds = [k for k in _ORDER if any(g.place.kind == k for found in grouped.values() for g in found)]
+    kinds = [k for k in KINDS if any(g.place.kind == k for found in grouped.values() for g in found)]
     depths: dict[tuple[str, int], str] = {}
     for found in grouped.values():
         depths = _merged(depths, _depths(found))
@@ -397,11 +395,6 @@ def _above(ax: Axes, handles: Sequence[Line2D | Patch], columns: int) -> None:
         handles=list(handles), loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=8.5,
         handlelength=2.6, columnspacing=1.4,
     )  # fmt: skip
-
-
-def spectrum_size(profile: FisherProfile) -> int:
-    """How many parameters the profile's spectrum has."""
-    return sum(t.numel() for name, t in profile.diagonal.items() if name not in profile.noise)
 
 
 def _share_axis(ax: Axes, low: float) -> None:
