@@ -6,6 +6,7 @@ from families import language_model
 from fisher_oracles import assert_exact, draw_samples, own_loss_oracle
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -13,6 +14,7 @@ from transformers import (
 )
 
 from guided_dropout import estimate_fisher
+from guided_dropout.attention import plain_experts
 from guided_dropout.detection import detect_objective
 from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.landscape.losses import Evaluation
@@ -54,11 +56,33 @@ def test_nor_does_a_classifier():
     assert profile.noise == ()
 
 
+def test_a_model_that_ranks_tokens_sees_no_padding():
+    """Which of equal scores its indexer takes goes by the number of tokens, for some of these samples only."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "deepseek_v32", vocab_size=64, pad_token_id=0, hidden_size=32, intermediate_size=48, moe_intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=4, qk_nope_head_dim=4, qk_head_dim=8, v_head_dim=8, head_dim=4, index_head_dim=8,
+        index_n_heads=2, index_topk=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        n_shared_experts=1, first_k_dense_replace=0, max_position_embeddings=64,
+    )  # fmt: skip
+    model, samples = (
+        AutoModelForCausalLM.from_config(config).double().eval(),
+        draw_samples([9, 23, 11, 7, 20, 9, 14, 5]),
+    )
+    model.set_experts_implementation("eager")  # which takes float64
+    samples = draw_samples([9, 23, 11, 7, 20, 9, 14, 5])
+    assert_exact(estimate_fisher(model, samples, batch_size=3).diagonal, own_loss_oracle(model, samples))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama", "t5", "bart", "mamba"])
+@pytest.mark.parametrize(
+    "family", ["bert", "modernbert", "gpt2", "llama", "t5", "bart", "mamba", "mixtral", "qwen2_moe"]
+)
 def test_a_model_that_does_not_is_run_with_padding(family, dtype):
     model, (sample,) = language_model(family).to(dtype), draw_samples([9])
-    assert not goes_by_longest(model, detect_objective(model, sample), sample)
+    with plain_experts(model):
+        assert not goes_by_longest(model, detect_objective(model, sample), sample)
 
 
 def test_a_loss_over_a_text_has_no_padding_in_it_either():

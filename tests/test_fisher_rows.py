@@ -160,6 +160,15 @@ def test_a_switch_transformer_is_measured_by_rule():
     assert_is_the_loop(switch(), samples, by_rule=1.0)
 
 
+def test_a_router_that_casts_its_weights_has_its_own_again():
+    model = switch().bfloat16()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    estimate_fisher(model, [s | {"labels": s["input_ids"][:5]} for s in draw_samples(LENGTHS)])
+    after = model.state_dict()
+    assert {name: p.dtype for name, p in after.items()} == {name: p.dtype for name, p in before.items()}
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
 def test_a_parameter_that_some_samples_do_not_reach():
     samples = [s | {"labels": s["input_ids"][:5]} for s in draw_samples(LENGTHS[:5])]
     model, name = switch(), "encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight"

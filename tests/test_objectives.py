@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import classifier_of, language_model
+from families import classifier_of, config_of, language_model
 from fisher_oracles import assert_exact, draw_samples
 from fisher_oracles import own_loss_oracle as each_own_loss
 from hypothesis import given, settings
@@ -21,6 +21,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForPreTraining,
+    BertForSequenceClassification,
     BigBirdConfig,
     BigBirdForPreTraining,
     EncoderDecoderConfig,
@@ -144,6 +145,54 @@ def test_classifiers_that_cannot_be_measured_are_refused():
         estimate_fisher(classifier_of("bert"), samples, objective="mlm")
     with pytest.raises(DataError, match="labels from 'both'; expected one of data, model"):
         estimate_fisher(classifier_of("bert"), samples, labels="both")
+
+
+class PassingOn(BertForSequenceClassification):
+    """Takes its labels through keywords, as Qwen 3.5's classifier does."""
+
+    def forward(self, input_ids, attention_mask=None, **others):
+        return super().forward(input_ids, attention_mask, **others)
+
+
+class Deaf(BertForSequenceClassification):
+    def forward(self, input_ids, attention_mask=None, **others):
+        return super().forward(input_ids, attention_mask)
+
+
+def test_labels_may_be_passed_on_as_keywords():
+    config = config_of("bert", num_labels=3)
+    assert detect_objective(PassingOn(config), labelled([9], [2])[0]).name == "classification"
+    with pytest.raises(ModelError, match="Deaf has no language-model head; expected a masked or causal"):
+        detect_objective(Deaf(config), labelled([9], [2])[0])
+
+
+@pytest.mark.parametrize("error", [ValueError, AssertionError, AttributeError, torch.OutOfMemoryError])
+@pytest.mark.parametrize(
+    ("model", "sample"),
+    [
+        (language_model("gpt2"), tokens([9])[0]),
+        (language_model("t5"), tokens([9])[0]),
+        (classifier_of("bert"), labelled([9], [1])[0]),
+    ],
+    ids=["gpt2", "t5", "classifier"],
+)
+def test_a_model_that_does_not_run_is_told_and_full_memory_stays_what_it_is(model, sample, error):
+    def fail(module, args, kwargs):
+        raise error("no\npicture")
+
+    handle = model.register_forward_pre_hook(fail, with_kwargs=True)
+    expected, told = (
+        (error, "picture") if error is torch.OutOfMemoryError else (ModelError, r"run .* \(no picture\); exp")
+    )
+    with handle, pytest.raises(expected, match=told):
+        detect_objective(model, sample)
+
+
+def test_an_encoder_decoder_without_a_start_token_is_told():
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("longt5", vocab_size=64, **shape))
+    with pytest.raises(ModelError, match=r"no attribute 'decoder_start_token_id'.*: give decoder_input_ids"):
+        detect_objective(model, tokens([9])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

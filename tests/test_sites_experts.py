@@ -47,6 +47,16 @@ def test_experts_that_no_token_reaches_have_sites_and_get_their_rates() -> None:
     assert expert_rates(model) == {0.1}
 
 
+def test_weights_that_a_router_casts_are_their_own_type_again() -> None:
+    model = switch(0).bfloat16()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    find_sites(model)
+    apply_dropout(model, DropoutSchedule.uniform(model, 0.2)).remove()
+    after = model.state_dict()
+    assert {name: p.dtype for name, p in after.items()} == {name: p.dtype for name, p in before.items()}
+    assert all(torch.equal(after[name], p) for name, p in before.items())
+
+
 def test_sites_do_not_depend_on_where_tokens_are_routed() -> None:
     models = [switch(seed) for seed in range(3)]
     assert len({frozenset(path for path in trace(model).calls if ".experts." in path) for model in models}) > 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from guided_dropout.samples import IGNORE, Sample, as_tensor, vocabulary_size
 from guided_dropout.undisturbed import evaluating, same_weights
 
 # What a model that does not suit may raise in its forward.
-_UNSUITED = (RuntimeError, ValueError, TypeError, IndexError)
+_UNSUITED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 # How far a loss may be from the model's own, by rounding alone; another one, or a term added to it, is further off.
 _SAME = {torch.float64: 1e-9, torch.float32: 1e-5}
 _SAME_HALF = 1e-3
@@ -83,7 +84,8 @@ def require_lm_head(model: nn.Module) -> None:
 
 
 def _takes_labels(model: nn.Module) -> bool:
-    return "labels" in inspect.signature(model.forward).parameters
+    parameters = inspect.signature(model.forward).parameters
+    return "labels" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())  # which it passes on
 
 
 def has_lm_head(model: nn.Module) -> bool:
@@ -115,20 +117,13 @@ def _of_language_model(model: nn.Module, sample: Sample) -> Objective:
 def _of_decoder(model: nn.Module, sample: Sample) -> Objective:
     probe = _with_a_gap(model, sample)
     kinds = [Objective("seq2seq", masks_decoder_padding=masks) for masks in (False, True)]
-    batches = [kind.collate(model, [probe]) for kind in kinds]
-    batch = batches[0]
-    inputs = {name: t for name, t in batch.inputs.items() if name in sample or not name.startswith("decoder")}
-    with torch.no_grad(), warnings.catch_warnings():
+    makes = "an encoder-decoder that makes its decoder's inputs from labels: give decoder_input_ids in each sample"
+    with torch.no_grad(), warnings.catch_warnings(), _running(model, "a sample", makes):
         warnings.simplefilter("ignore", FutureWarning)  # that the EncoderDecoderModel of old had another loss
-        try:
-            own, logits = _outputs(model, inputs, batch.targets)  # it makes its decoder's inputs itself
-        except _UNSUITED as e:
-            if isinstance(e, GuidedDropoutError | torch.OutOfMemoryError):
-                raise
-            raise ModelError(
-                f"{type(model).__name__} cannot run a sample ({' '.join(str(e).split())}); expected an encoder-decoder "
-                "that makes its decoder's inputs from labels: give decoder_input_ids in each sample"
-            ) from e
+        batches = [kind.collate(model, [probe]) for kind in kinds]
+        batch = batches[0]
+        inputs = {name: t for name, t in batch.inputs.items() if name in sample or not name.startswith("decoder")}
+        own, logits = _outputs(model, inputs, batch.targets)  # it makes its decoder's inputs itself
     _require_finite(model, own)
     ours = _nearest(F.cross_entropy, logits[0], batch.targets[0], own)
     if not _same(ours, own):
@@ -164,6 +159,23 @@ def _with_a_gap(model: nn.Module, sample: Sample) -> Sample:
     return {**probe, "labels": labels}
 
 
+@contextlib.contextmanager
+def _running(model: nn.Module, what: str, expected: str) -> Iterator[None]:
+    """Say of a model that does not run within `what` it was given and what is `expected` of it.
+
+    Raises:
+        ModelError: it does not run. Errors of this package, and of memory, stay what they are.
+    """
+    try:
+        yield
+    except _UNSUITED as e:
+        if isinstance(e, GuidedDropoutError | torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f"{type(model).__name__} cannot run {what} ({' '.join(str(e).split())}); expected {expected}"
+        ) from e
+
+
 def _outputs(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None = None) -> tuple[Any, Tensor]:
     """The loss that a model computes, where it is given labels, and its logits."""
     out = model(**inputs) if labels is None else model(**inputs, labels=labels)
@@ -179,7 +191,7 @@ def _outputs(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor | None 
 
 def _losses_as(model: nn.Module, ids: Tensor) -> tuple[Tensor, dict[str, float]]:
     """The model's own loss, and what it would be as that of a masked LM and of a next-token model."""
-    with torch.no_grad():
+    with torch.no_grad(), _running(model, "a sample", "a model that runs on tokens: set what it lacks"):
         own, logits = _outputs(model, {"input_ids": ids[None]}, ids[None])
     _require_finite(model, own)
     cross_entropy = partial(F.cross_entropy, ignore_index=IGNORE)
@@ -193,7 +205,8 @@ def _of_classifier(model: nn.Module, sample: Sample) -> Objective | None:
     if has_lm_head(model) or not _takes_labels(model) or "labels" not in sample:
         return None
     value = as_tensor("labels", sample["labels"])
-    try:
+    classifier = "a sequence classifier or a regression of one score, with config.pad_token_id set"
+    with _running(model, "two samples with one label each", classifier):
         inputs = Objective("classification").collate(model, [{**sample, "labels": 0}] * 2).inputs
         with torch.no_grad():
             logits = getattr(model(**inputs), "logits", None)
@@ -206,14 +219,9 @@ def _of_classifier(model: nn.Module, sample: Sample) -> Objective | None:
         classes = logits.shape[1]
         score = value.to(logits) if classes == 1 else value.clamp(min=0).to(logits.device)  # −100 would give no loss
         own = _own_loss(model, inputs, score.expand(2))
+        if own is None:
+            return None
         _require_finite(model, own)
-    except _UNSUITED as e:
-        if isinstance(e, GuidedDropoutError):
-            raise
-        raise ModelError(
-            f"{type(model).__name__} cannot run two samples with one label each ({' '.join(str(e).split())}); expected "
-            "a sequence classifier or a regression of one score, with config.pad_token_id set"
-        ) from e
     one_score = classes == 1
     loss = F.mse_loss if one_score else F.cross_entropy
     expected = _nearest(loss, logits[:, 0] if one_score else logits, score.expand(2), own)
@@ -226,11 +234,11 @@ def _of_classifier(model: nn.Module, sample: Sample) -> Objective | None:
     return Objective("regression" if one_score else "classification")
 
 
-def _own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+def _own_loss(model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor | None:
     problem = model.config.problem_type  # which transformers sets on the way
     try:
         with torch.no_grad():
-            return _outputs(model, inputs, labels)[0]
+            return getattr(model(**inputs, labels=labels), "loss", None)
     finally:
         model.config.problem_type = problem
 

@@ -148,6 +148,7 @@ class Parts:
 
     def __init__(self, model: nn.Module):
         self._saved = [(m, dict(vars(m)), dict(m._modules), dict(m._parameters)) for m in model.modules()]
+        self._data = [(p, p.data) for p in model.parameters()]
 
     def are_there(self) -> bool:
         """Whether no submodule is another one."""
@@ -166,6 +167,9 @@ class Parts:
             _refill(vars(module), attributes)
             _refill(module._modules, parts)
             _refill(module._parameters, parameters)
+        for p, data in self._data:  # a module's `.to` gives a parameter another tensor: Switch's router to float32
+            if (p.dtype, p.device) != (data.dtype, data.device):
+                p.data = data
 
 
 def _refill(old: dict[str, Any], new: dict[str, Any]) -> None:
