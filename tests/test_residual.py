@@ -81,6 +81,46 @@ def test_blocks_with_norms_after_their_additions_have_all_their_writes() -> None
     assert [path.removesuffix(".residual_dropout") for path in handle.sites] == ["0.mix", "0.feed", "1.mix", "1.feed"]
 
 
+class InPlace(torch.nn.Module):
+    """Llama 4's experts add to what the shared one made, in its place; so does a block with parts side by side."""
+
+    def __init__(self, around: bool) -> None:
+        super().__init__()
+        self.shared, self.routed, self.around = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), around
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.shared(x)
+        made.add_(self.routed(x))
+        return x + made if self.around else made
+
+
+class Around(torch.nn.Module):
+    """A block that adds what its only part makes."""
+
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.part(x)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        ([Around(InPlace(False)), Around(InPlace(False))], ["0.part", "1.part"]),
+        ([InPlace(True), InPlace(True)], ["0.shared", "0.routed", "1.shared", "1.routed"]),
+    ],
+    ids=["within a part", "in the block"],
+)
+def test_what_is_added_in_place_is_written_too(blocks: list[torch.nn.Module], expected: list[str]) -> None:
+    model = torch.nn.Sequential(*blocks)
+    inputs = {"input": torch.randn(2, 3, 8)}
+    handle = add_residual_sites(model, 1 - 1e-9, inputs=inputs)
+    assert [path.removesuffix(".residual_dropout") for path in handle.sites] == expected
+    assert torch.equal(model.train()(**inputs), inputs["input"])
+
+
 def by_hand(model: torch.nn.Module, rates: list[float]) -> torch.Tensor:
     """Llama's forward written out, with dropout on both writes of each block."""
     base = model.model
@@ -187,7 +227,7 @@ def test_a_copy_of_the_model_has_sites_of_its_own() -> None:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox", "t5", "bart", "falcon", "phi3"])
 def test_a_model_that_has_residual_dropout_is_refused(family: str) -> None:
     model = language_model(family)
-    with pytest.raises(SiteError, match=r"no block of .* without dropout; expected a model that is built without"):
+    with pytest.raises(SiteError, match=r"found no block of .* without dropout; expected one that adds to it, and drops nothing there"):
         add_residual_sites(model)
 
 

@@ -158,24 +158,38 @@ class _Watch(TorchFunctionMode):
         if func in DROPOUTS:
             self._dropped.add(id(result))
         elif name in _ADDS and len(operands) == 2 and operands[0].shape == operands[1].shape:
-            self._add(operands[0], operands[1], result)
+            left = self._as_it_was(result) if result is operands[0] else id(operands[0])
+            self._add(left, id(operands[1]), id(result))
         elif name in _SAME and operands and result is not operands[0]:
             large = [t for t in operands if t.numel() > 1]
             if len(large) == 1 and large[0].numel() == result.numel():
                 self._same[id(result)] = id(large[0])
         return result
 
-    def _add(self, left: Tensor, right: Tensor, result: Tensor) -> None:
+    def _as_it_was(self, changed: Tensor) -> int:
+        """A key for what stood in a tensor before an addition in place: the sum is made by what returns it next."""
+        self._kept.append(before := object())
+        for table in (self._made, self._same, self._sums):
+            if id(changed) in table:
+                table[id(before)] = table.pop(id(changed))
+        if id(changed) in self._dropped:
+            self._dropped.remove(id(changed))
+            self._dropped.add(id(before))
+        if self._call is not None and id(changed) in self._call.stream:
+            self._call.stream.add(id(before))
+        return id(before)
+
+    def _add(self, left: int, right: int, result: int) -> None:
         call = self._call
         if call is None or call.in_adapter:  # what an adapter adds up is no stream
             return
-        in_stream = [self._is_stream(id(t), call) for t in (left, right)]
+        in_stream = [self._is_stream(key, call) for key in (left, right)]
         if in_stream == [False, False]:
-            self._sums[id(result)] = id(left), id(right)
+            self._sums[result] = left, right
         elif sum(in_stream) == 1:
-            for write in self._parts_of(id(right if in_stream[0] else left), call):
+            for write in self._parts_of(right if in_stream[0] else left, call):
                 self.writes.setdefault(id(write.module), write)
-            call.stream.add(id(result))
+            call.stream.add(result)
 
     def _is_stream(self, key: int, call: _Call) -> bool:
         while key not in call.stream and key in self._same:

@@ -58,8 +58,8 @@ def add_residual_sites(
     writes = find_residual_writes(model, inputs)
     if not writes:
         raise SiteError(
-            f"no block of {type(model).__name__} writes to a residual stream without dropout; expected a model that is "
-            "built without residual dropout: use the sites that find_sites lists"
+            f"found no block of {type(model).__name__} that writes to a residual stream without dropout; expected one "
+            "that adds to it, and drops nothing there: use the sites that find_sites lists"
         )
     names = {module: name for name, module in model.named_modules()}
     handle = ResidualSitesHandle(tuple(f"{names[write.module]}.{ATTRIBUTE}" for write in writes))
