@@ -406,6 +406,14 @@ def test_a_sample_that_is_not_finite_is_named(how, message, method):
         estimate_fisher(spoilt(how), samples, batch_size=2, method=method)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.float32, "in float32 or float64, leave"), (torch.float64, "in float32, leave")]
+)
+def test_the_advice_is_of_another_precision(dtype, advice):
+    with pytest.raises(ModelError, match=advice):
+        estimate_fisher(spoilt("loss").to(dtype), samples_with_bad([5, 6, 7], bad=[1]))
+
+
 @pytest.mark.parametrize("how", ["loss", "squares"])
 def test_several_in_a_batch_are_all_named(how):
     with pytest.raises(ModelError, match="samples 1, 2 and 4 "):

@@ -320,9 +320,12 @@ class Accumulator:
 
     def _leave_out(self, bad: Sequence[int], what: str, how: str) -> None:
         if not self._skip:
+            # Longformer and LED make NaN of padding in float64 alone.
+            double = any(p.dtype == torch.float64 for p in self.model.parameters())
             raise ModelError(
-                f"{what} {named(bad)} (from 0) {how}; expected finite numbers: load the model in float32 or float64, "
-                "leave the sample out, or let all such be left out and counted with --skip-nonfinite"
+                f"{what} {named(bad)} (from 0) {how}; expected finite numbers: load the model in "
+                f"{'float32' if double else 'float32 or float64'}, leave the sample out, or let all such be left out "
+                "and counted with --skip-nonfinite"
             )
         self.nonfinite.extend(bad)
 
