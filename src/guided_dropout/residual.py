@@ -169,7 +169,8 @@ class _Watch(TorchFunctionMode):
     def _as_it_was(self, changed: Tensor) -> int:
         """A key for what stood in a tensor before an addition in place: the sum is made by what returns it next."""
         self._kept.append(before := object())
-        for table in (self._made, self._same, self._sums):
+        tables: tuple[dict[int, Any], ...] = self._made, self._same, self._sums
+        for table in tables:
             if id(changed) in table:
                 table[id(before)] = table.pop(id(changed))
         if id(changed) in self._dropped:
