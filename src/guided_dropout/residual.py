@@ -169,10 +169,8 @@ class _Watch(TorchFunctionMode):
     def _as_it_was(self, changed: Tensor) -> int:
         """A key for what stood in a tensor before an addition in place: the sum is made by what returns it next."""
         self._kept.append(before := object())
-        tables: tuple[dict[int, Any], ...] = self._made, self._same, self._sums
-        for table in tables:
-            if id(changed) in table:
-                table[id(before)] = table.pop(id(changed))
+        for table in (self._made, self._same, self._sums):
+            _rename(table, id(changed), id(before))
         if id(changed) in self._dropped:
             self._dropped.remove(id(changed))
             self._dropped.add(id(before))
@@ -222,6 +220,11 @@ class _Watch(TorchFunctionMode):
                 break
             part = self._made[id(part.inputs[0])][0].child_of(block)
         return owners
+
+
+def _rename(table: dict[int, Any], old: int, new: int) -> None:
+    if old in table:
+        table[new] = table.pop(old)
 
 
 def _projects(module: nn.Module) -> bool:
