@@ -24,51 +24,54 @@ _FEW = 4  # tokens, which take next to no time
 _RANKINGS = {"topk": 2, "kthvalue": 2, "sort": 1, "argsort": 1}
 
 
-def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> bool:
+def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample, whole: Rankings | None = None) -> bool:
     """Whether a model makes something else of a sample beside a longer one than of the sample alone.
 
     It does where it looks at padding: FNet has no mask, ConvBERT's convolutions and Funnel's pooling do not go by it;
     where it takes other parts for few tokens, as BigBird does; or where it ranks tokens (sparse attention's indexers),
     since which of equal ones are taken goes by how many there are, for some samples and some lengths only.
+
+    Args:
+        model: in evaluation mode.
+        objective: the model's own.
+        sample: one of its samples, of which a few tokens are run.
+        whole: what a forward on all of its tokens ranked, for models that rank what is left of a long text only.
     """
     found = [getattr(module, "rope_type", None) for module in model.modules()]
     kinds = [kind for one in found for kind in (one.values() if isinstance(one, dict) else [one])]
     if any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds):
         return True
     short, parts, others = shortened(objective, sample, _FEW), Parts(model), list[bool]()
-    rankings: list[_Rankings] = []
+    rankings = [whole] if whole else []
 
     def logits(*batch: Sample) -> Tensor:
-        rankings.append(_Rankings())
-        with rankings[-1]:
+        with Rankings() as seen:
+            rankings.append(seen)
             return model(**objective.collate(model, batch).inputs).logits[0]
 
     # Before they are put back.
     handle = model.register_forward_hook(lambda *_: others.append(not parts.are_there()), prepend=True)
-    with torch.no_grad(), handle:
-        with Unsuited():  # some take no batch without a token to pad with
-            alone, padded = logits(short), logits(short, longer(short))
-            apart = (alone - padded[: len(alone)]).abs().max()
-            if any(others) or apart > _ROUNDING.get(alone.dtype, _ROUNDING_HALF) * alone.abs().max():
-                return True
-        with Unsuited():  # some rank what is left of a long one only
-            logits(sample)
-    return any(others) or any(found.sizes != rankings[0].sizes for found in rankings)
+    with torch.no_grad(), Unsuited(), handle:  # some take no batch without a token to pad with
+        alone, padded = logits(short), logits(short, longer(short))
+        apart = (alone - padded[: len(alone)]).abs().max()
+        if apart > _ROUNDING.get(alone.dtype, _ROUNDING_HALF) * alone.abs().max():
+            return True
+    return any(others) or any(seen.sizes != rankings[0].sizes for seen in rankings)
 
 
-class _Rankings(TorchFunctionMode):
+class Rankings(TorchFunctionMode):
     """Notes among how many each ranking of scores chooses: those of experts are as many for any sample, tokens not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.sizes: list[int] = []
+        self.sizes: set[int] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         place = _RANKINGS.get(getattr(func, "__name__", ""))
         scores = args[0] if args else kwargs.get("input")
         if place is not None and isinstance(scores, Tensor) and scores.is_floating_point() and scores.dim():
-            self.sizes.append(scores.shape[kwargs.get("dim", args[place] if len(args) > place else -1)])
+            self.sizes.add(scores.shape[kwargs.get("dim", args[place] if len(args) > place else -1)])
         return func(*args, **kwargs)
 
 
