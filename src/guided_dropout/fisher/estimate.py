@@ -18,7 +18,7 @@ from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.accumulate import Accumulator
 from guided_dropout.fisher.checkpoint import Checkpoint, check_unused, remove_checkpoint, weights_fingerprint
 from guided_dropout.fisher.coverage import coverage, untouched
-from guided_dropout.fisher.lengths import Rankings, goes_by_longest
+from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.prefixes import Prefixes
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
@@ -272,10 +272,10 @@ def begin(
         )
     stream = check_samples(model, samples)
     seen: list[Sample] = []
-    goal, ranked = None, Rankings()
+    goal = None
     for sample in itertools.islice(stream, _FIRST):
         seen.append(sample)
-        with contextlib.suppress(NotFiniteError), ranked:
+        with contextlib.suppress(NotFiniteError):
             goal = detect_objective(model, sample, reduction, labels=labels, seed=seed)
             break
     if not seen:
@@ -290,7 +290,7 @@ def begin(
             f"{type(model).__name__} computes the {goal.name} loss itself, not {objective}; expected a model for "
             f"{objective}: use --objective {goal.name} or load another head"
         )
-    return goal, itertools.chain(seen, stream), goes_by_longest(model, goal, seen[-1], ranked)
+    return goal, itertools.chain(seen, stream), goes_by_longest(model, goal, seen[-1])
 
 
 def profile_of(

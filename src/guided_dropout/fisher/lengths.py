@@ -24,28 +24,22 @@ _FEW = 4  # tokens, which take next to no time
 _RANKINGS = {"topk": 2, "kthvalue": 2, "sort": 1, "argsort": 1}
 
 
-def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample, whole: Rankings | None = None) -> bool:
+def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> bool:
     """Whether a model makes something else of a sample beside a longer one than of the sample alone.
 
     It does where it looks at padding: FNet has no mask, ConvBERT's convolutions and Funnel's pooling do not go by it;
     where it takes other parts for few tokens, as BigBird does; or where it ranks tokens (sparse attention's indexers),
     since which of equal ones are taken goes by how many there are, for some samples and some lengths only.
-
-    Args:
-        model: in evaluation mode.
-        objective: the model's own.
-        sample: one of its samples, of which a few tokens are run.
-        whole: what a forward on all of its tokens ranked, for models that rank what is left of a long text only.
     """
     found = [getattr(module, "rope_type", None) for module in model.modules()]
     kinds = [kind for one in found for kind in (one.values() if isinstance(one, dict) else [one])]
     if any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds):
         return True
     short, parts, others = shortened(objective, sample, _FEW), Parts(model), list[bool]()
-    rankings = [whole] if whole else []
+    rankings: list[_Rankings] = []
 
     def logits(*batch: Sample) -> Tensor:
-        with Rankings() as seen:
+        with _Rankings() as seen:
             rankings.append(seen)
             return model(**objective.collate(model, batch).inputs).logits[0]
 
@@ -59,7 +53,7 @@ def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample, whol
     return any(others) or any(seen.sizes != rankings[0].sizes for seen in rankings)
 
 
-class Rankings(TorchFunctionMode):
+class _Rankings(TorchFunctionMode):
     """Notes among how many each ranking of scores chooses: those of experts are as many for any sample, tokens not."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from guided_dropout.detection import detect_objective
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.checkpoint import Digest
-from guided_dropout.fisher.lengths import Rankings, goes_by_longest
+from guided_dropout.fisher.lengths import goes_by_longest
 from guided_dropout.fisher.places import head_at
 from guided_dropout.fisher.shortcuts import Unsuited
 from guided_dropout.fisher.stream import Stream, batches
@@ -67,9 +67,8 @@ class Evaluation:
             raise DataError("there are no samples; expected at least one")
         self.model = model
         with evaluating(model), same_random_states(model):
-            with Rankings() as ranked:
-                self.objective = detect_objective(model, checked[0], reduction)
-            unpadded = goes_by_longest(model, self.objective, checked[0], ranked)
+            self.objective = detect_objective(model, checked[0], reduction)
+            unpadded = goes_by_longest(model, self.objective, checked[0])
         if objective not in ("auto", self.objective.name):
             raise ModelError(
                 f"{type(model).__name__} computes the {self.objective.name} loss itself, not {objective}; expected one "
