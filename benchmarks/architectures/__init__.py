@@ -1,0 +1,1 @@
+"""On which of the model types of transformers does it work?"""
