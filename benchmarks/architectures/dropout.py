@@ -78,9 +78,14 @@ def _inputs(kind: str, model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _rates(model: PreTrainedModel, inputs: dict[str, Any]) -> set[float]:
-    """The rates met in one training-mode forward."""
+    """The rates met in one training-mode forward, after which buffers are what they were (I-BERT's ranges move)."""
     torch.manual_seed(0)
     model.train()
+    before = [
+        (module, {n: b if b is None else b.clone() for n, b in module._buffers.items()}) for module in model.modules()
+    ]
     with torch.no_grad(), _Rates() as rates:
         model(**inputs)
+    for module, buffers in before:
+        module._buffers.update(buffers)
     return rates.seen
