@@ -9,8 +9,9 @@ from fisher_oracles import assert_exact, draw_samples, own_loss_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from guided_dropout import estimate_fisher
 from guided_dropout.detection import detect_objective
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import BatchedSquares
@@ -185,3 +186,22 @@ def test_what_does_not_take_fewer_positions_later_is_seen_then():
     squares.add(samples)
     assert squares.plan.start is None
     assert_exact(diagonal_of(squares, 3), own_loss_oracle(model, samples))
+
+
+def test_targets_in_another_shape_are_not_taken_for_those_of_equal_samples():
+    """DeepSeek-V4 ends in a product in groups. It ranks tokens, so that what is proved has as many targets a sample."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "deepseek_v4", vocab_size=64, pad_token_id=0, hidden_size=32, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, q_lora_rank=16, qk_rope_head_dim=4, o_lora_rank=16,
+        n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, sliding_window=8, index_n_heads=2,
+        index_head_dim=8, index_topk=4, num_nextn_predict_layers=0, max_position_embeddings=64,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention"], mlp_layer_types=["moe", "moe"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    model.set_experts_implementation("eager")
+    samples = draw_samples([24, 9, 9], share=1.0)
+    samples[0]["labels"][6:18] = samples[2]["labels"][:5] = -100  # an even number in each batch
+    name = "model.layers.1.self_attn.o_a_proj.weight"  # others are computed in float32 by the model itself
+    found, want = estimate_fisher(model, samples, batch_size=3).diagonal[name], own_loss_oracle(model, samples)[name]
+    assert (found - want).norm() < 1e-5 * want.norm()

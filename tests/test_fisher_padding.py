@@ -72,6 +72,18 @@ def test_a_model_that_ranks_tokens_sees_no_padding():
     assert_exact(estimate_fisher(model, samples, batch_size=3).diagonal, own_loss_oracle(model, samples))
 
 
+def test_nor_does_one_that_ranks_the_tokens_of_long_texts_alone():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "doge", vocab_size=64, pad_token_id=0, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, keep_window_size=8, max_position_embeddings=64,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    # Of the first two samples here padding changes neither's loss.
+    samples = draw_samples([9, 23, 11, 7, 20, 9, 14, 5], seed=9)
+    assert_exact(estimate_fisher(model, samples, batch_size=3).diagonal, own_loss_oracle(model, samples))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "family", ["bert", "modernbert", "gpt2", "llama", "t5", "bart", "mamba", "mixtral", "qwen2_moe"]

@@ -156,7 +156,12 @@ class Capture:
 
     def _place(self, operation: Operation) -> Place:
         place = self.plan.place(operation.key).within(operation, len(self.batch))
-        if self._in_head is None and all(self.narrowed.dim(t) is None for t in _of_samples(operation)):
+        tensors = _of_samples(operation)
+        if self._in_head is None and all(self.narrowed.dim(t) is None for t in tensors):
+            elsewhere = self.narrowed.has_begun and not any(map(self.narrowed.has_all, tensors))
+            if elsewhere and place.kind in ("rows", "alone"):
+                # Samples have unlike numbers of targets, and in this shape nothing says where theirs are.
+                return Place("unknown", reason=f"{operation.name} on the targets alone, in another shape")
             return place
         return place if place.kind == "constant" else Place("targets")
 

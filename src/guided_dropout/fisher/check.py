@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_dropout.fisher.fast import BatchedSquares
-from guided_dropout.fisher.lengths import predicts_from_padding
+from guided_dropout.fisher.lengths import Rankings, predicts_from_padding
 from guided_dropout.fisher.native import release_memory
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.plan import make_plan
@@ -157,8 +157,9 @@ def _proof(
     except UNSUITED as e:
         raise _BatchedPassError(e) from e
     samples = [s for batch in batches for s in batch]
-    norms, alone = _subtract_plain(fast.totals, model, objective, parameters, samples)
+    norms, alone, ranks = _subtract_plain(fast.totals, model, objective, parameters, samples)
     alike = _are_alike(model, losses, torch.cat([alone[id(s)] for s in samples]), unpadded=unpadded)
+    alike &= unpadded or not ranks
     precision = _precision(model)
     tolerance = _TOLERANCES[precision]
     differences = {n: torch.stack([_norm(t) for t in _slices(fast.totals[n])]).norm().item() for n in parameters}
@@ -212,16 +213,18 @@ def _subtract_plain(
     objective: Objective,
     parameters: Mapping[str, nn.Parameter],
     samples: Sequence[Sample],
-) -> tuple[dict[str, float], dict[int, Tensor]]:
+) -> tuple[dict[str, float], dict[int, Tensor], bool]:
     """Subtract from `totals` the squares that plain autograd gives, sample by sample.
 
     It goes in slices, so that nothing of a parameter's size is held beside its gradient and the sum.
 
     Returns:
-        The sum of their norms, and each sample's loss [1] by its `id`.
+        The sum of their norms, each sample's loss [1] by its `id`, and whether the model ranks a sample's tokens, some
+        of which padding would make others (see `lengths.goes_by_longest`).
     """
     norms: dict[str, float] = dict.fromkeys(parameters, 0.0)
     losses: dict[int, Tensor] = {}
+    rankings: list[set[int]] = []
     times = Counter(map(id, samples))
 
     def subtract(name: str, gradient: Tensor) -> None:
@@ -235,11 +238,14 @@ def _subtract_plain(
     for sample in {id(s): s for s in samples}.values():
         number, batch = times[id(sample)], objective.collate(model, [sample])
         with _arriving(parameters, subtract):
-            loss = objective.losses(model(**batch.inputs).logits, batch).sum()
+            with Rankings() as ranked:
+                logits = model(**batch.inputs).logits
+            rankings.append(ranked.sizes)
+            loss = objective.losses(logits, batch).sum()
             losses[id(sample)] = loss.detach()[None]
             if loss.requires_grad:
                 loss.backward()
-    return norms, losses
+    return norms, losses, any(sizes != rankings[0] for sizes in rankings)
 
 
 def _slices(t: Tensor) -> tuple[Tensor, ...]:

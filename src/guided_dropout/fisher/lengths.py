@@ -36,10 +36,10 @@ def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> b
     if any(isinstance(kind, str) and kind in _BY_LONGEST for kind in kinds):
         return True
     short, parts, others = shortened(objective, sample, _FEW), Parts(model), list[bool]()
-    rankings: list[_Rankings] = []
+    rankings: list[Rankings] = []
 
     def logits(*batch: Sample) -> Tensor:
-        with _Rankings() as seen:
+        with Rankings() as seen:
             rankings.append(seen)
             return model(**objective.collate(model, batch).inputs).logits[0]
 
@@ -53,7 +53,7 @@ def goes_by_longest(model: nn.Module, objective: Objective, sample: Sample) -> b
     return any(others) or any(seen.sizes != rankings[0].sizes for seen in rankings)
 
 
-class _Rankings(TorchFunctionMode):
+class Rankings(TorchFunctionMode):
     """Notes among how many each ranking of scores chooses: those of experts are as many for any sample, tokens not."""
 
     def __init__(self) -> None:

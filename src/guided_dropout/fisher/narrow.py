@@ -90,9 +90,13 @@ class Narrowed:
         """Nested sequences and mappings, with the targets alone of each [B, T, ...]."""
         return replaced(tree, lambda t: self.at_targets(t)[None] if self.is_wide(t) else t)
 
+    def has_all(self, t: Tensor) -> bool:
+        """Whether it has the form of all positions."""
+        return t.shape[:2] == self._wide
+
     def is_wide(self, t: Tensor) -> bool:
         """Whether it holds something of each position's; what needs no gradient is left as it is."""
-        return t.dim() > 2 and t.shape[:2] == self._wide and t.requires_grad
+        return t.dim() > 2 and self.has_all(t) and t.requires_grad
 
     def is_narrow(self, t: Tensor) -> bool:
         """Whether it holds something of each target's."""
