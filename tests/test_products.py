@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from guided_dropout.fisher import native
 from guided_dropout.fisher.layout import Layout
-from guided_dropout.fisher.products import linear, times
+from guided_dropout.fisher.products import linear, listed_times, times
 from guided_dropout.fisher.rowwise import RowByRow
 from guided_dropout.fisher.rules import RULES
 
@@ -71,6 +71,31 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(native.multiply(x[list(rows)], matrix), whole[list(rows)])
 
 
+@pytest.mark.parametrize("kernel", ["", "portable", "off"])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_listed_rows_alone_are_multiplied_and_the_others_are_zero(kernel, data):
+    draw = data.draw
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    rows, depth, width = (
+        draw(st.sampled_from([*SIZES, 700, 2500])),
+        draw(st.sampled_from(SIZES)),
+        draw(st.sampled_from(SIZES)),
+    )
+    x = torch.randn(rows, depth + 3, generator=g)[:, 2 : 2 + depth]
+    matrix = torch.randn(depth, width, generator=g) if draw(st.booleans()) else torch.randn(width, depth, generator=g).T
+    listed = (torch.rand(rows, generator=g) < draw(st.sampled_from([0.0, 0.05, 0.5, 0.95, 1.0]))).nonzero()[:, 0]
+    with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
+        ways = [listed_times(x, listed, matrix)]
+        if native.has_amx():
+            ways.append(native.multiply(x, matrix, listed=listed))
+    others = torch.ones(rows, dtype=torch.bool).index_fill_(0, listed, False)
+    for out in ways:
+        check(out[listed], x[listed], matrix, None)
+        assert out.shape == (rows, width)
+        assert not out[others].any()
+
+
 @in_amx
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_in_its_row(bad):
@@ -105,7 +130,7 @@ def test_whichever_way_it_goes_the_product_is_the_same(kernel, length, dtype):
 @in_amx
 def test_large_enough_ones_go_through_amx_unless_that_is_not_wanted():
     torch.manual_seed(0)
-    weight, large, small = torch.randn(90, 200), torch.randn(128, 200), torch.randn(127, 200)
+    weight, large, small = torch.randn(90, 200), torch.randn(96, 200), torch.randn(95, 200)
     for kernel, same in (("", [False, True]), ("portable", [True, True]), ("off", [True, True])):
         with mock.patch.dict(os.environ, {"GUIDED_DROPOUT_KERNEL": kernel}):
             assert [torch.equal(linear(x, weight), F.linear(x, weight)) for x in (large, small)] == same

@@ -122,7 +122,7 @@ def test_a_lookup_that_cancels_a_product_leaves_no_square_below_zero():
 @pytest.mark.parametrize("kept_share", [0.1, 0.5])
 def test_listed_rows_by_the_thousand_add_up(kept_share):
     torch.manual_seed(0)
-    rows, weight = torch.randn(6000, 3), torch.randn(3, 5)
+    rows, weight, bias = torch.randn(6000, 3), torch.randn(3, 5), torch.randn(5)
     kept = (torch.rand(6000) < kept_share).nonzero()[:, 0]
     layout = Layout.even(6000, 4).only(kept)
     want = torch.stack([rows[kept[kept // 1500 == b]].double().sum(0) for b in range(4)])
@@ -130,12 +130,13 @@ def test_listed_rows_by_the_thousand_add_up(kept_share):
 
     # The same through a linear layer's own backward, in which rows without a gradient have no part.
     rule, taken = RULES[F.linear], {}
-    call = rule.bind(rows.requires_grad_(), weight.T.requires_grad_())
+    call = rule.bind(rows.requires_grad_(), weight.T.requires_grad_(), bias)
     gradient = torch.randn(6000, 5).index_fill_(0, (torch.rand(6000) >= kept_share).nonzero()[:, 0], 0.0)
     RowByRow(call, rule, Layout.even(6000, 4), taken.update).run().backward(gradient)
     torch.testing.assert_close(rows.grad, gradient @ weight.T)
     square = torch.zeros(5, 3)
     add_squares(square, [taken["weight"]])
+    torch.testing.assert_close(taken["bias"].grads, gradient.unflatten(0, (4, 1500)).sum(1))
     whole = [gradient[b : b + 1500].T @ rows.detach()[b : b + 1500] for b in range(0, 6000, 1500)]
     torch.testing.assert_close(square, torch.stack(whole).square().sum(0), rtol=1e-4, atol=1e-3)
 

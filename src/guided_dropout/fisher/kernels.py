@@ -90,7 +90,7 @@ def _by_products(total: Tensor | None, sums: Tensor | None, left: Tensor, right:
         native.square_accumulate(total, sums, left, right, layout)
     elif triton is not None and triton.supports(total, left, right):
         if layout.rows is not None:
-            left, right = left[layout.rows], right[layout.rows]
+            left, right = (x.index_select(0, layout.rows) for x in (left, right))
         if total is not None:
             triton.square_accumulate(total, left, right, layout.offsets)
         if sums is not None:
@@ -104,7 +104,8 @@ def _widened(left: Tensor, right: Tensor, layout: Layout) -> tuple[Tensor, Tenso
     if left.dtype == right.dtype and left.dtype in (torch.float32, torch.float64):
         return left, right, layout
     if layout.rows is not None:
-        left, right, layout = left[layout.rows], right[layout.rows], Layout(layout.offsets)
+        left, right = (x.index_select(0, layout.rows) for x in (left, right))
+        layout = Layout(layout.offsets)
     return left.float(), right.float(), layout
 
 
@@ -130,7 +131,7 @@ def _by_tiles(total: Tensor | None, sums: Tensor | None, left: Tensor, right: Te
     left, right, layout = _widened(left, right, layout)
     m, n = left.shape[1], right.shape[1]
     if layout.rows is not None:
-        left, right = left[layout.rows], right[layout.rows]
+        left, right = (x.index_select(0, layout.rows) for x in (left, right))
     step = max(1, _TILE_ELEMENTS // n)
     product = left.new_empty(min(step, m), n)
     for start in range(0, m, step):

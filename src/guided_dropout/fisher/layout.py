@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ class Layout:
         offsets: B+1 numbers; sample b owns rows ``offsets[b]`` to ``offsets[b+1]`` of the list of rows.
         rows: [K] int64, the list of rows; None for all R rows in their order.
         step: rows per sample, where all have equally many and `rows` is None.
+        with_zeros: the layout of more rows than are listed, where whatever is summed is zero in the others.
     """
 
     offsets: tuple[int, ...]
     rows: Tensor | None = None
     step: int | None = None
+    with_zeros: Layout | None = None
     _owners: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -92,8 +94,14 @@ class Layout:
         counts = torch.bincount(owners, minlength=self.num_samples)
         return Layout((0, *counts.cumsum(0).tolist()), self.row_numbers(kept.device)[kept])
 
+    def without_zeros(self, kept: Tensor) -> Layout:
+        """As `only`, where the others are zero in whatever is summed: to sum them too takes less than to pick these."""
+        return replace(self.only(kept), with_zeros=self)
+
     def sum_rows(self, rows: Tensor) -> Tensor:
         """[R, ...] → [B, ...], each sample's rows added up, in float32 or better."""
+        if self.with_zeros is not None:
+            return self.with_zeros.sum_rows(rows)
         dtype = torch.promote_types(rows.dtype, torch.float32)
         if self.step is not None:
             return rows.view(self.num_samples, self.step, *rows.shape[1:]).sum(1, dtype=dtype)
@@ -101,7 +109,7 @@ class Layout:
         if self.rows is None:
             return sums.index_add_(0, owners, rows.to(dtype))
         for theirs, some in zip(owners.split(_COPIED), self.rows.split(_COPIED), strict=True):
-            sums.index_add_(0, theirs, rows[some].to(dtype))
+            sums.index_add_(0, theirs, rows.index_select(0, some).to(dtype))
         return sums
 
     def spans(self) -> list[tuple[int, slice]]:
@@ -111,4 +119,4 @@ class Layout:
 
     def take(self, rows: Tensor, span: slice) -> Tensor:
         """The rows [K', ...] of a part of the list."""
-        return rows[span] if self.rows is None else rows[self.rows[span]]
+        return rows[span] if self.rows is None else rows.index_select(0, self.rows[span])

@@ -49,16 +49,28 @@ def square_accumulate(total: Tensor | None, sums: Tensor | None, left: Tensor, r
         raise MemoryError("no memory for the kernel's buffers")
 
 
-def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ matrix + bias`` in AMX, where `has_amx`: [R, k] by [k, n], k > 0, all float32 on a CPU."""
+def multiply(x: Tensor, matrix: Tensor, bias: Tensor | None = None, listed: Tensor | None = None) -> Tensor:
+    """``x @ matrix + bias`` in AMX, where `has_amx`: [R, k] by [k, n], k > 0, all float32 on a CPU.
+
+    Args:
+        x: the rows.
+        matrix: what they are multiplied by.
+        bias: [n], or what broadcasts to it.
+        listed: [K] int64, the numbers of the rows that are multiplied, in ascending order; the others come out as
+            zero. None: all of them.
+    """
     kernel = library()
     assert kernel is not None
+    if listed is not None and not len(listed):  # which has no address
+        return x.new_zeros(len(x), matrix.shape[1])
     turned = matrix.stride(1) != 1
     x, w = _dense_rows(x), _dense_rows(matrix.T if turned else matrix)
     bias = None if bias is None else bias.expand(matrix.shape[1]).contiguous()
     out = x.new_empty(len(x), matrix.shape[1])
-    inputs = [x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), None if bias is None else bias.data_ptr()]
-    if kernel.multiply_amx(out.data_ptr(), *inputs, *x.shape, out.shape[1], turned, torch.get_num_threads()):
+    optional = [None if t is None else t.data_ptr() for t in (bias, listed)]
+    inputs = [x.data_ptr(), x.stride(0), w.data_ptr(), w.stride(0), *optional]
+    sizes = [0 if listed is None else len(listed), len(x), x.shape[1], out.shape[1]]
+    if kernel.multiply_amx(out.data_ptr(), *inputs, *sizes, turned, torch.get_num_threads()):
         raise MemoryError("no memory for the kernel's buffers")
     return out
 
@@ -181,7 +193,7 @@ def _declare(library: ctypes.CDLL) -> None:
     if library.has_amx():
         library.square_accumulate_amx.argtypes = [p, p, *inputs, ctypes.c_int]
         library.square_accumulate_amx.restype = ctypes.c_int
-        library.multiply_amx.argtypes = [p, p, i, p, i, p, i, i, i, ctypes.c_int, ctypes.c_int]
+        library.multiply_amx.argtypes = [p, p, i, p, i, p, p, i, i, i, i, ctypes.c_int, ctypes.c_int]
         library.multiply_amx.restype = ctypes.c_int
 
 

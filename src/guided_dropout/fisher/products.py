@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from guided_dropout.fisher import native
 
 # Fewer rows do not make up for packing the matrix, measured; narrow matrices are padded to whole tiles.
-_LEAST_ROWS = 128
+_LEAST_ROWS = 96
 _LEAST_WIDTH = 64
+# Listed rows that are copied at a time, where they have to be.
+_AT_ONCE = 1024
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,8 +33,19 @@ def times(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
 
 
-def _goes_through_amx(x: Tensor, matrix: Tensor, bias: Tensor | None) -> bool:
-    if min(matrix.shape) < _LEAST_WIDTH or x.shape[:-1].numel() < _LEAST_ROWS or (bias is not None and bias.dim() > 1):
+def listed_times(rows: Tensor, listed: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix``, of which the rows numbered `listed` [K] int64, ascending, alone are formed; zero elsewhere."""
+    if _goes_through_amx(rows, matrix, None, len(listed)):
+        return native.multiply(rows, matrix, listed=listed)
+    out = rows.new_zeros(len(rows), matrix.shape[1])
+    for some in listed.split(_AT_ONCE):
+        out.index_copy_(0, some, rows.index_select(0, some) @ matrix)
+    return out
+
+
+def _goes_through_amx(x: Tensor, matrix: Tensor, bias: Tensor | None, number: int | None = None) -> bool:
+    number = x.shape[:-1].numel() if number is None else number
+    if min(matrix.shape) < _LEAST_WIDTH or number < _LEAST_ROWS or (bias is not None and bias.dim() > 1):
         return False
     given = [x, matrix] if bias is None else [x, matrix, bias]
     return all(map(is_plain, given)) and native.has_amx()

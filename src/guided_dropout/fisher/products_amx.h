@@ -13,6 +13,7 @@
 struct matrix { /* x [rows][depth], or W [depth][width], or, turned, W [width][depth] */
   const float *at;
   int64_t stride, rows, columns;
+  const int64_t *listed; /* which rows, where it is not all of them */
 };
 
 /* A panel of 16 rows, `chunks` of the columns from `column` on; numbers k and k + 16 of a chunk are pairs. Zero beyond the
@@ -20,19 +21,21 @@ struct matrix { /* x [rows][depth], or W [depth][width], or, turned, W [width][d
 static inline __attribute__((always_inline)) void pack_rows(const struct matrix *x, int64_t panel, int64_t column,
                                                             int64_t chunks, const int turned, __m512i *out) {
   const int64_t row = panel * SIDE, there = x->rows - row;
+  const float *from[16];
+  for (int i = 0; i < 16; i++)
+    from[i] = i < there ? x->at + (x->listed ? x->listed[row + i] : row + i) * x->stride : NULL;
   for (int64_t k = column; k < column + chunks * DEEP; k += DEEP, out += 32) {
     const __mmask16 low = first_of(x->columns - k), high = first_of(x->columns - k - 16);
-    const float *from = x->at + row * x->stride + k;
     __m512i first[16], second[16];
     if (there >= 16 && high == 0xffff)
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++, from += x->stride)
-        pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16), first + i, second + i);
+      for (int i = 0; i < 16; i++)
+        pairs(_mm512_loadu_ps(from[i] + k), _mm512_loadu_ps(from[i] + k + 16), first + i, second + i);
     else
-      for (int i = 0; i < 16; i++, from += x->stride) {
+      for (int i = 0; i < 16; i++) {
         const int within = i < there;
-        pairs(within ? _mm512_maskz_loadu_ps(low, from) : _mm512_setzero_ps(),
-              within && high ? _mm512_maskz_loadu_ps(high, from + 16) : _mm512_setzero_ps(), first + i, second + i);
+        pairs(within ? _mm512_maskz_loadu_ps(low, from[i] + k) : _mm512_setzero_ps(),
+              within && high ? _mm512_maskz_loadu_ps(high, from[i] + k + 16) : _mm512_setzero_ps(), first + i, second + i);
       }
     if (turned) {
       transpose(first);
@@ -64,32 +67,40 @@ static inline __attribute__((always_inline)) void pack_right(const struct matrix
   else pack_columns(w, panel, row, chunks, out);
 }
 
-/* A tile of products into out, or onto it; `bias` NULL: none. */
-static inline __attribute__((always_inline)) void put(const float c[256], float *out, int64_t stride, int64_t height, int64_t width,
-                                                      const float *bias, int onto) {
-  if (height <= 0 || width <= 0) return;
+/* A tile of products into the rows of out from `row` on, or those listed there, or onto them; `bias` NULL: none. */
+static inline __attribute__((always_inline)) void put(const float c[256], float *out, int64_t stride, int64_t row,
+                                                      const struct matrix *x, int64_t width, const float *bias, int onto) {
+  if (width <= 0) return;
   const __mmask16 within = first_of(width);
   const __m512 start = bias ? _mm512_maskz_loadu_ps(within, bias) : _mm512_setzero_ps();
-  for (int r = 0; r < (height < 16 ? height : 16); r++, out += stride) {
-    const __m512 before = onto ? _mm512_maskz_loadu_ps(within, out) : start;
-    _mm512_mask_storeu_ps(out, within, _mm512_load_ps(c + 16 * r) + before);
+  for (int r = 0; r < least(16, x->rows - row); r++) {
+    float *to = out + (x->listed ? x->listed[row + r] : row + r) * stride;
+    const __m512 before = onto ? _mm512_maskz_loadu_ps(within, to) : start;
+    _mm512_mask_storeu_ps(to, within, _mm512_load_ps(c + 16 * r) + before);
   }
 }
 
-/* out [rows][width]; x [rows][depth] (row stride x_stride); w [depth][width], or, where `turned`, [width][depth] (row stride
+/* out [rows][width]; x [rows][depth] (row stride x_stride); of both the `count` rows that are listed, in ascending order, the
+ * others of out becoming zero, or, where `listed` is NULL, all; w [depth][width], or, where `turned`, [width][depth] (row stride
  * w_stride); bias [width] or NULL. Depth 0 is not for it. Returns 0, or 1 where memory ran out. */
-int multiply_amx(float *out, const float *x, int64_t x_stride, const float *w, int64_t w_stride, const float *bias, int64_t rows,
-                 int64_t depth, int64_t width, int turned, int threads) {
-  const struct matrix left = {x, x_stride, rows, depth};
-  const struct matrix right = turned ? (struct matrix){w, w_stride, width, depth} : (struct matrix){w, w_stride, depth, width};
+int multiply_amx(float *out, const float *x, int64_t x_stride, const float *w, int64_t w_stride, const float *bias,
+                 const int64_t *listed, int64_t count, int64_t rows, int64_t depth, int64_t width, int turned, int threads) {
+  const struct matrix left = {x, x_stride, listed ? count : rows, depth, listed};
+  const struct matrix right = {w, w_stride, turned ? width : depth, turned ? depth : width, NULL};
   const int64_t all_chunks = padded(depth, DEEP) / DEEP, parts = (all_chunks + MOST_CHUNKS - 1) / MOST_CHUNKS;
   const int64_t most_chunks = (all_chunks + parts - 1) / parts, panel_bytes = most_chunks * 2 * 16 * 64;
   const int64_t most = PACKED / panel_bytes / 2 * 2; /* panels of a part */
-  const int64_t tall = padded(rows, 2 * SIDE) / SIDE, wide = padded(width, 2 * SIDE) / SIDE;
+  const int64_t tall = padded(left.rows, 2 * SIDE) / SIDE, wide = padded(width, 2 * SIDE) / SIDE;
   __m512i *packed_left = aligned_alloc(64, panel_bytes * least(tall, most));
   __m512i *packed_right = aligned_alloc(64, panel_bytes * least(wide, most));
   const int failed = !packed_left || !packed_right;
   if (!failed) {
+    if (listed)
+      for (int64_t k = 0, next = 0; k <= count; k++) {
+        const int64_t end = k < count ? listed[k] : rows;
+        memset(out + next * width, 0, (end - next) * width * sizeof(float));
+        next = end + 1;
+      }
 #pragma omp parallel num_threads(threads)
     {
       struct shapes before;
@@ -123,8 +134,8 @@ int multiply_amx(float *out, const float *x, int64_t x_stride, const float *w, i
                   float c[4][256] __attribute__((aligned(64)));
                   four_tiles(packed_left + (i - i0) * next, packed_right + (j - j0) * next, chunks, next, 2, c);
                   for (int q = 0; q < 4; q++) {
-                    const int64_t y = (i + q / 2) * SIDE, z = (j + q % 2) * SIDE;
-                    put(c[q], out + y * width + z, width, rows - y, width - z, bias ? bias + z : NULL, k0 > 0);
+                    const int64_t z = (j + q % 2) * SIDE;
+                    put(c[q], out + z, width, (i + q / 2) * SIDE, &left, width - z, bias ? bias + z : NULL, k0 > 0);
                   }
                 }
             }

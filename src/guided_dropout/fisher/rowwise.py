@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from guided_dropout.fisher.layout import Layout
+from guided_dropout.fisher.products import listed_times, times
 from guided_dropout.fisher.rules import Call, Rule, as_rows
 from guided_dropout.fisher.squares import Use
-
-# Rows whose copies are held at a time, where only some have a gradient.
-_AT_ONCE = 1024
 
 
 @dataclass
@@ -44,16 +42,12 @@ class RowByRow:
         assert self.rule.input_gradient is not None
         shape, parameters, rows = self.call.x.shape, self.call.parameters, as_rows(gradient)
         kept = None if self.layout.rows is not None else rows_with_gradient(rows)
-        uses = self.rule.uses(self.call, rows, self.layout if kept is None else self.layout.only(kept))
+        uses = self.rule.uses(self.call, rows, self.layout if kept is None else self.layout.without_zeros(kept))
         self.call = None  # the input goes as soon as it has served
         self.take(uses)
         del uses
-        if kept is None:
-            return self.rule.input_gradient(parameters, rows).view(shape)
-        whole = rows.new_zeros(len(rows), shape[-1])
-        for some in kept.split(_AT_ONCE):
-            whole.index_copy_(0, some, self.rule.input_gradient(parameters, rows[some]))
-        return whole.view(shape)
+        matrix = self.rule.input_gradient(parameters)
+        return (times(rows, matrix) if kept is None else listed_times(rows, kept, matrix)).view(shape)
 
 
 class _Function(torch.autograd.Function):
@@ -83,5 +77,5 @@ def rows_with_gradient(rows: Tensor) -> Tensor | None:
     doubtful = (rows[:, 0] == 0).nonzero()[:, 0]
     if len(doubtful) * 8 < len(rows):
         return None
-    idle = doubtful[~rows[doubtful].any(1)]
+    idle = doubtful[~rows.index_select(0, doubtful).any(1)]
     return rows.new_ones(len(rows), dtype=torch.bool).index_fill_(0, idle, False).nonzero()[:, 0]

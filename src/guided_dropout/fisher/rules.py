@@ -45,9 +45,9 @@ class Rule:
         bind: the operation's own arguments → Call, or None where this form of it has no rule.
         run: Call → output.
         uses: (Call, gradient rows [R, ·], Layout) → role → Use.
-        input_gradient: (parameters, gradient rows [R, ·]) → the gradient of the input's rows [R, ·], for operations
-            that treat each row alike; rows without a gradient are then left out of all products. None: autograd does
-            it.
+        input_gradient: parameters → the matrix by which a gradient's rows [R, ·] give those of the input's [R, ·], for
+            operations that treat each row alike; rows without a gradient are then left out of all products. None:
+            autograd does it.
         like_x: (Call, gradient) → the gradient with its dimensions in the order of the call's ``x``.
         mirrored: `bind` for the form with the parameter first and the samples second.
         by_rows: False where `uses` wants x and the gradient whole, with the samples along their first dimension, and
@@ -58,7 +58,7 @@ class Rule:
     bind: Callable[..., Call | None]
     run: Callable[[Call], Tensor]
     uses: Callable[[Call, Tensor, Layout], dict[str, Use]]
-    input_gradient: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
+    input_gradient: Callable[[dict[str, Tensor]], Tensor] | None = None
     like_x: Callable[[Call, Tensor], Tensor] = lambda call, g: g
     mirrored: Callable[..., Call | None] | None = None
     by_rows: bool = True
@@ -292,14 +292,14 @@ _LINEAR = Rule(
     _bind_linear,
     lambda c: linear(c.x, **c.parameters),
     _linear_uses,
-    lambda parameters, g: times(g, parameters["weight"]),
+    lambda parameters: parameters["weight"],
 )
 _ADDMM = Rule(
     "addmm",
     _bind_addmm,
     lambda c: times(c.x, c.parameters["weight"], c.parameters["bias"]),
     _addmm_uses,
-    lambda parameters, g: times(g, parameters["weight"].T),
+    lambda parameters: parameters["weight"].T,
 )
 EMBEDDING = Rule(
     "embedding",

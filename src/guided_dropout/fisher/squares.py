@@ -194,4 +194,4 @@ def _touched_rows(uses: Sequence[Rows], dtype: torch.dtype) -> tuple[Tensor, Ten
 
 def _listed(use: Rows, rows: Tensor) -> Tensor:
     """In the order of the layout's list."""
-    return rows if use.layout.rows is None else rows[use.layout.rows]
+    return rows if use.layout.rows is None else rows.index_select(0, use.layout.rows)
