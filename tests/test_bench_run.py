@@ -25,16 +25,19 @@ from guided_dropout.artefacts import read_json, write_json
 from guided_dropout.bench import run as bench_run
 from guided_dropout.bench.folder import Experiment, Failure, Run, shared_facts
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.bench.plan import BenchModel, Plan, Runner, Training
+from guided_dropout.bench.plan import BenchModel, Plan, Runner
 from guided_dropout.bench.recipes import RECIPES
 from guided_dropout.bench.run import check_joining, run_experiment
 from guided_dropout.cli import app as cli
 from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
 from guided_dropout.finetune import finetune
 from guided_dropout.models import load_lm
+from guided_dropout.recipe import Recipe
 from guided_dropout.schedule import DropoutSchedule
 
-RECIPE = Training(epochs=1, learning_rate=1e-3, max_length=16)  # too little to learn: some runs collapse
+RECIPE = Recipe(
+    epochs=1, learning_rate=1e-3, max_length=16, device="cpu", evaluate="end"
+)  # too little to learn: some runs collapse
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def folder(tmp_path_factory):
 def plan_of(folder, **changes):
     axes = {"tasks": ["cola"], "arms": ["dropout", "guided"], "fractions": [1.0, 0.5], "seeds": range(2)} | changes
     model = BenchModel(str(folder / "model"), str(folder / "profile"))
-    return Plan.of([model], **axes, data=str(folder / "glue"), training=RECIPE, device="cpu")
+    return Plan.of([model], **axes, data=str(folder / "glue"), recipe=RECIPE)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def test_a_failed_run_is_recorded_and_the_rest_goes_on(folder):
 
 
 def test_results_of_another_recipe_are_refused_and_both_sides_shown(folder, finished):
-    other = replace(plan_of(folder), training=replace(RECIPE, learning_rate=2e-3, epochs=2))
+    other = replace(plan_of(folder), recipe=replace(RECIPE, learning_rate=2e-3, epochs=2))
     with pytest.raises(
         ArtefactError, match=r"epochs: 1 there, 2 given; recipe.learning_rate: 0.001 there, 0.002 given"
     ):
@@ -388,7 +391,7 @@ def test_recipes_name_what_exists(folder):
     for recipe in RECIPES.values():
         plan = plan_of(folder, tasks=recipe.tasks, arms=recipe.arms, fractions=recipe.fractions)
         assert len(plan.grid) >= 1
-        Training(**recipe.training)
+        Recipe(**recipe.recipe)
     assert len(RECIPES["paper_table2"].tasks) == 9
     assert RECIPES["controls"].seeds >= 20
     assert {*RECIPES["controls"].arms} == {*ARMS}
@@ -398,7 +401,7 @@ def test_recipes_name_what_exists(folder):
 def test_each_arm_of_a_recipe_can_be_put_on(folder, name):
     recipe = RECIPES[name]
     plan = plan_of(folder, arms=recipe.arms)
-    replace(plan, training=Training(**recipe.training)).rehearse()
+    replace(plan, recipe=Recipe(**recipe.recipe)).rehearse()
 
 
 def test_a_control_that_is_the_guided_arm_itself_on_a_model_is_refused(folder):
@@ -421,7 +424,7 @@ def test_so_is_one_without_the_guided_arm_beside_it(folder):
 @pytest.mark.parametrize(("length", "cut"), [(128, False), (24, False), (25, True)])
 def test_a_length_that_was_asked_for_and_is_not_to_be_had_is_told(folder, length, cut):
     said = []
-    replace(plan_of(folder), training=Training(max_length=length)).rehearse(said.append)
+    replace(plan_of(folder), recipe=Recipe(max_length=length)).rehearse(said.append)
     note = f"note: max length {length}; texts are cut at 24 tokens, all that the model has positions for"
     assert said == [note] * cut
 

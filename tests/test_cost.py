@@ -6,8 +6,9 @@ from tiny import colour_examples, save_tiny_bert
 from guided_dropout.bench import cost
 from guided_dropout.bench.cost import Clock, Work, trial
 from guided_dropout.bench.grid import RunKey
-from guided_dropout.bench.plan import BenchModel, Plan, Training
+from guided_dropout.bench.plan import BenchModel, Plan
 from guided_dropout.finetune import finetune
+from guided_dropout.recipe import Recipe
 
 WORK = {"short": Work(train=1000, evaluation=100, epochs=2), "long": Work(train=5000, evaluation=500, epochs=2)}
 SIZES = {"small": 10, "large": 40}
@@ -46,8 +47,8 @@ def test_a_trial_trains_a_few_steps_and_counts_what_they_read(tmp_path, monkeypa
         lines = (f"s\t{label}\t\t{text}\n" for (text,), label in data)
         (tmp_path / "CoLA" / f"{name}.tsv").write_text("".join(lines))
     model = BenchModel(str(save_tiny_bert(tmp_path / "bert")))
-    training = Training(batch_size=16, epochs=7)
-    plan = Plan.of([model], ["cola"], ["dropout"], [1.0], [0], data=str(tmp_path), training=training)
+    recipe = Recipe(batch_size=16, epochs=7)
+    plan = Plan.of([model], ["cola"], ["dropout"], [1.0], [0], data=str(tmp_path), recipe=recipe)
     trained = []
 
     def watched(*args, **options):

@@ -33,9 +33,10 @@ from guided_dropout.bench.folder import Experiment
 from guided_dropout.bench.run import processors
 from guided_dropout.data.tasks import Examples, get_task, load_task, subset
 from guided_dropout.provenance import provenance
+from guided_dropout.recipe import Recipe
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.stats import HELPS, HURTS, paired_comparison, verdict
-from guided_dropout.training import Recipe, precision_of
+from guided_dropout.training import precision_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 _JOBS_ON_A_CARD = 4
@@ -158,7 +159,7 @@ def main() -> None:
     p.add_argument("--jobs", type=int, default=_JOBS_ON_A_CARD if torch.cuda.is_available() else processors())
     p.add_argument("--out", type=Path, default=_results())
     args = p.parse_args()
-    args.precision = precision_of(Recipe(1.0, args.epochs, 16, args.learning_rate, 0.1, 0.0, 128, 0.1))  # as ours takes
+    args.precision = precision_of(Recipe())  # as ours takes
     tasks = args.tasks.split(",")
     numbers = ["--epochs", str(args.epochs), "--batch-size", "16", "--learning-rate", str(args.learning_rate)]
     index, count = map(int, args.share.split("/"))

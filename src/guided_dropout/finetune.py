@@ -23,18 +23,17 @@ from guided_dropout.fisher.processes import check_alone
 from guided_dropout.identity import model_identity
 from guided_dropout.models import drawn_parameters, positions_of
 from guided_dropout.provenance import provenance
+from guided_dropout.recipe import Recipe
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import JSON_NAME, RunResult, Seeds
 from guided_dropout.samples import vocabulary_size
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.training import ORDER, Recipe, kept_random_state, train_classifier
+from guided_dropout.training import ORDER, kept_random_state, precision_of, train_classifier
 from guided_dropout.vocabulary import occurring_rows
 from guided_dropout.workbench import Workbench
 
 __all__ = ["ARMS", "RunResult", "Seeds", "finetune"]
-
-MAX_LENGTH = 128
 
 
 def finetune(
@@ -53,18 +52,18 @@ def finetune(
     profile: FisherProfile | None = None,
     seed: int = 0,
     seeds: Seeds | None = None,
-    train_fraction: float = 1.0,
-    epochs: int = 3,
-    batch_size: int = 16,
-    learning_rate: float = 2e-5,
-    warmup_ratio: float = 0.1,
-    weight_decay: float = 0.0,
+    train_fraction: float = Recipe.train_fraction,
+    epochs: int = Recipe.epochs,
+    batch_size: int = Recipe.batch_size,
+    learning_rate: float = Recipe.learning_rate,
+    warmup_ratio: float = Recipe.warmup_ratio,
+    weight_decay: float = Recipe.weight_decay,
     max_length: int | None = None,
-    rate: float = 0.1,
-    device: str = "auto",
-    precision: str = "auto",
-    evaluate: str = "epoch",
-    residual_sites: bool = False,
+    rate: float = Recipe.rate,
+    device: str = Recipe.device,
+    precision: str = Recipe.precision,
+    evaluate: str = Recipe.evaluate,
+    residual_sites: bool = Recipe.residual_sites,
     out: str | Path | None = None,
     told: Callable[[str], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -134,7 +133,7 @@ def finetune(
     chosen.check(context)
     if out is not None:
         check_output_folder(out, marker=JSON_NAME)
-    length = MAX_LENGTH if max_length is None else max_length
+    length = Recipe.max_length if max_length is None else max_length
     recipe = Recipe(
         train_fraction, epochs, batch_size, learning_rate, warmup_ratio, weight_decay, length, rate, device, precision,
         evaluate, residual_sites,
@@ -198,7 +197,7 @@ def finetune(
         diverged=run.diverged,
         collapsed=run.collapsed,
         seeds=seeds,
-        recipe=_recipe_facts(recipe, given, len(train)) | {"precision": run.precision},
+        recipe=recipe_facts(recipe, given, len(train)),
         rates=_summary(rates),
         pairing={"weights": digest, "batches": encoded.digest(), "evaluation": given.validation.digest()},
         model=model_identity(classifier),
@@ -235,9 +234,11 @@ def _check_vocabulary(largest_id: int, model: PreTrainedModel) -> None:
         )
 
 
-def _recipe_facts(recipe: Recipe, data: TaskData, n_train: int) -> dict[str, Any]:
+def recipe_facts(recipe: Recipe, data: TaskData, n_train: int) -> dict[str, Any]:
+    """What a result says of how a run is trained, with `n_train` examples."""
     return {
         **asdict(recipe),
+        "precision": precision_of(recipe),
         "optimizer": "adamw(0.9, 0.999)",
         "decay": "linear",
         "max_grad_norm": 1.0,

@@ -30,59 +30,16 @@ from transformers import (
 
 from guided_dropout.data.encoding import Encoded
 from guided_dropout.data.tasks import Task, compute_metrics
-from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.masks import quick_masks
 from guided_dropout.models import quiet
 from guided_dropout.parts import parts_of_like_lengths
+from guided_dropout.recipe import Recipe
 from guided_dropout.regularizers import Handle
 from guided_dropout.results import Seeds
-from guided_dropout.schedule.shapes import check_rate
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-EVALUATE = ("epoch", "end")
 ORDER = "batches drawn at random"
 """What a recipe says of the order of the training examples."""
 _EVAL_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a run is trained; see `finetune.finetune` for each number.
-
-    Raises:
-        GuidedDropoutError: a number that is out of range.
-        ScheduleError: a rate that is.
-    """
-
-    train_fraction: float
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    warmup_ratio: float
-    weight_decay: float
-    max_length: int
-    rate: float
-    device: str = "auto"
-    precision: str = "auto"
-    evaluate: str = "epoch"
-    residual_sites: bool = False
-
-    def __post_init__(self) -> None:
-        rules = {
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (0.0 < self.learning_rate < math.inf, "more than 0"),
-            "warmup_ratio": (0.0 <= self.warmup_ratio < 1.0, "at least 0 and less than 1"),
-            "weight_decay": (0.0 <= self.weight_decay < math.inf, "at least 0"),
-            "max_length": (self.max_length >= 4, "at least 4 tokens"),
-            "device": (self.device in ("auto", "cpu"), "'auto' or 'cpu'"),
-            "precision": (self.precision in PRECISIONS, " or ".join(map(repr, PRECISIONS))),
-            "evaluate": (self.evaluate in EVALUATE, " or ".join(map(repr, EVALUATE))),
-        }
-        check_rate("the plain arms", self.rate)
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                raise GuidedDropoutError(f"{name} is {getattr(self, name)}; expected {wanted}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +54,6 @@ class Training:
     collapsed: bool
     times: dict[str, float]
     device: str
-    precision: str
     more: dict[str, float | None] = field(default_factory=dict)
 
     @property
@@ -253,7 +209,6 @@ def train_classifier(
         collapsed=collapsed,
         times={"train": seconds - evaluation, "eval": evaluation + sum(m[f"{name}_runtime"] for name, m in further)},
         device=str(args.device),
-        precision="bfloat16" if args.bf16 else "float32",
         more={f"{key}_{name}": _finite(m[f"{name}_{key}"]) for name, m in further for key in task.metrics},
     )
 

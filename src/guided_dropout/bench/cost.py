@@ -44,7 +44,7 @@ def work_of_tasks(plan: Plan) -> dict[str, Work]:
     for name in plan.grid.tasks:
         given = bench.data(name, plan.data, split=plan.split)
         evaluated = sum(map(_characters, (given.validation, *given.more.values())))
-        sizes[name] = Work(_characters(given.train), evaluated, plan.training.epochs)
+        sizes[name] = Work(_characters(given.train), evaluated, plan.recipe.epochs)
     return sizes
 
 
@@ -107,19 +107,17 @@ def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
     Returns:
         Seconds, and the characters read, counted as `Work.of` does.
     """
-    bench, training = Workbench(plan.models[model].source), replace(plan.training, epochs=1)
+    bench, sites = Workbench(plan.models[model].source), plan.models[model].residual_sites
+    recipe = replace(plan.recipe, epochs=1, residual_sites=sites)
     given = bench.data(task, plan.data, split=plan.split)
-    some = given.train.take(range(min(len(given.train), training.batch_size * (_TRIAL_STEPS + 1))))
+    some = given.train.take(range(min(len(given.train), recipe.batch_size * (_TRIAL_STEPS + 1))))
     ends: list[float] = []
     run = finetune(
         bench,
         data=replace(given, train=some, validation=some.take([0]), more={}),
         arm="dropout",
-        device=plan.device,
-        residual_sites=plan.models[model].residual_sites,
-        evaluate="end",
         progress=lambda *_: ends.append(time.perf_counter()),
-        **asdict(training),
+        **asdict(recipe),
     )
     read = _TRAINING * _characters(some)
     # The first step warms up; where it is the only one, it counts.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,19 @@ from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.data.task_data import GLUE, parse_split
 from guided_dropout.data.tasks import get_task, subset
 from guided_dropout.errors import GuidedDropoutError
-from guided_dropout.finetune import cut_note, finetune, fitting_length
+from guided_dropout.finetune import cut_note, finetune, fitting_length, recipe_facts
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.fisher.processes import check_alone
 from guided_dropout.models import drawn_parameters, load_classifier, load_tokenizer
+from guided_dropout.recipe import Recipe
 from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
-from guided_dropout.training import ORDER, Recipe, precision_of
 from guided_dropout.workbench import Workbench
+
+# Of a recipe, what may differ between runs of an experiment, or between the machines that they are made on.
+_NOT_SHARED = ("train_fraction", "device", "residual_sites")
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,6 @@ class BenchModel:
 
 
 @dataclass(frozen=True)
-class Training:
-    """The recipe of all runs: what `finetune` takes, but for what the grid says."""
-
-    epochs: int = 3
-    batch_size: int = 16
-    learning_rate: float = 2e-5
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.0
-    max_length: int = 128
-    rate: float = 0.1
-    precision: str = "auto"
-
-
-@dataclass(frozen=True)
 class Plan:
     """An experiment, as plain data that a process can be sent.
 
@@ -88,8 +77,7 @@ class Plan:
         grid: which runs.
         models: by label.
         data: where labelled data are, as `finetune` takes it.
-        training: the recipe.
-        device: ``"auto"`` or ``"cpu"``.
+        recipe: how all runs are trained; the grid says on how much, and `models` with which sites.
         split: as `finetune` takes it.
 
     Raises:
@@ -99,8 +87,7 @@ class Plan:
     grid: Grid
     models: Mapping[str, BenchModel]
     data: str | None = None
-    training: Training = field(default_factory=Training)
-    device: str = "auto"
+    recipe: Recipe = field(default_factory=lambda: Recipe(evaluate="end"))
     split: str = "glue"
 
     @classmethod
@@ -144,12 +131,10 @@ class Plan:
         """
         check_alone()
         parse_split(self.split)
-        # Refuses numbers out of range.
-        self.recipe(1.0)
         models = {}
         for label, model in self.models.items():
             profile, schedule = model.known()
-            context = Context(rate=self.training.rate, schedule=schedule, profile=profile)
+            context = Context(rate=self.recipe.rate, schedule=schedule, profile=profile)
             for arm in self.grid.arms:
                 choose_arm(arm).check(context)
             models[label] = {
@@ -168,18 +153,13 @@ class Plan:
                 },
             }
         data = None if self.data is None else Path(os.path.abspath(self.data)).name
-        recipe = {**asdict(self.training), "data": data, "split": self.split, "evaluate": "end"}
-        return {"recipe": recipe, "models": models}
+        shared = {name: value for name, value in asdict(self.recipe).items() if name not in _NOT_SHARED}
+        return {"recipe": {**shared, "data": data, "split": self.split}, "models": models}
 
-    def recipe(self, fraction: float, residual_sites: bool = False) -> Recipe:
+    def recipe_of(self, key: RunKey) -> Recipe:
         """How a run is trained."""
-        return Recipe(
-            train_fraction=fraction,
-            device=self.device,
-            evaluate="end",
-            residual_sites=residual_sites,
-            **asdict(self.training),
-        )
+        sites = self.models[key.model].residual_sites
+        return replace(self.recipe, train_fraction=key.fraction, residual_sites=sites)
 
     def rehearse(self, told: Callable[[str], Any] = lambda note: None) -> None:
         """Put each arm on each model, and take it off again: what cannot be put on would fail in every run.
@@ -198,13 +178,12 @@ class Plan:
             for known in (profile, schedule if model.schedule is not None else None):
                 if known is not None and (note := known.weights_note(classifier)):
                     told(note)
-            length = self.training.max_length
-            if length != Training.max_length and (note := cut_note(length, load_tokenizer(model.source), classifier)):
+            length = self.recipe.max_length
+            if length != Recipe.max_length and (note := cut_note(length, load_tokenizer(model.source), classifier)):
                 told(note)
-            context = Context(
-                rate=self.training.rate, schedule=schedule, profile=profile, new=drawn_parameters(classifier)
-            )
-            group = {"params": [*classifier.parameters()], "lr": 0.0, "weight_decay": self.training.weight_decay}
+            new = drawn_parameters(classifier)
+            context = Context(rate=self.recipe.rate, schedule=schedule, profile=profile, new=new)
+            group = {"params": [*classifier.parameters()], "lr": 0.0, "weight_decay": self.recipe.weight_decay}
             made, apart = {}, []
             with added_sites(classifier, model.residual_sites):
                 for arm in map(choose_arm, self.grid.arms):
@@ -249,22 +228,11 @@ class Runner:
         """
         plan, bench, seed = self.plan, self._bench(key.model), Seeds.derive(key.seed).subset
         given = bench.data(key.task, plan.data, split=plan.split, seed=seed)
-        recipe = plan.recipe(key.fraction, plan.models[key.model].residual_sites)
         classifier = bench.classifier(given.task.num_labels, head_seed=0)
-        n_train = len(subset(given.train, key.fraction, seed))
-        return {
-            **asdict(recipe),
-            "max_length": fitting_length(recipe.max_length, bench.tokenizer, classifier),
-            "precision": precision_of(recipe),
-            "order": ORDER,
-            "n_train": n_train,
-            "n_eval": len(given.validation),
-            "train_data": given.train.source,
-            "eval_data": given.validation.source,
-            "split": given.split,
-            "labels": given.task.labels and list(given.task.labels),
-            "evaluation": given.validation.digest() if given.split == GLUE else None,
-        }
+        length = fitting_length(plan.recipe.max_length, bench.tokenizer, classifier)
+        recipe = replace(plan.recipe_of(key), max_length=length)
+        facts = recipe_facts(recipe, given, len(subset(given.train, key.fraction, seed)))
+        return {**facts, "evaluation": given.validation.digest() if given.split == GLUE else None}
 
     def run(self, key: RunKey) -> RunResult:
         """One run.
@@ -285,9 +253,5 @@ class Runner:
             profile=profile,
             schedule=schedule,
             seed=key.seed,
-            train_fraction=key.fraction,
-            device=self.plan.device,
-            residual_sites=model.residual_sites,
-            evaluate="end",
-            **asdict(self.plan.training),
+            **asdict(self.plan.recipe_of(key)),
         )

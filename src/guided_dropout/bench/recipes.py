@@ -18,7 +18,7 @@ _PAPER = ("dropout", "gaussian", "guided")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class NamedExperiment:
     """A whole experiment, but for the model.
 
     Attributes:
@@ -27,7 +27,7 @@ class Recipe:
         arms: labels.
         fractions: parts of the training data.
         seeds: how many.
-        training: what differs from `plan.Training`.
+        recipe: what differs from the usual `recipe.Recipe`.
         split: ``"glue"`` or ``"paper"``.
     """
 
@@ -36,35 +36,35 @@ class Recipe:
     arms: Sequence[str]
     fractions: Sequence[float]
     seeds: int
-    training: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
     split: str = "glue"
 
 
 RECIPES = {
-    "paper_table2": Recipe(
+    "paper_table2": NamedExperiment(
         "Table 2 of the paper: nine tasks, three arms, five restarts on pooled and re-split data",
         _ALL, _PAPER, (1.0,), 5, split="paper",
     ),
-    "paper_figure4": Recipe(
+    "paper_figure4": NamedExperiment(
         "Figure 4: four small tasks at 100 % to 10 % of the training data",
         _SMALL, _PAPER, tuple(n / 10 for n in range(10, 0, -1)), 5, split="paper",
     ),
-    "paper_a5": Recipe(
+    "paper_a5": NamedExperiment(
         "Appendix A.5: thirty restarts of plain dropout on CoLA (BERT-large there)",
         ("cola",), ("dropout",), (1.0,), 30, {"batch_size": 8}, split="paper",
     ),
-    "lodha": Recipe(
+    "lodha": NamedExperiment(
         "surgical fine-tuning (Lodha et al. 2023) against guided dropout, at 100 % and 50 %",
         _SMALL, ("dropout", "surgical", "guided"), (1.0, 0.5), 5, split="paper",
     ),
-    "controls": Recipe(
+    "controls": NamedExperiment(
         "does guidance help, or less dropout? All controls and rivals, 20 paired seeds, little and much data",
         _SMALL, tuple(ARMS), (1.0, 0.25, 0.1), 20, {"weight_decay": 0.01},  # BERT's own; `guided-decay` spreads it
     ),
 }  # fmt: skip
 
 
-def get_recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> NamedExperiment:
     """The recipe of that name in `RECIPES`.
 
     Raises:

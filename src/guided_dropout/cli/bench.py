@@ -11,13 +11,14 @@ import typer
 from guided_dropout.cli.console import console, duration, errors, progress_bar
 from guided_dropout.cli.options import ResidualSites
 from guided_dropout.errors import GuidedDropoutError
+from guided_dropout.recipe import Recipe
 
 if TYPE_CHECKING:
     from guided_dropout.bench.cost import Clock
     from guided_dropout.bench.folder import Experiment
     from guided_dropout.bench.grid import RunKey
     from guided_dropout.bench.plan import Plan
-    from guided_dropout.bench.recipes import Recipe
+    from guided_dropout.bench.recipes import NamedExperiment
 
 bench_app = typer.Typer(
     help="Does guidance help, where, by how much, and how sure are we?",
@@ -67,15 +68,24 @@ def run(
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(help="Runs side by side, each in a process with a model of its own.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training data. \\[default: 3]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per step. \\[default: 16]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. \\[default: 2e-5]")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens at which an example is cut. \\[default: 128]")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Rate of plain dropout (guided rates: --schedule). \\[default: 0.1]")
+    epochs: Annotated[
+        int | None, typer.Option(help=f"Passes over the training data. \\[default: {Recipe.epochs}]")
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay. \\[default: 0]")] = None,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(help=f"Examples per step. \\[default: {Recipe.batch_size}]")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help=f"Peak learning rate. \\[default: {Recipe.learning_rate:g}]")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help=f"Tokens at which an example is cut. \\[default: {Recipe.max_length}]")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help=f"Rate of plain dropout (guided rates: --schedule). \\[default: {Recipe.rate:g}]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help=f"AdamW's weight decay. \\[default: {Recipe.weight_decay:g}]")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = Recipe.device,
     residual_sites: ResidualSites = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Make runs that failed once more.")] = False,
@@ -227,23 +237,23 @@ def _recipe(
     seeds: int | None,
     split: str | None,
     training: dict[str, Any],
-) -> Recipe:
+) -> NamedExperiment:
     from dataclasses import replace
 
-    from guided_dropout.bench.recipes import Recipe, get_recipe
+    from guided_dropout.bench.recipes import NamedExperiment, get_recipe
 
-    own = Recipe("", tasks, arms or ("dropout", "guided", "uniform"), fractions or (1.0,), 5)
+    own = NamedExperiment("", tasks, arms or ("dropout", "guided", "uniform"), fractions or (1.0,), 5)
     base = get_recipe(name) if name else own
     if not tasks and not name:
         raise GuidedDropoutError("found no --tasks and no --recipe; expected one of them: name a task")
     given = {k: v for k, v in training.items() if v is not None}
     changes: dict[str, Any] = {"tasks": tasks, "arms": arms, "fractions": fractions, "seeds": seeds, "split": split}
     changes = {k: v for k, v in changes.items() if v or v == 0}
-    return replace(base, **changes, training={**base.training, **given})
+    return replace(base, **changes, recipe={**base.recipe, **given})
 
 
 def _plan(
-    recipe: Recipe,
+    chosen: NamedExperiment,
     models: Sequence[str],
     profiles: Sequence[str],
     schedules: Sequence[Path],
@@ -251,7 +261,7 @@ def _plan(
     device: str,
     residual_sites: bool,
 ) -> Plan:
-    from guided_dropout.bench.plan import BenchModel, Plan, Training
+    from guided_dropout.bench.plan import BenchModel, Plan
 
     for option, values in (("profile", profiles), ("schedule", schedules)):
         if values and len(values) != len(models):
@@ -263,10 +273,10 @@ def _plan(
         BenchModel(m, profiles[i] if profiles else None, str(schedules[i]) if schedules else None, residual_sites)
         for i, m in enumerate(models)
     ]
-    training = Training(**recipe.training)
+    recipe = Recipe(device=device, evaluate="end", **chosen.recipe)
     return Plan.of(
-        known, recipe.tasks, recipe.arms, recipe.fractions, range(recipe.seeds), data=data, training=training,
-        device=device, split=recipe.split,
+        known, chosen.tasks, chosen.arms, chosen.fractions, range(chosen.seeds), data=data, recipe=recipe,
+        split=chosen.split,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from guided_dropout.cli.console import console, progress_bar
 from guided_dropout.cli.options import ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.recipe import Recipe
 
 
 class ArmsInHelp(TyperCommand):
@@ -84,20 +85,27 @@ def finetune(
         Path | None, typer.Option(help="Profile folder, for arms that go by Fisher; refused by others.")
     ] = None,
     seed: Seed = 0,
-    train_fraction: Annotated[float, typer.Option(help="Share of the training data to use.")] = 1.0,
-    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 16,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
+    train_fraction: Annotated[float, typer.Option(help="Share of the training data to use.")] = Recipe.train_fraction,
+    epochs: Annotated[int, typer.Option(help="Passes over the training data.")] = Recipe.epochs,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = Recipe.batch_size,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = Recipe.learning_rate,
     max_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens at which an example is cut, or the model's limit where that is less.", show_default="128"
+            help="Tokens at which an example is cut, or the model's limit where that is less.",
+            show_default=str(Recipe.max_length),
         ),
     ] = None,
-    rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = "epoch",
-    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = "auto",
+    rate: Annotated[float, typer.Option(help="Rate of plain dropout, in arms that do not set it themselves.")] = (
+        Recipe.rate
+    ),
+    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = Recipe.weight_decay,
+    evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = (
+        Recipe.evaluate
+    ),
+    precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = (
+        Recipe.precision
+    ),
     residual_sites: ResidualSites = False,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
