@@ -29,6 +29,7 @@ from guided_dropout.bench.plan import BenchModel, Plan, Runner
 from guided_dropout.bench.recipes import RECIPES
 from guided_dropout.bench.run import check_joining, run_experiment
 from guided_dropout.cli import app as cli
+from guided_dropout.data.task_data import DataSource
 from guided_dropout.errors import ArtefactError, GuidedDropoutError, ScheduleError
 from guided_dropout.finetune import finetune
 from guided_dropout.models import load_lm
@@ -57,7 +58,11 @@ def folder(tmp_path_factory):
 def plan_of(folder, **changes):
     axes = {"tasks": ["cola"], "arms": ["dropout", "guided"], "fractions": [1.0, 0.5], "seeds": range(2)} | changes
     model = BenchModel(str(folder / "model"), str(folder / "profile"))
-    return Plan.of([model], **axes, data=str(folder / "glue"), recipe=RECIPE)
+    return Plan.of([model], **axes, source=DataSource(str(folder / "glue")), recipe=RECIPE)
+
+
+def split_by(plan, split):
+    return replace(plan, source=replace(plan.source, split=split))
 
 
 @pytest.fixture(scope="module")
@@ -216,12 +221,12 @@ def test_a_run_is_never_taken_for_another_whose_file_has_its_name(tmp_path, fini
 
 
 def test_data_have_one_name_however_their_path_is_spelled(folder, monkeypatch):
-    facts = replace(plan_of(folder), data=str(folder / "glue")).check()
+    facts = replace(plan_of(folder), source=DataSource(str(folder / "glue"))).check()
     assert facts["recipe"]["data"] == "glue"
     monkeypatch.chdir(folder / "glue" / "CoLA")
-    assert replace(plan_of(folder), data="..").check() == facts
+    assert replace(plan_of(folder), source=DataSource("..")).check() == facts
     monkeypatch.chdir(folder / "glue")
-    assert replace(plan_of(folder), data=".").check() == facts
+    assert replace(plan_of(folder), source=DataSource(".")).check() == facts
 
 
 @pytest.mark.parametrize("source", [".", "..", ".hidden"])
@@ -682,7 +687,7 @@ def changed_recipe(experiment, **changes):
 
 @pytest.mark.parametrize("split", ["glue", "paper", "holdout:0.25"])
 def test_what_is_foretold_of_a_run_is_what_it_says(folder, split):
-    plan, key = replace(plan_of(folder), split=split), RunKey("model", "cola", 0.5, "dropout", 1)
+    plan, key = split_by(plan_of(folder), split), RunKey("model", "cola", 0.5, "dropout", 1)
     facts = shared_facts(Runner(plan).run(key))
     assert Runner(plan).foretell(key) == facts
 
@@ -720,7 +725,7 @@ def test_other_examples_of_the_same_name_are_refused(folder, begun, in_process, 
 
 
 def test_new_seeds_of_a_split_that_deals_each_its_own_may_join(folder):
-    plan = replace(plan_of(folder, arms=["dropout"], fractions=[0.5]), split="holdout:0.25")
+    plan = split_by(plan_of(folder, arms=["dropout"], fractions=[0.5]), "holdout:0.25")
     experiment = Experiment.start(folder / "dealt", plan.check())
     first, second = plan.grid
     experiment.write(Run(first, result=Runner(plan).run(first)))

@@ -7,6 +7,7 @@ from guided_dropout.bench import cost
 from guided_dropout.bench.cost import Clock, Work, trial
 from guided_dropout.bench.grid import RunKey
 from guided_dropout.bench.plan import BenchModel, Plan
+from guided_dropout.data.task_data import DataSource
 from guided_dropout.finetune import finetune
 from guided_dropout.recipe import Recipe
 
@@ -48,7 +49,7 @@ def test_a_trial_trains_a_few_steps_and_counts_what_they_read(tmp_path, monkeypa
         (tmp_path / "CoLA" / f"{name}.tsv").write_text("".join(lines))
     model = BenchModel(str(save_tiny_bert(tmp_path / "bert")))
     recipe = Recipe(batch_size=16, epochs=7)
-    plan = Plan.of([model], ["cola"], ["dropout"], [1.0], [0], data=str(tmp_path), recipe=recipe)
+    plan = Plan.of([model], ["cola"], ["dropout"], [1.0], [0], source=DataSource(str(tmp_path)), recipe=recipe)
     trained = []
 
     def watched(*args, **options):

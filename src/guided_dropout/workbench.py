@@ -40,7 +40,9 @@ class Workbench:
         """The pretrained model with a new head: a fresh copy each time; see `models.load_classifier`."""
         return load_classifier(self.model, num_labels, head_seed=head_seed)
 
-    def data(self, task: Task | str | None, data: Any, *, split: str = GLUE, seed: int = 0, **options: Any) -> TaskData:
+    def data(
+        self, task: Task | str | None, data: Any = None, *, split: str = GLUE, seed: int = 0, **options: Any
+    ) -> TaskData:
         """What `task_data.load_data` gives; files and hub data sets are read once."""
         if isinstance(data, (tuple, TaskData)):
             return load_data(task, data, split=split, seed=seed, **options)

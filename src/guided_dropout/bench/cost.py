@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from guided_dropout.bench.folder import Run
 from guided_dropout.bench.grid import RunKey
@@ -37,12 +38,22 @@ class Work:
         return _TRAINING * self.epochs * fraction * self.train + self.evaluation
 
 
-def work_of_tasks(plan: Plan) -> dict[str, Work]:
-    """For each task what its runs read."""
+def work_of_tasks(plan: Plan, told: Callable[[str], Any] = lambda note: None) -> dict[str, Work]:
+    """For each task what its runs read.
+
+    Args:
+        plan: of the runs.
+        told: called with each sentence that a person should know of the data.
+
+    Raises:
+        GuidedDropoutError: the data of a task cannot be read.
+    """
     bench = Workbench(next(iter(plan.models.values())).source)
     sizes = {}
     for name in plan.grid.tasks:
-        given = bench.data(name, plan.data, split=plan.split)
+        given = bench.data(name, **asdict(plan.source))
+        for note in given.notes:
+            told(note)
         evaluated = sum(map(_characters, (given.validation, *given.more.values())))
         sizes[name] = Work(_characters(given.train), evaluated, plan.recipe.epochs)
     return sizes
@@ -109,7 +120,7 @@ def trial(plan: Plan, model: str, task: str) -> tuple[float, float]:
     """
     bench, sites = Workbench(plan.models[model].source), plan.models[model].residual_sites
     recipe = replace(plan.recipe, epochs=1, residual_sites=sites)
-    given = bench.data(task, plan.data, split=plan.split)
+    given = bench.data(task, **asdict(plan.source))
     some = given.train.take(range(min(len(given.train), recipe.batch_size * (_TRIAL_STEPS + 1))))
     ends: list[float] = []
     run = finetune(

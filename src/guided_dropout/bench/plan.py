@@ -11,8 +11,8 @@ from typing import Any
 from guided_dropout.arms import choose_arm
 from guided_dropout.bench import controls
 from guided_dropout.bench.grid import Grid, RunKey
-from guided_dropout.data.task_data import GLUE, parse_split
-from guided_dropout.data.tasks import get_task, subset
+from guided_dropout.data.task_data import GLUE, DataSource, parse_split
+from guided_dropout.data.tasks import subset
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.finetune import cut_note, finetune, fitting_length, recipe_facts
 from guided_dropout.fisher import FisherProfile
@@ -76,9 +76,8 @@ class Plan:
     Attributes:
         grid: which runs.
         models: by label.
-        data: where labelled data are, as `finetune` takes it.
+        source: the labelled data of all tasks.
         recipe: how all runs are trained; the grid says on how much, and `models` with which sites.
-        split: as `finetune` takes it.
 
     Raises:
         GuidedDropoutError: two models of the same label.
@@ -86,9 +85,8 @@ class Plan:
 
     grid: Grid
     models: Mapping[str, BenchModel]
-    data: str | None = None
+    source: DataSource = field(default_factory=DataSource)
     recipe: Recipe = field(default_factory=lambda: Recipe(evaluate="end"))
-    split: str = "glue"
 
     @classmethod
     def of(
@@ -98,13 +96,21 @@ class Plan:
         arms: Sequence[str],
         fractions: Sequence[float],
         seeds: Sequence[int],
+        source: DataSource | None = None,
         **options: Any,
     ) -> Plan:
         """A plan of all combinations; names are checked, arms get their labels.
 
         Raises:
-            GuidedDropoutError: an unknown task or arm, an empty axis, or two models of the same label.
+            GuidedDropoutError: an unknown task or arm, an empty axis, two models of the same label, or several tasks
+                with the files of one.
         """
+        source = source or DataSource()
+        if source.is_one_task and len(tasks) > 1:
+            raise GuidedDropoutError(
+                f"found {len(tasks)} tasks ({', '.join(tasks)}) with the files --data {source.data}; expected one name "
+                "for them: give each its own --out"
+            )
         by_label: dict[str, BenchModel] = {}
         for model in models:
             if model.label in by_label:
@@ -113,9 +119,9 @@ class Plan:
                     "names by which results can be told apart: rename a folder"
                 )
             by_label[model.label] = model
-        names = [get_task(task).name for task in tasks]
+        names = [source.task_name(task) for task in tasks]
         labels = [choose_arm(arm).label for arm in arms]
-        return cls(Grid(list(by_label), names, labels, list(fractions), list(seeds)), by_label, **options)
+        return cls(Grid(list(by_label), names, labels, list(fractions), list(seeds)), by_label, source, **options)
 
     def check(self) -> dict[str, Any]:
         """Make sure that each arm has what it needs, and say what all runs share.
@@ -130,7 +136,7 @@ class Plan:
             ProcessError: a launcher started several processes.
         """
         check_alone()
-        parse_split(self.split)
+        parse_split(self.source.split)
         models = {}
         for label, model in self.models.items():
             profile, schedule = model.known()
@@ -152,9 +158,8 @@ class Plan:
                     "rates": dict(schedule.rates),
                 },
             }
-        data = None if self.data is None else Path(os.path.abspath(self.data)).name
         shared = {name: value for name, value in asdict(self.recipe).items() if name not in _NOT_SHARED}
-        return {"recipe": {**shared, "data": data, "split": self.split}, "models": models}
+        return {"recipe": {**shared, **_facts(self.source)}, "models": models}
 
     def recipe_of(self, key: RunKey) -> Recipe:
         """How a run is trained."""
@@ -203,6 +208,13 @@ class Plan:
                 arm.check_apart(rates, context)
 
 
+def _facts(source: DataSource) -> dict[str, Any]:
+    """What runs must have in common of their data; files and folders by name, wherever they lie."""
+    places = {name: getattr(source, name) for name in ("data", "eval_data")}
+    names = {name: None if at is None else Path(os.path.abspath(at)).name for name, at in places.items()}
+    return {"data": None, "split": source.split} | {n: v for n, v in (asdict(source) | names).items() if v}
+
+
 class Runner:
     """Makes the runs of a plan, one after the other, keeping what they share.
 
@@ -227,7 +239,7 @@ class Runner:
             GuidedDropoutError: the model or the data cannot be loaded.
         """
         plan, bench, seed = self.plan, self._bench(key.model), Seeds.derive(key.seed).subset
-        given = bench.data(key.task, plan.data, split=plan.split, seed=seed)
+        given = bench.data(key.task, seed=seed, **asdict(plan.source))
         classifier = bench.classifier(given.task.num_labels, head_seed=0)
         length = fitting_length(plan.recipe.max_length, bench.tokenizer, classifier)
         recipe = replace(plan.recipe_of(key), max_length=length)
@@ -247,11 +259,10 @@ class Runner:
         return finetune(
             bench,
             key.task,
-            data=self.plan.data,
-            split=self.plan.split,
             arm=key.arm,
             profile=profile,
             schedule=schedule,
             seed=key.seed,
+            **asdict(self.plan.source),
             **asdict(self.plan.recipe_of(key)),
         )

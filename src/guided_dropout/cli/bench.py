@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from guided_dropout.cli.console import console, duration, errors, progress_bar
-from guided_dropout.cli.options import ResidualSites
+from guided_dropout.cli.options import ColumnNames, EvalData, HubSplits, Metrics, ResidualSites
 from guided_dropout.errors import GuidedDropoutError
 from guided_dropout.recipe import Recipe
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from guided_dropout.bench.grid import RunKey
     from guided_dropout.bench.plan import Plan
     from guided_dropout.bench.recipes import NamedExperiment
+    from guided_dropout.data.task_data import DataSource
 
 bench_app = typer.Typer(
     help="Does guidance help, where, by how much, and how sure are we?",
@@ -33,7 +35,13 @@ _LIST = "Several: with commas between them, or the option several times."
 def run(
     models: Annotated[list[str], typer.Option(help=f"'demo', folders or hub names. {_LIST}")],
     out: Annotated[Path, typer.Option(help="Folder of the experiment; what is there already is not run again.")],
-    tasks: Annotated[list[str] | None, typer.Option(help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte, wnli; or OWNER/NAME[:CONFIG], data sets of the hub; "
+            "or, with --data FILE, one name for it. \\[default: the file's]"
+        ),
+    ] = None,
     arms: Annotated[
         list[str] | None, typer.Option(help="As in `finetune --arm`. \\[default: dropout, guided, uniform]")
     ] = None,
@@ -48,7 +56,17 @@ def run(
             "Options given beside it come before it."
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="GLUE folder, or a data set like the hub's nyu-mll/glue.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="GLUE folder, or a data set like the hub's nyu-mll/glue; or a file of your own to train on: .csv, "
+            ".tsv, .jsonl or .parquet, or a pattern such as 'part-*.csv'."
+        ),
+    ] = None,
+    eval_data: EvalData = None,
+    columns: ColumnNames = None,
+    metrics: Metrics = "",
+    hub_splits: HubSplits = "",
     split: Annotated[
         str | None,
         typer.Option(
@@ -85,6 +103,14 @@ def run(
     weight_decay: Annotated[
         float | None, typer.Option(help=f"AdamW's weight decay. \\[default: {Recipe.weight_decay:g}]")
     ] = None,
+    warmup_ratio: Annotated[
+        float | None,
+        typer.Option(help=f"Share of the steps until the peak. \\[default: {Recipe.warmup_ratio:g}]"),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it. \\[default: auto]"),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto or cpu.")] = Recipe.device,
     residual_sites: ResidualSites = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost, and run nothing.")] = False,
@@ -93,6 +119,7 @@ def run(
     """Fine-tune every combination, as far as it is not there yet; kill it and start it again as you like."""
     from guided_dropout.bench.folder import EXPERIMENT, Experiment, check_folder
     from guided_dropout.bench.run import check_joining, run_experiment
+    from guided_dropout.data.task_data import DataSource
 
     if jobs < 1:
         raise GuidedDropoutError(f"found --jobs {jobs}; expected at least 1")
@@ -103,9 +130,14 @@ def run(
         "max_length": max_length,
         "rate": rate,
         "weight_decay": weight_decay,
+        "warmup_ratio": warmup_ratio,
+        "precision": precision,
     }
-    chosen = _recipe(recipe, _parts(tasks), _arms(arms), _numbers("fractions", fractions), seeds, split, given)
-    plan = _plan(chosen, _parts(models), profile or [], schedule or [], data, device, residual_sites)
+    source = DataSource(data, eval_data, columns, metrics, hub_splits)
+    names = _parts(tasks) or ([Path(data).name] if data and source.is_one_task else [])
+    chosen = _recipe(recipe, names, _arms(arms), _numbers("fractions", fractions), seeds, split, given)
+    source = replace(source, split=chosen.split)
+    plan = _plan(chosen, _parts(models), profile or [], schedule or [], source, device, residual_sites)
     facts = plan.check()
     keys = list(plan.grid)
     if not dry_run:
@@ -127,7 +159,7 @@ def run(
         return
     jobs = min(jobs, len(missing))
     # A mistake that each run would make is found here, before anything is written.
-    plan.rehearse(lambda note: console.print(note, style="dim", highlight=False))
+    plan.rehearse(_told)
     if experiment is not None:
         check_joining(plan, experiment, missing)
     clock = _clock(plan, experiment)
@@ -238,14 +270,14 @@ def _recipe(
     split: str | None,
     training: dict[str, Any],
 ) -> NamedExperiment:
-    from dataclasses import replace
-
     from guided_dropout.bench.recipes import NamedExperiment, get_recipe
 
     own = NamedExperiment("", tasks, arms or ("dropout", "guided", "uniform"), fractions or (1.0,), 5)
     base = get_recipe(name) if name else own
     if not tasks and not name:
-        raise GuidedDropoutError("found no --tasks and no --recipe; expected one of them: name a task")
+        raise GuidedDropoutError(
+            "found no --tasks, no --recipe and no --data FILE; expected one of them: name a task, or a file of your own"
+        )
     given = {k: v for k, v in training.items() if v is not None}
     changes: dict[str, Any] = {"tasks": tasks, "arms": arms, "fractions": fractions, "seeds": seeds, "split": split}
     changes = {k: v for k, v in changes.items() if v or v == 0}
@@ -257,7 +289,7 @@ def _plan(
     models: Sequence[str],
     profiles: Sequence[str],
     schedules: Sequence[Path],
-    data: str | None,
+    source: DataSource,
     device: str,
     residual_sites: bool,
 ) -> Plan:
@@ -275,8 +307,7 @@ def _plan(
     ]
     recipe = Recipe(device=device, evaluate="end", **chosen.recipe)
     return Plan.of(
-        known, chosen.tasks, chosen.arms, chosen.fractions, range(chosen.seeds), data=data, recipe=recipe,
-        split=chosen.split,
+        known, chosen.tasks, chosen.arms, chosen.fractions, range(chosen.seeds), source, recipe=recipe,
     )  # fmt: skip
 
 
@@ -288,7 +319,7 @@ def _clock(plan: Plan, experiment: Experiment | None) -> Clock:
         label: sum(p.numel() for p in load_classifier(m.source, 2, head_seed=0).parameters())
         for label, m in plan.models.items()
     }
-    clock = Clock(work_of_tasks(plan), sizes)
+    clock = Clock(work_of_tasks(plan, _told), sizes)
     if experiment is not None:
         clock.saw_runs(experiment.whole_runs())
     return clock
@@ -310,6 +341,10 @@ def _tell_cost(plan: Plan, clock: Clock, missing: Sequence[RunKey], jobs: int) -
 def _left(clock: Clock, keys: Sequence[RunKey], jobs: int) -> float | None:
     seconds = clock.seconds(keys)
     return None if seconds is None else seconds / max(1, min(jobs, len(keys)))
+
+
+def _told(note: str) -> None:
+    console.print(note, style="dim", highlight=False)
 
 
 def _parts(values: Sequence[str] | None) -> list[str]:

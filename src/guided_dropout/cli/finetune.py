@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from guided_dropout.cli.console import console, progress_bar
-from guided_dropout.cli.options import ColumnNames, Model, ResidualSites, Seed
+from guided_dropout.cli.options import ColumnNames, EvalData, HubSplits, Metrics, Model, ResidualSites, Seed
 from guided_dropout.recipe import Recipe
 
 
@@ -45,9 +45,7 @@ def finetune(
             ".tsv, .jsonl or .parquet, or a pattern such as 'part-*.csv'."
         ),
     ] = None,
-    eval_data: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Beside a --data file: one to evaluate on.")
-    ] = None,
+    eval_data: EvalData = None,
     columns: ColumnNames = None,
     split: Annotated[
         str,
@@ -57,21 +55,8 @@ def finetune(
             "training data pooled, then dealt 80:20 by the seed. holdout:0.2: on that share of the training data.",
         ),
     ] = "glue",
-    metrics: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            help="accuracy, f1, matthews_correlation; pearson, spearman. The first stands for the run. Without it, the "
-            "task's: accuracy for classes, pearson for a regression.",
-        ),
-    ] = "",
-    hub_splits: Annotated[
-        str,
-        typer.Option(
-            metavar="TRAIN,EVALUATION",
-            help="Splits of a hub data set; more to evaluate may follow. Without it, train and validation, or test.",
-        ),
-    ] = "",
+    metrics: Metrics = "",
+    hub_splits: HubSplits = "",
     arm: Annotated[
         str, typer.Option(help="One of the arms below, with parameters if need be: mixout:p=0.9.")
     ] = "guided",
@@ -100,12 +85,14 @@ def finetune(
         Recipe.rate
     ),
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = Recipe.weight_decay,
+    warmup_ratio: Annotated[float, typer.Option(help="Share of the steps until the peak.")] = Recipe.warmup_ratio,
     evaluate: Annotated[str, typer.Option(help="After each epoch, or at the end alone: epoch or end.")] = (
         Recipe.evaluate
     ),
     precision: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = (
         Recipe.precision
     ),
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = Recipe.device,
     residual_sites: ResidualSites = False,
 ) -> None:
     """Fine-tune on one task under one arm; runs with the same seed differ in the arm only."""
@@ -152,8 +139,10 @@ def finetune(
             max_length=max_length,
             rate=rate,
             weight_decay=weight_decay,
+            warmup_ratio=warmup_ratio,
             evaluate=evaluate,
             precision=precision,
+            device=device,
             residual_sites=residual_sites,
             out=out,
             told=told,

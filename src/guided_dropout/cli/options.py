@@ -27,6 +27,22 @@ ColumnNames = Annotated[
         "regression. Without it, text and label.",
     ),
 ]
+EvalData = Annotated[str | None, typer.Option(metavar="FILE", help="Beside a --data file: one to evaluate on.")]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="accuracy, f1, matthews_correlation; pearson, spearman. The first stands for the run. Without it, the "
+        "task's: accuracy for classes, pearson for a regression.",
+    ),
+]
+HubSplits = Annotated[
+    str,
+    typer.Option(
+        metavar="TRAIN,EVALUATION",
+        help="Splits of a hub data set; more to evaluate may follow. Without it, train and validation, or test.",
+    ),
+]
 MaxCharacters = Annotated[
     int | None, typer.Option(help="Read no more of the text. Without it, 200 million to draw samples from.")
 ]

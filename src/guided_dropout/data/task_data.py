@@ -12,12 +12,37 @@ from guided_dropout.data.columns import Columns, class_reader, find_classes, mis
 from guided_dropout.data.examples import Examples, hold_out, label_reader, pool, to_examples
 from guided_dropout.data.hub_tables import hub_split_names, read_hub_table
 from guided_dropout.data.tables import KINDS, Table, read_table, table_files, table_kind
-from guided_dropout.data.tasks import TASKS, Task, load_task
+from guided_dropout.data.tasks import TASKS, Task, get_task, load_task
 from guided_dropout.errors import DataError, unknown
 
 GLUE, PAPER, HOLDOUT = "glue", "paper", "holdout"
 _PAPER_SHARE = 0.2
 _PLAIN = Columns(("text",), "label")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where labelled data are and how they are read and split, as plain data: what `load_data` takes beside a task."""
+
+    data: str | None = None
+    eval_data: str | None = None
+    columns: str | None = None
+    metrics: str = ""
+    hub_splits: str = ""
+    split: str = GLUE
+
+    @property
+    def is_one_task(self) -> bool:
+        """Whether the data are files of one's own, which are one task, with any name."""
+        return self.data is not None and bool(table_kind(self.data))
+
+    def task_name(self, task: str) -> str:
+        """The name of a task with these data.
+
+        Raises:
+            DataError: there is none such.
+        """
+        return task if self.is_one_task or "/" in task else get_task(task).name
 
 
 @dataclass(frozen=True)
