@@ -235,6 +235,26 @@ def test_the_mean_over_tasks_pairs_seeds_that_are_whole():
     assert analyse(runs({"dropout": 0.6, "guided": 0.62})).overall == ()
 
 
+def test_a_seed_that_no_task_has_both_of_is_left_out_of_their_mean_too():
+    held = runs({"dropout": 0.6, "guided": 0.62}, tasks=("cola", "rte"))
+    a = analyse([r for r in held if (r.key.arm, r.key.seed) != ("guided", 3)])
+    assert [comparison(a, "dropout", task).pair.left_out for task in ("cola", "rte", None)] == [1, 1, 1]
+
+
+def test_means_over_tasks_that_differ_by_rounding_alone_are_ties():
+    """One example more on a task and one less on another of its size."""
+    rights = np.random.default_rng(0).integers(100, 270, size=(20, 2))
+    held = []
+    for seed, (cola, rte) in enumerate(rights.tolist()):
+        for arm, more in (("dropout", 0), ("guided", 1)):
+            for task, right in (("mrpc", cola + more), ("rte", rte - more)):
+                key = RunKey("demo", task, 1.0, arm, seed)
+                held.append(Run(key, made(key, right / 277)))
+    overall = comparison(analyse(held), "dropout", None).pair
+    assert overall.better == overall.statistics.improved == 0.5
+    assert overall.statistics.wilcoxon_p is None
+
+
 def test_lost_runs_reach_the_mean_over_tasks():
     held = runs({"dropout": 0.6, "guided": 0.62}, tasks=("cola", "rte"))
     lost = [

@@ -23,6 +23,7 @@ from tiny import WORDS, save_tiny_bert
 from guided_dropout.arms import ARMS
 from guided_dropout.artefacts import read_json, write_json
 from guided_dropout.bench import run as bench_run
+from guided_dropout.bench.controls import name_of
 from guided_dropout.bench.folder import Experiment, Failure, Run, shared_facts
 from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.bench.plan import BenchModel, Plan, Runner
@@ -399,7 +400,8 @@ def test_recipes_name_what_exists(folder):
         Recipe(**recipe.recipe)
     assert len(RECIPES["paper_table2"].tasks) == 9
     assert RECIPES["controls"].seeds >= 20
-    assert {*RECIPES["controls"].arms} == {*ARMS}
+    assert {name_of(arm) for arm in RECIPES["controls"].arms} == {*ARMS}
+    assert [arm for arm in RECIPES["controls"].arms if ":" in arm] == ["shuffled:seed=1", "shuffled:seed=2"]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -25,9 +25,9 @@ def double_classifier() -> nn.Module:
     return classifier_of("bert").double().train()
 
 
-def random_profile(model: nn.Module) -> FisherProfile:
+def random_profile(model: nn.Module, seed: int = 1) -> FisherProfile:
     """A different value for each parameter."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     diagonal = {n: torch.rand(p.shape, generator=generator) for n, p in model.named_parameters()}
     means = {n: f.double().mean().item() for n, f in diagonal.items()}
     return replace(profile_of(model), diagonal=diagonal, tensor_means=means)

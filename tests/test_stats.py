@@ -9,11 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guided_dropout.errors import DataError
-from guided_dropout.stats import holm, paired_comparison, probability_of_improvement, summarise, verdict
+from guided_dropout.stats import holm, paired_comparison, probability_of_improvement, share_better, summarise, verdict
 
 # Student (1908), "The probable error of a mean": hours of sleep gained by ten patients under two drugs.
 SLEEP_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
 SLEEP_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95])
+def test_a_confidence_that_is_none_is_refused(confidence):
+    for found in (lambda: summarise(SLEEP_1, confidence=confidence),
+                  lambda: paired_comparison(SLEEP_1, SLEEP_2, confidence=confidence)):  # fmt: skip
+        with pytest.raises(DataError, match=f"found confidence {confidence}; expected a number between 0 and 1"):
+            found()
+
+
+def test_what_differs_by_rounding_alone_is_a_tie_and_what_has_no_metric_is_worst():
+    pairs = [(0.1 + 0.2, 0.3), (-np.inf, -np.inf), (-np.inf, 0.0), (0.3 + 1e-9, 0.3)]
+    assert share_better(pairs) == (0.5 + 0.5 + 0 + 1) / 4
+    assert paired_comparison([0.1 + 0.2] * 3, [0.3] * 3).improved == 0.5
 
 
 def test_students_sleep_data_as_published():

@@ -22,7 +22,8 @@ exponential, BCa              .672   .800    .882    .914    .924
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,9 @@ _Array = npt.NDArray[np.float64]
 HELPS, HURTS, UNDECIDED = "helps", "hurts", "undecided at this n"
 _POWER = 0.8
 _BOOTSTRAP_RESAMPLES = 9999
+# Metrics that differ by the same number of examples do so up to rounding only.
+_DIGITS = 12
+_ROUNDING = 0.5 * 10.0**-_DIGITS
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,10 @@ def summarise(values: Sequence[float], *, confidence: float = 0.95) -> ArmSummar
     """Mean, median, quartiles and t interval of one arm's runs.
 
     Raises:
-        DataError: no values, or one that is not finite.
+        DataError: no values, or one that is not finite; a confidence out of range.
     """
     x = _finite(values, "values")
+    _check_confidence(confidence)
     q1, median, q3 = np.percentile(x, [25, 50, 75])
     interval = None if len(x) < 3 or _constant(x) else _t_interval(x, confidence)
     return ArmSummary(len(x), float(x.mean()), float(median), (float(q1), float(q3)), float(x.max()), interval)
@@ -135,8 +140,7 @@ def paired_comparison(
         raise DataError(
             f"found {len(x)} and {len(y)} values; expected one pair per seed: drop the seeds that lack a run"
         )
-    if not 0 < confidence < 1:
-        raise DataError(f"found confidence {confidence}; expected a number between 0 and 1, for instance 0.95")
+    _check_confidence(confidence)
     d = x - y
     spread = len(d) >= 3 and not _constant(d)
     q1, median, q3 = np.percentile(d, [25, 50, 75])
@@ -150,10 +154,15 @@ def paired_comparison(
         bca_interval=_bca_interval(d, confidence, seed) if spread else None,
         t_p=_t_p(d) if spread else None,
         wilcoxon_p=_signed_rank_p(d),
-        improved=float((d > 0).mean() + (d == 0).mean() / 2),
+        improved=share_better(zip(x, y, strict=True)),
         detectable=_detectable(d, 1 - confidence) if spread else None,
         notes=_notes(d),
     )
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise DataError(f"found confidence {confidence}; expected a number between 0 and 1, for instance 0.95")
 
 
 def verdict(comparison: PairedComparison, *, margin: float | None = None) -> str:
@@ -179,6 +188,16 @@ def verdict(comparison: PairedComparison, *, margin: float | None = None) -> str
     if margin is not None and -margin <= low and high <= margin:
         return f"no difference within ±{margin:g}"
     return UNDECIDED
+
+
+def share_better(pairs: Iterable[tuple[float, float]]) -> float:
+    """Share of the pairs in which the first is larger, ties counted half; what differs by rounding alone is a tie.
+
+    Args:
+        pairs: metrics, at least one pair; ``-inf`` stands for none.
+    """
+    scores = [0.5 if math.isclose(x, y, rel_tol=0.0, abs_tol=_ROUNDING) else float(x > y) for x, y in pairs]
+    return sum(scores) / len(scores)
 
 
 def probability_of_improvement(a: Sequence[float], b: Sequence[float]) -> float:
@@ -263,7 +282,7 @@ def _signed_rank_p(d: _Array) -> float | None:
     scipy gives the same, but where differences are tied it enumerates the signs, which takes a third of a second for
     ten pairs, and approximates from 14 pairs on. Metrics of few examples are tied as a rule.
     """
-    d = np.round(d, 12)  # what differs by the same number of examples does so up to rounding only
+    d = np.round(d, _DIGITS)
     d = d[d != 0]
     if not len(d):
         return None
@@ -297,7 +316,7 @@ def _notes(d: _Array) -> tuple[str, ...]:
     notes = []
     if _constant(d):
         notes.append("All differences are equal, so there is no spread to make an interval from.")
-    if (different := int((np.round(d, 12) != 0).sum())) < 6:
+    if (different := int((np.round(d, _DIGITS) != 0).sum())) < 6:
         of_them = "" if different == n else f", {different} of which differ,"
         notes.append(f"With {n} pairs{of_them} the signed-rank test cannot give p < 0.05.")
     if n < 10:

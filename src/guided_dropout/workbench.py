@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_dropout.data.encoding import Encoded, TokenCache, encode
-from guided_dropout.data.task_data import GLUE, PAPER, TaskData, load_data
+from guided_dropout.data.task_data import GLUE, HOLDOUT, TaskData, load_data, load_training_data, parse_split
 from guided_dropout.data.tasks import Examples, Task
 from guided_dropout.models import load_classifier, load_tokenizer
 
@@ -34,6 +34,7 @@ class Workbench:
         self.model = model
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
         self._data: dict[str, TaskData] = {}
+        self._training: dict[str, tuple[Task, Examples, tuple[str, ...]]] = {}  # of which a part is held out
         self._tokens: dict[int, TokenCache] = {}
 
     def classifier(self, num_labels: int, *, head_seed: int) -> PreTrainedModel:
@@ -46,13 +47,20 @@ class Workbench:
         """What `task_data.load_data` gives; files and hub data sets are read once."""
         if isinstance(data, (tuple, TaskData)):
             return load_data(task, data, split=split, seed=seed, **options)
-        read = GLUE if split == PAPER else split
+        kind, _ = parse_split(split)
         # By what they print: tasks and lists have no hash.
-        key = repr((task, data and str(data), read, seed if read != GLUE else None, options))
+        key = repr((task, data and str(data), kind == HOLDOUT, options))
+        if kind == HOLDOUT:
+            metrics = options.pop("metrics", ())
+            if key not in self._training:
+                self._training[key] = load_training_data(task, data, **options)
+            known, train, notes = self._training[key]
+            dealt = load_data(known, (train, train), split=split, seed=seed, metrics=metrics)
+            return replace(dealt, notes=(*notes, *dealt.notes))
         if key not in self._data:
-            self._data[key] = load_data(task, data, split=read, seed=seed, **options)
+            self._data[key] = load_data(task, data, **options)
         whole = self._data[key]
-        if split == read:
+        if kind == GLUE:
             return whole
         dealt = load_data(whole.task, (whole.train, whole.validation), split=split, seed=seed)
         return replace(dealt, more=whole.more, notes=whole.notes)

@@ -289,7 +289,7 @@ def _mean_over_tasks(family: Sequence[Comparison], margin: float | None, confide
         (ahead, behind),
         _averaged(ranked),
         lost=(sum(c.pair.lost[0] for c in family), sum(c.pair.lost[1] for c in family)),
-        left_out=len({s for p in pairs for s in p.pairs}) - len(complete),
+        seeds=frozenset().union(*(c.pair.seeds for c in family)),
         probability=sum(chances) / len(chances) if chances else None,
         confidence=confidence,
     )

@@ -26,6 +26,7 @@ from guided_dropout.stats import (
     PairedComparison,
     paired_comparison,
     probability_of_improvement,
+    share_better,
     summarise,
     verdict,
 )
@@ -101,7 +102,7 @@ class ArmComparison:
         with_lost: likewise, with what stands in for lost runs where the other arm has a metric; None where nothing is
             lost.
         lost: diverged and failed runs of `a`, and of `b`.
-        left_out: seeds of either arm that could not be paired.
+        seeds: all that either arm has a run of.
         better: share of seeds in which a is better, ties counted half and a diverged run as worse than any metric; None
             where no seed has two runs that did not fail.
         probability: `stats.probability_of_improvement` of all runs that did not fail, diverged ones as worst.
@@ -115,12 +116,17 @@ class ArmComparison:
     statistics: PairedComparison | None
     with_lost: PairedComparison | None
     lost: tuple[int, int]
-    left_out: int
+    seeds: frozenset[Seeds]
     better: float | None
     probability: float | None
     pairs: Pairs = field(repr=False)
     stood_in: tuple[Pairs, Pairs] = field(repr=False)
     ranked: Pairs = field(repr=False)
+
+    @property
+    def left_out(self) -> int:
+        """Seeds of either arm that could not be paired."""
+        return len(self.seeds) - len(self.pairs)
 
     def verdict(self, margin: float | None = None) -> str:
         """`stats.verdict`, which must hold both without the lost runs and with what stands in for them."""
@@ -187,7 +193,7 @@ def compare_arms(a: ArmResult, b: ArmResult, *, confidence: float = 0.95) -> Arm
         stood_in,
         {s: (x, finished[1][s]) for s, x in finished[0].items() if s in finished[1]},
         lost=(len(lost[0]), len(lost[1])),
-        left_out=len(seeds) - len(pairs),
+        seeds=frozenset(seeds),
         probability=probability_of_improvement(*ranks) if all(ranks) else None,
         confidence=confidence,
     )
@@ -201,7 +207,7 @@ def compare_pairs(
     ranked: Pairs,
     *,
     lost: tuple[int, int],
-    left_out: int,
+    seeds: frozenset[Seeds],
     probability: float | None,
     confidence: float,
 ) -> ArmComparison:
@@ -213,8 +219,8 @@ def compare_pairs(
     found = statistics(pairs)
     ahead = stood_in[0 if found is None or found.mean > 0 else 1]
     with_lost = statistics(ahead) if ahead != pairs else None
-    better = sum((x > y) + (x == y) / 2 for x, y in ranked.values()) / len(ranked) if ranked else None
-    return ArmComparison(a, b, found, with_lost, lost, left_out, better, probability, pairs, stood_in, ranked)
+    better = share_better(ranked.values()) if ranked else None
+    return ArmComparison(a, b, found, with_lost, lost, seeds, better, probability, pairs, stood_in, ranked)
 
 
 def check_comparable(results: Sequence[RunResult]) -> None:

@@ -141,6 +141,7 @@ def _comparison(c: Comparison, analysis: Analysis) -> dict[str, Any]:
         "probability_of_improvement": c.pair.probability,
         "t_p": s and s.t_p,
         "t_p_holm": c.t_holm,
+        "t_p_holm_with_lost": c.t_holm_with_lost,
         "wilcoxon_p": s and s.wilcoxon_p,
         "wilcoxon_p_holm": c.wilcoxon_holm,
         "detectable": s and s.detectable,

@@ -31,10 +31,11 @@ from guided_dropout.bench.restarts import restarts, to_latex
 from guided_dropout.bench.sections import origins
 
 LATEX_NAME = "tables.tex"
+CONFIDENCE = 0.95
 
 
 def report_experiment(
-    path: str | Path, out: str | Path | None = None, *, margin: float | None = None, confidence: float = 0.95
+    path: str | Path, out: str | Path | None = None, *, margin: float | None = None, confidence: float = CONFIDENCE
 ) -> tuple[Analysis, list[Path]]:
     """Report on the runs of an experiment that are there.
 
@@ -115,9 +116,10 @@ def _progress(analysis: Analysis) -> list[Block]:
 def _again(analysis: Analysis, experiment: Experiment, elsewhere: str) -> list[Block]:
     results = [run.result for run in analysis.runs if run.result is not None]
     margin = f" --margin {analysis.margin:g}" if analysis.margin is not None else ""
+    confidence = f" --confidence {analysis.confidence:g}" if analysis.confidence != CONFIDENCE else ""
     return [
         Heading("How to make it again"),
-        Code(f"guided-dropout bench report {shlex.quote(str(experiment.path))}{margin}{elsewhere}"),
+        Code(f"guided-dropout bench report {shlex.quote(str(experiment.path))}{margin}{confidence}{elsewhere}"),
         Bullets(
             [
                 *origins([r.provenance for r in results]),
@@ -149,10 +151,12 @@ def _limits(analysis: Analysis) -> list[Block]:
             "mean rate as well, and so cannot tell guidance from less or more dropout. Only the controls at the same "
             "mean rate can."
         )
-    if any(controls.name_of(arm) == "shuffled" for arm in analysis.arms):
+    if deals := sum(controls.name_of(arm) == "shuffled" for arm in analysis.arms):
+        each = "`shuffled`" if deals == 1 else "Each `shuffled` arm"
+        shown = "it shows is of that deal" if deals == 1 else f"they show is of these {deals} deals"
         limits.append(
-            "`shuffled` deals the guided rates out once, in the same way in all runs: what it shows is of that deal; "
-            "the intervals hold no other."
+            f"{each} deals the guided rates out once, in the same way in all runs: what {shown}; the intervals hold no "
+            "other."
         )
     if any(c.role == controls.OTHER for c in analysis.comparisons):
         limits.append(

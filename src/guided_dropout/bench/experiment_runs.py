@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,9 +96,9 @@ def what_was_run(analysis: Analysis, facts: Mapping[str, Any]) -> list[Block]:
     for arm in analysis.arms:
         rates = {round(a.mean_rate, 4) for cell in analysis.cells.values() for n, a in cell.arms.items()
                  if n == arm and a.mean_rate is not None}  # fmt: skip
-        seconds = sorted(r.result.times["total"] for r in analysis.runs if r.key.arm == arm and r.result)
+        seconds = [r.result.times["total"] for r in analysis.runs if r.key.arm == arm and r.result]
         shown = f"{min(rates):.4f}" + (f" to {max(rates):.4f}" if len(rates) > 1 else "") if rates else NOTHING
-        rows.append([arm, meaning(arm), shown, f"{seconds[len(seconds) // 2]:.0f} s" if seconds else NOTHING])
+        rows.append([arm, meaning(arm), shown, f"{statistics.median(seconds):.0f} s" if seconds else NOTHING])
     return [
         Heading("What was run"),
         Paragraph(

@@ -23,9 +23,10 @@ from guided_dropout.regularizers import Context, apply_dropout
 from guided_dropout.regularizers.residual import added_sites
 from guided_dropout.results import RunResult, Seeds
 from guided_dropout.schedule import DropoutSchedule
+from guided_dropout.schedule.schedule import profile_facts
 from guided_dropout.workbench import Workbench
 
-# Of a recipe, what may differ between runs of an experiment, or between the machines that they are made on.
+# Of a recipe, what may differ between the cells of an experiment; what a cell's runs share is compared run by run.
 _NOT_SHARED = ("train_fraction", "device", "residual_sites")
 
 
@@ -147,6 +148,7 @@ class Plan:
                 "source": label,
                 "residual_sites": model.residual_sites,
                 "profile": None if schedule is None else dict(schedule.profile),
+                "profile_digest": None if profile is None else profile_facts(profile)["digest"],
                 "profile_of_these_weights": None if profile is None else model.has_weights_of(profile),
                 "schedule": None
                 if schedule is None

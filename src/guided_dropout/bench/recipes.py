@@ -59,7 +59,8 @@ RECIPES = {
     ),
     "controls": NamedExperiment(
         "does guidance help, or less dropout? All controls and rivals, 20 paired seeds, little and much data",
-        _SMALL, tuple(ARMS), (1.0, 0.25, 0.1), 20, {"weight_decay": 0.01},  # BERT's own; `guided-decay` spreads it
+        _SMALL, (*ARMS, "shuffled:seed=1", "shuffled:seed=2"), (1.0, 0.25, 0.1), 20,
+        {"weight_decay": 0.01},  # BERT's own; `guided-decay` spreads it
     ),
 }  # fmt: skip
 

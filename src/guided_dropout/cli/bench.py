@@ -207,12 +207,13 @@ def report(
             "difference` is never claimed."
         ),
     ] = None,
+    confidence: Annotated[float, typer.Option(help="Of the intervals, and so of the verdicts.")] = 0.95,
 ) -> None:
     """Say what an experiment shows: verdicts, tables, figures; as HTML, Markdown, CSV and LaTeX."""
     from guided_dropout.bench.experiment_report import report_experiment
     from guided_dropout.bench.experiment_verdicts import claims
 
-    analysis, files = report_experiment(experiment, out, margin=margin)
+    analysis, files = report_experiment(experiment, out, margin=margin, confidence=confidence)
     of = "" if analysis.wanted is None else f" of {analysis.wanted:,}"
     console.print(f"{len(analysis.runs):,}{of} runs", highlight=False)
     for claim in claims(analysis):
@@ -227,6 +228,7 @@ def compare(
     arm: Annotated[str, typer.Argument(metavar="ARM", help="Any arm of it, as in `bench run --arms`.")],
     other: Annotated[str, typer.Argument(metavar="OTHER", help="The arm that is subtracted.")],
     margin: Annotated[float | None, typer.Option(help="As in `bench report`.")] = None,
+    confidence: Annotated[float, typer.Option(help="Likewise.")] = 0.95,
     csv: Annotated[Path | None, typer.Option("--csv", help="Write all numbers to this file.")] = None,
 ) -> None:
     """Compare any two arms, seed by seed; `bench report` has the comparisons that guidance is judged by.
@@ -240,7 +242,7 @@ def compare(
     from guided_dropout.bench.phrases import of_the_data, verdict_sentence
 
     there = Experiment(experiment)
-    analysis = analyse(there.runs(), there.grids, margin=margin)
+    analysis = analyse(there.runs(), there.grids, margin=margin, confidence=confidence)
     arm, other = (name if name in analysis.arms else choose_arm(name).label for name in (arm, other))
     found = compare_two(analysis, arm, other)
     for c in found:

@@ -174,11 +174,17 @@ def load_data(
 
 
 def load_training_data(
-    task: Task | str | None, data: str | Path | None = None, *, columns: Columns | str | None = None
+    task: Task | str | None,
+    data: str | Path | None = None,
+    *,
+    eval_data: str | Path | None = None,
+    columns: Columns | str | None = None,
+    hub_splits: Sequence[str] | str = (),
 ) -> tuple[Task, Examples, tuple[str, ...]]:
-    """A task, its training examples alone, and notes; see `load_data`."""
+    """A task, its training examples alone, and notes; see `load_data`, which refuses `eval_data` then too."""
     columns = Columns.parse(columns) if isinstance(columns, str) else columns
-    read = _read(task, data, _Asked(None, columns, (), ()), evaluated=False)
+    asked = _Asked(eval_data, columns, (), _names(hub_splits, "--hub-splits"))
+    read = _read(task, data, asked, evaluated=False)
     return read.task, read.train, read.notes
 
 

@@ -174,7 +174,7 @@ class DropoutSchedule:
             upper=upper,
             lower=lower,
             model=_model_facts(model, sites, grouping),
-            profile=_profile_facts(profile) | _weights_facts(profile, model),
+            profile=profile_facts(profile) | _weights_facts(profile, model),
             aggregate=aggregate,
             kinds={site.path: site.kind for site in sites},
         )
@@ -341,7 +341,7 @@ def _weights_facts(profile: FisherProfile, model: nn.Module) -> dict[str, Any]:
     return {"other_weights": True} if profile.has_weights_of(model) is False else {}
 
 
-def _profile_facts(profile: FisherProfile) -> dict[str, Any]:
+def profile_facts(profile: FisherProfile) -> dict[str, Any]:
     """Which profile: a digest of its tensors' means, and what a person knows it by."""
     return {
         "digest": digest({"means": dict(profile.tensor_means), "noise": list(profile.noise)}),
