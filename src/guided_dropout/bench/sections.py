@@ -97,12 +97,17 @@ def origins(provenances: Sequence[Mapping[str, Any]]) -> list[str]:
     """What runs were made with, where and when; a line for each that differs from the others."""
     made: dict[str, list[str]] = {}
     for p in provenances:
-        versions = ", ".join(f"{name} {version}" for name, version in p.get("versions", {}).items())
+        versions = ", ".join(f"{name} {version}{_code(name, p)}" for name, version in p.get("versions", {}).items())
         machine = [str(p[key]) for key in ("platform", "device") if p.get(key)]
         machine += [count(p["threads"], "thread")] if p.get("threads") else []
         text = f"Made with {versions}; Python {p.get('python')}. {', '.join(machine)}."
         made.setdefault(text, []).append(str(p.get("date", "")))
     return [f"{text} {_dates(dates)}".strip() for text, dates in made.items()]
+
+
+def _code(package: str, provenance: Mapping[str, Any]) -> str:
+    """Of this package, whose versions each hold many states of the code; earlier results do not say which."""
+    return f" (code {provenance['code']})" if package == "guided-dropout" and "code" in provenance else ""
 
 
 def _dates(dates: Sequence[str]) -> str:
