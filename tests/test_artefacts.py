@@ -1,5 +1,7 @@
 import json
 import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -253,6 +255,22 @@ def test_what_a_killed_process_left_half_written_is_nobodys(tmp_path):
     artefacts.check_output_folder(tmp_path / "run", marker="result.json")
     with pytest.raises(ArtefactError, match=r"holds other files and no profile\.json"):
         artefacts.check_output_folder(tmp_path / "run", marker="profile.json")
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_an_output_folder_may_be_looked_at_by_several_at_once(tmp_path, monkeypatch, nameless):
+    """What one tries to write is no other files to the others, nor is what a killed one left of it."""
+    (tmp_path / ".probe").write_bytes(b"")  # as versions before did
+
+    def look(_):
+        for _ in range(300):
+            artefacts.check_output_folder(tmp_path, marker="profile.json")
+
+    if not nameless:  # as on disks that have no files without a name
+        monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(8)))
+    assert [entry.name for entry in tmp_path.iterdir()] == [".probe"]
 
 
 def test_a_profile_that_is_not_there_says_how_to_make_one(tmp_path):

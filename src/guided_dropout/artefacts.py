@@ -170,18 +170,18 @@ def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Pa
         raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     known = [name for name in (begun, marker) if name]
-    # What a killed process has left half written is nobody's.
-    whole = [name for name in names if not any(name.startswith(f".{own}.") for own in known)]
+    # What a killed process has left half written is nobody's, nor is the probe of older versions.
+    whole = [name for name in names if name != ".probe" and not any(name.startswith(f".{own}.") for own in known)]
     if whole and not any(name in whole for name in known):
         raise ArtefactError(
             f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this "
             "command wrote: choose another --out"
         )
-    probe = path / ".probe" if path.is_dir() else path.parent / f".{path.name}.probe"
+    place = path if path.is_dir() else path.parent
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # another process may be looking too
+        place.mkdir(parents=True, exist_ok=True)
+        # Without a name, or, on a disk that has no such files, with one that is nobody's above.
+        tempfile.TemporaryFile(dir=place, prefix=f".{marker}.").close()
     except OSError as e:
         raise _cannot_write(path, e) from e
     return path
