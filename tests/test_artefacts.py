@@ -1,5 +1,7 @@
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -97,6 +99,42 @@ def test_a_folder_is_there_again_where_its_replacement_was_interrupted(tmp_path,
         anew()
     assert FisherProfile.from_pretrained(folder).num_samples == 7
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("then", ["looked at", "written"])
+def test_a_folder_is_there_again_where_its_replacement_was_killed(tmp_path, monkeypatch, then):
+    """At the one moment at which there is none of its name."""
+    folder = profile().save_pretrained(tmp_path / "p [1]")
+    (folder / "mine.txt").write_text("mine")
+    other = tmp_path / ".p [1].v2.abcdefgh.old"  # of another folder
+    other.mkdir()
+    replace_file = os.replace
+
+    def killed(source, target):
+        if Path(target) == folder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+
+    def anew():
+        monkeypatch.setattr(os, "replace", killed)
+        replace(profile(), num_samples=8).save_pretrained(folder)
+
+    process = multiprocessing.get_context("fork").Process(target=anew)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not folder.exists()
+    with pytest.raises(ArtefactError, match=r"no folder .*p \[1\]: .* killed .* \(the one before\) .*: rename it, or"):
+        FisherProfile.from_pretrained(folder)
+    expected = 8
+    if then == "looked at":
+        artefacts.check_output_folder(folder, marker="profile.json")
+    else:
+        expected = 9
+        replace(profile(), num_samples=9).save_pretrained(folder)
+    assert FisherProfile.from_pretrained(folder).num_samples == expected
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [other, folder]
 
 
 @pytest.mark.parametrize("links", [True, False])
