@@ -284,6 +284,35 @@ def test_how_the_process_of_a_run_died_is_told_without_guesses(tmp_path, finishe
     assert re.search(told, failure.message)
 
 
+def test_a_run_that_no_file_can_hold_is_a_failure_with_its_own_error(folder, finished, monkeypatch, tmp_path):
+    """Of an error or a result; the process goes on to the next run."""
+    made = next(run.result for run in finished[1].runs() if run.key.fraction == 1.0)
+    odd = [{"name": "so \ud83d"}, {"x": [float("nan")]}, {"x": object()}, {}]
+
+    def run(self, key):
+        if key.seed == 4:
+            raise ValueError("found 'so \ud83d'")
+        return replace(made, arm_facts=odd[key.seed])
+
+    monkeypatch.setattr(Runner, "run", run)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    plan = plan_of(folder, arms=["dropout"], fractions=[1.0], seeds=[0, 1, 2, 4, 3])
+    experiment = Experiment.start(tmp_path / "out", plan.check())
+    done = []
+    run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
+    assert [d.status for d in done[:4]] == ["failed"] * 4
+    assert done[4].status != "failed"
+    failures = {run.key.seed: run.failure for run in experiment.runs() if run.failure}
+    assert {seed: failure.error for seed, failure in failures.items()} == {
+        0: "UnicodeEncodeError", 1: "ValueError", 2: "TypeError", 4: "ValueError",
+    }  # fmt: skip
+    assert "not JSON compliant" in failures[1].message
+    assert "object is not JSON serializable" in failures[2].message
+    assert failures[4].message == r"found 'so \ud83d'"
+    assert r"ValueError: found 'so \ud83d'" in failures[4].traceback
+
+
 def test_a_failure_and_a_result_survive_the_disk(tmp_path, finished):
     experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
     key = RunKey("m", "cola", 0.1, "dropout", 3)

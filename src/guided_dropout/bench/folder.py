@@ -46,8 +46,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """What is kept of an exception."""
-        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+        r"""What is kept of an exception; half characters, which UTF-8 cannot hold, as ``\ud83d``."""
+        texts = (type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+        return cls(*(text.encode("utf-8", "backslashreplace").decode("utf-8") for text in texts))
 
 
 @dataclass(frozen=True)
