@@ -305,6 +305,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def names_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of `json.loads`, which takes the last value of a name that stands twice in an object.
+
+    Raises:
+        ValueError: a name stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object gives {next(name for name in found if names.count(name) > 1)} twice")
+    return found
+
+
 def parse_json(text: str) -> Any:
     """What `text` says, taken by its word: it has no NaN, no infinity, and no name of an object stands twice.
 
@@ -323,17 +336,13 @@ def parse_json(text: str) -> Any:
 
         return read
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"an object gives {name} twice")
-            found[name] = value
-        return found
-
     try:
         return json.loads(
-            text, object_pairs_hook=once, parse_constant=no_constant, parse_int=number(int), parse_float=number(float)
+            text,
+            object_pairs_hook=names_once,
+            parse_constant=no_constant,
+            parse_int=number(int),
+            parse_float=number(float),
         )
     except RecursionError as e:
         raise ValueError("it is nested too deep") from e
