@@ -176,6 +176,24 @@ def test_a_single_grid_as_it_used_to_be_noted_is_read(tmp_path):
     assert experiment.grids == [grid]
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fractions": [2]}, "a train fraction of 2; expected more than 0 and at most 1"),
+        ({"seeds": [1, 1]}, "found 1 twice in the seeds; .*"),
+        ({"tasks": []}, "found no tasks; .*"),
+        ({"arms": [1]}, ".*"),
+        ({"seeds": 3}, ".*"),
+    ],
+)
+def test_a_grid_with_values_that_none_has_is_named_by_its_file(tmp_path, values, message):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+    grid = {"models": ["m"], "tasks": ["cola"], "arms": ["dropout"], "fractions": [0.1], "seeds": [0]} | values
+    write_json(experiment.path / "grid.json", {"kind": "bench-grid", "schema": 1, "grids": [grid]})
+    with pytest.raises(ArtefactError, match=rf"grid\.json is damaged \({message}\); expected what .*: delete the file"):
+        _ = experiment.grids
+
+
 def test_needs_are_checked_before_any_run(folder):
     plan = plan_of(folder)
     bare = replace(plan, models={"model": BenchModel(str(folder / "model"))})

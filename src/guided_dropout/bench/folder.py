@@ -166,7 +166,7 @@ class Experiment:
             return [Grid(**g) for g in facts.get("grids", [axes])]
         except ArtefactError as e:
             raise ArtefactError(f"{e} ({mend})") from e
-        except TypeError as e:
+        except (TypeError, GuidedDropoutError) as e:
             raise ArtefactError(f"{file} is damaged ({e}); expected what `bench run` wrote: {mend}") from e
 
     def is_done(self, key: RunKey) -> bool:
