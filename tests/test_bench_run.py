@@ -154,6 +154,15 @@ def test_models_and_schedules_may_join_but_not_change(tmp_path):
     assert started() == {"a": known, "b": known}
 
 
+def test_what_an_older_version_did_not_write_is_as_good_as_none(tmp_path):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {"betas": (0.9, 0.999), "epochs": 1}})
+    experiment.check({"recipe": {"betas": (0.9, 0.999), "epochs": 1, "new": None}})
+    with pytest.raises(
+        ArtefactError, match=r"\(recipe.betas: \[0.9, 0.999\] there, \(0.9, 0.99\) given; recipe.new: None th"
+    ):
+        experiment.check({"recipe": {"betas": (0.9, 0.99), "epochs": 1, "new": 1}})
+
+
 def test_what_was_asked_for_grows(tmp_path):
     """By whole grids: nobody asked for the second's seeds of the first's tasks."""
     experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
