@@ -1,5 +1,9 @@
 import json
+import multiprocessing
 import os
+import signal
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +99,42 @@ def test_a_folder_is_there_again_where_its_replacement_was_interrupted(tmp_path,
         anew()
     assert FisherProfile.from_pretrained(folder).num_samples == 7
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("then", ["looked at", "written"])
+def test_a_folder_is_there_again_where_its_replacement_was_killed(tmp_path, monkeypatch, then):
+    """At the one moment at which there is none of its name."""
+    folder = profile().save_pretrained(tmp_path / "p [1]")
+    (folder / "mine.txt").write_text("mine")
+    other = tmp_path / ".p [1].v2.abcdefgh.old"  # of another folder
+    other.mkdir()
+    replace_file = os.replace
+
+    def killed(source, target):
+        if Path(target) == folder:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(source, target)
+
+    def anew():
+        monkeypatch.setattr(os, "replace", killed)
+        replace(profile(), num_samples=8).save_pretrained(folder)
+
+    process = multiprocessing.get_context("fork").Process(target=anew)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not folder.exists()
+    with pytest.raises(ArtefactError, match=r"no folder .*p \[1\]: .* killed .* \(the one before\) .*: rename it, or"):
+        FisherProfile.from_pretrained(folder)
+    expected = 8
+    if then == "looked at":
+        artefacts.check_output_folder(folder, marker="profile.json")
+    else:
+        expected = 9
+        replace(profile(), num_samples=9).save_pretrained(folder)
+    assert FisherProfile.from_pretrained(folder).num_samples == expected
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [other, folder]
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -253,6 +293,22 @@ def test_what_a_killed_process_left_half_written_is_nobodys(tmp_path):
     artefacts.check_output_folder(tmp_path / "run", marker="result.json")
     with pytest.raises(ArtefactError, match=r"holds other files and no profile\.json"):
         artefacts.check_output_folder(tmp_path / "run", marker="profile.json")
+
+
+@pytest.mark.parametrize("nameless", [True, False])
+def test_an_output_folder_may_be_looked_at_by_several_at_once(tmp_path, monkeypatch, nameless):
+    """What one tries to write is no other files to the others, nor is what a killed one left of it."""
+    (tmp_path / ".probe").write_bytes(b"")  # as versions before did
+
+    def look(_):
+        for _ in range(300):
+            artefacts.check_output_folder(tmp_path, marker="profile.json")
+
+    if not nameless:  # as on disks that have no files without a name
+        monkeypatch.setattr(tempfile, "_O_TMPFILE_WORKS", False)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(look, range(8)))
+    assert [entry.name for entry in tmp_path.iterdir()] == [".probe"]
 
 
 def test_a_profile_that_is_not_there_says_how_to_make_one(tmp_path):

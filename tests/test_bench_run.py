@@ -155,6 +155,15 @@ def test_models_and_schedules_may_join_but_not_change(tmp_path):
     assert started() == {"a": known, "b": known}
 
 
+def test_what_an_older_version_did_not_write_is_as_good_as_none(tmp_path):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {"betas": (0.9, 0.999), "epochs": 1}})
+    experiment.check({"recipe": {"betas": (0.9, 0.999), "epochs": 1, "new": None}})
+    with pytest.raises(
+        ArtefactError, match=r"\(recipe.betas: \[0.9, 0.999\] there, \(0.9, 0.99\) given; recipe.new: None th"
+    ):
+        experiment.check({"recipe": {"betas": (0.9, 0.99), "epochs": 1, "new": 1}})
+
+
 def test_what_was_asked_for_grows(tmp_path):
     """By whole grids: nobody asked for the second's seeds of the first's tasks."""
     experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
@@ -175,6 +184,24 @@ def test_a_single_grid_as_it_used_to_be_noted_is_read(tmp_path):
     grid = Grid(["m"], ["cola"], ["dropout"], [0.1], [0, 1])
     write_json(experiment.path / "grid.json", {"kind": "bench-grid", "schema": 1, **asdict(grid)})
     assert experiment.grids == [grid]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fractions": [2]}, "a train fraction of 2; expected more than 0 and at most 1"),
+        ({"seeds": [1, 1]}, "found 1 twice in the seeds; .*"),
+        ({"tasks": []}, "found no tasks; .*"),
+        ({"arms": [1]}, ".*"),
+        ({"seeds": 3}, ".*"),
+    ],
+)
+def test_a_grid_with_values_that_none_has_is_named_by_its_file(tmp_path, values, message):
+    experiment = Experiment.start(tmp_path / "out", {"recipe": {}})
+    grid = {"models": ["m"], "tasks": ["cola"], "arms": ["dropout"], "fractions": [0.1], "seeds": [0]} | values
+    write_json(experiment.path / "grid.json", {"kind": "bench-grid", "schema": 1, "grids": [grid]})
+    with pytest.raises(ArtefactError, match=rf"grid\.json is damaged \({message}\); expected what .*: delete the file"):
+        _ = experiment.grids
 
 
 def test_needs_are_checked_before_any_run(folder):
@@ -283,6 +310,35 @@ def test_how_the_process_of_a_run_died_is_told_without_guesses(tmp_path, finishe
     run_experiment(plan, experiment, [key], threads=1)
     failure = experiment.read(experiment.file(key)).failure
     assert re.search(told, failure.message)
+
+
+def test_a_run_that_no_file_can_hold_is_a_failure_with_its_own_error(folder, finished, monkeypatch, tmp_path):
+    """Of an error or a result; the process goes on to the next run."""
+    made = next(run.result for run in finished[1].runs() if run.key.fraction == 1.0)
+    odd = [{"name": "so \ud83d"}, {"x": [float("nan")]}, {"x": object()}, {}]
+
+    def run(self, key):
+        if key.seed == 4:
+            raise ValueError("found 'so \ud83d'")
+        return replace(made, arm_facts=odd[key.seed])
+
+    monkeypatch.setattr(Runner, "run", run)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    plan = plan_of(folder, arms=["dropout"], fractions=[1.0], seeds=[0, 1, 2, 4, 3])
+    experiment = Experiment.start(tmp_path / "out", plan.check())
+    done = []
+    run_experiment(plan, experiment, list(plan.grid), threads=1, told=done.append)
+    assert [d.status for d in done[:4]] == ["failed"] * 4
+    assert done[4].status != "failed"
+    failures = {run.key.seed: run.failure for run in experiment.runs() if run.failure}
+    assert {seed: failure.error for seed, failure in failures.items()} == {
+        0: "UnicodeEncodeError", 1: "ValueError", 2: "TypeError", 4: "ValueError",
+    }  # fmt: skip
+    assert "not JSON compliant" in failures[1].message
+    assert "object is not JSON serializable" in failures[2].message
+    assert failures[4].message == r"found 'so \ud83d'"
+    assert r"ValueError: found 'so \ud83d'" in failures[4].traceback
 
 
 def test_a_failure_and_a_result_survive_the_disk(tmp_path, finished):

@@ -3,6 +3,9 @@
 import copy
 import math
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from landscapes import drawn_profile
 
 from guided_dropout.artefacts import write_json
 from guided_dropout.errors import ArtefactError, DataError, ModelError
-from guided_dropout.landscape import Direction, Landscape, Mask, gaussian_direction, loss_landscape
+from guided_dropout.fisher.processes import ProcessError, Processes
+from guided_dropout.landscape import Direction, Landscape, Mask, gaussian_direction, loss_landscape, measure
 from guided_dropout.landscape.grid import Grid
 from guided_dropout.landscape.level import area_below
 from guided_dropout.landscape.losses import Evaluation
@@ -281,6 +285,65 @@ def test_a_stopped_run_goes_on_to_the_same_landscape(dims, tmp_path):
     assert holds_points(folder)
     remove_record(folder)
     assert not folder.exists()
+
+
+@dataclass(frozen=True)
+class Thread(Processes):
+    """One of several processes, which are threads here; `values` is what they hand each other at the `barrier`."""
+
+    barrier: threading.Barrier = field(kw_only=True)
+    values: list = field(kw_only=True)
+
+    def gather(self, value):
+        self.values[self.index] = copy.deepcopy(value)
+        self.barrier.wait()
+        found = copy.deepcopy(self.values)
+        self.barrier.wait()
+        return found
+
+    def sum(self, value):
+        return torch.stack(self.gather(value)).sum(0)
+
+
+def in_threads(count, work, monkeypatch):
+    """What `work(index)` returns, or the error that it raises, for each of `count` processes."""
+    shared = {"barrier": threading.Barrier(count, timeout=60), "values": [None] * count}
+    own = threading.local()
+    monkeypatch.setattr(measure, "current_processes", lambda: own.world)
+
+    def one(index):
+        own.world = Thread(index, count, torch.device("cpu"), **shared)
+        try:
+            return work(index)
+        except (StopError, ProcessError) as e:
+            return e
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_processes_that_do_not_see_each_others_files_go_on_to_the_same_landscape(stopped, tmp_path, monkeypatch):
+    """Each on a disk of its own, as on two machines; the next time the points are dealt out in another way."""
+    options = {**LINE, "seeds": (0, 1), "masks": ["all", "random:0.5"]}
+    whole = loss_landscape(language_model("bert"), SAMPLES, **options)
+    models = [language_model("bert") for _ in range(2)]
+
+    def measured(index, progress=None):
+        kept = {"checkpoint": tmp_path / f"disk-{index}", "resume": True, "distributed": True}
+        return loss_landscape(models[index], SAMPLES, **options, **kept, progress=progress)
+
+    def stop(done, total):
+        if done == 5:
+            raise StopError
+
+    ended = in_threads(2, lambda index: measured(index, stop if index == stopped else None), monkeypatch)
+    assert isinstance(ended[stopped], StopError)
+    assert isinstance(ended[1 - stopped], ProcessError)
+    for found in in_threads(2, measured, monkeypatch):
+        assert (found.losses == whole.losses).all()
+        assert (found.lengths == whole.lengths).all()
+        assert (found.moved == whole.moved).all()
 
 
 @pytest.mark.parametrize(

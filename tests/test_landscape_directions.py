@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from families import classifier_of, language_model, profile_of
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from landscapes import drawn_profile
 from torch import nn
@@ -198,6 +199,16 @@ def test_whole_tensors_are_chosen_as_published(measured):
 def test_masks_have_names(text):
     assert Mask.parse(text).name == text
     assert Mask.parse(text.rstrip("="), equal_norm=True).equal_norm == (text != "all")
+
+
+@given(st.sampled_from(["top", "bottom", "random"]), st.floats(0, 1, exclude_min=True), st.booleans())
+@example("top", 0.12345678, False)
+@settings(deadline=None)
+def test_a_masks_name_tells_it_from_any_other(kind, share, equal_norm):
+    """By names a run that is resumed is known."""
+    mask = Mask(kind, share, equal_norm)
+    assert Mask.parse(mask.name) == mask
+    assert Mask(kind, np.float64(share), equal_norm).name == mask.name
 
 
 @pytest.mark.parametrize("text", ["top", "all:0.5", "top:0", "top:1.5", "top:half", "top:nan", "topp:0.5", ""])

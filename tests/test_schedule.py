@@ -169,6 +169,10 @@ def test_rates_that_do_not_fit_the_model_are_refused(changes: dict[str, object],
         ("rates.csv", "a,0.1\nb,much\n", "rates.csv:2: found 'b,much'"),
         ("rates.csv", "a,0.1,0.2\n", "rates.csv:1: found 'a,0.1,0.2'"),
         ("rates.csv", "a\n", "rates.csv:1: found 'a'"),
+        *(
+            ("rates.csv", f"{line}\nb,0.1\n", f"rates.csv:1: found '{line}'; expected a path, .* or headings such as")
+            for line in ("encoder.dropout,O.1", "encoder.dropout,none", "dropout,O.1", "dropout,")
+        ),
         ("rates.csv", "a,nan\n", "of a is nan"),
         ("rates.csv", "a,0.1\na,0.2\n", "gives a twice"),
     ],

@@ -141,6 +141,11 @@ def test_broken_lines_are_left_out_and_counted_where_that_is_asked_for(tmp_path:
         ("t.jsonl", "[" * 100_000, r"t\.jsonl:1: not valid JSON"),
         ("t.jsonl", '{"a": 1, "b": "so \\ud83d"}\n', r"t\.jsonl:1: found '.ud83d', half a character, in 'b'"),
         ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1\n', r"t\.jsonl:2: not valid JSON \(Expecting ',' delimiter\)"),
+        (
+            "t.jsonl",
+            '{"a": 1, "b": 2}\n{"a": 1, "b": 2, "a": 3}\n',
+            r"t\.jsonl:2: not valid JSON \(an object gives a twice",
+        ),
         ("t.jsonl", '{"a": 1, "b": 2}\n[1]\n', r"t\.jsonl:2: found '\[1\]'; expected an object"),
         ("t.jsonl", '{"a": 1, "b": 2}\n{"a": 1}\n', r"t\.jsonl:2: found columns 'a'; expected one named 'b'"),
         ("t.parquet", "no", r"cannot read .*t\.parquet \(.*\); expected a Parquet file"),

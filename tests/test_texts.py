@@ -165,6 +165,7 @@ def test_lines_of_json_are_known_by_an_ending_in_capitals_too(tmp_path):
         ("{", r"bad.jsonl:2 is not valid JSON"),
         ("1" * 5000, r"bad.jsonl:2 is not valid JSON \(Exceeds the limit"),
         ("[" * 100_000, r"bad.jsonl:2 is not valid JSON \(maximum recursion depth"),
+        ('{"text": "one", "text": "two"}', r"bad.jsonl:2 is not valid JSON \(an object gives text twice\)"),
         ('{"body": "words"}', r"bad.jsonl:2 holds body; expected a text named 'text'"),
         ('["words"]', r"bad.jsonl:2 holds an array; expected a text named 'text'"),
         ('{"text": 1, "id": 2}', r"bad.jsonl:2 holds a number named 'text'; expected a text of that name"),

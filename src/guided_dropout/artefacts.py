@@ -1,13 +1,16 @@
 """Reading and writing artefacts: JSON and safetensors only, and never half a file.
 
 Every write goes to a temporary neighbour that is put on disk and then renamed, so that a reader, a run that was killed,
-or a machine that lost its power sees the old file or the new one and nothing between.
+or a machine that lost its power sees the old file or the new one and nothing between. A folder takes two renames, since
+the old one must first be out of the way: between them there is none of its name. Where a run was killed there, readers
+say so (`check_in_place`), and the next write puts the new folder, which is whole by then, in its place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
+import glob
 import hashlib
 import json
 import math
@@ -64,6 +67,7 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
         own: names, as patterns, of what a folder of this kind is made of.
     """
     path = _followed(path)
+    _put_in_place(path)
     stays = _stays_where_it_is(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,6 +95,42 @@ def staged_folder(path: str | Path, *, own: Sequence[str]) -> Iterator[Path]:
             os.replace(old, path)
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def check_in_place(path: str | Path) -> None:
+    """Make sure that a folder is not missing because a run was killed while it took another's place.
+
+    Raises:
+        ArtefactError: it is; says under which names the new one and the old one are.
+    """
+    path = _followed(path)
+    for new, old in [] if path.exists() else _left_aside(path):
+        if new.exists():
+            raise ArtefactError(
+                f"no folder {path}: a run that was killed while it replaced it has left {new.name} (the new one) and "
+                f"{old.name} (the one before) beside it; expected one of them under that name: rename it, or write "
+                "the folder again, which does that"
+            )
+
+
+def _put_in_place(path: Path) -> None:
+    """End what a killed `staged_folder` has left half done, if there is any."""
+    try:
+        for new, old in sorted(_left_aside(path), key=lambda pair: pair[1].stat().st_ctime, reverse=True):
+            if new.exists() and not path.exists():
+                os.replace(new, path)
+            if path.exists():
+                shutil.rmtree(new, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+    except OSError as e:
+        raise _cannot_write(path, e) from e
+
+
+def _left_aside(path: Path) -> Iterator[tuple[Path, Path]]:
+    """(the whole new folder, what was moved out of its way) of each `staged_folder` that did not come to its end."""
+    drawn = "[a-z0-9_]" * 8  # what tempfile's names end with; those of other folders begin with `path`'s and a dot
+    for old in path.parent.glob(f".{glob.escape(path.name)}.{drawn}.old"):
+        yield old.with_suffix(""), old
 
 
 def _stays_where_it_is(path: Path) -> bool:
@@ -156,6 +196,8 @@ def _umask() -> int:
 def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Path:
     """Make sure, before any long work, that `path` can be written as a whole.
 
+    Where a run was killed while it replaced `path`, that is brought to its end first.
+
     Args:
         path: the folder to be.
         marker: name of the file by which a folder of this kind is known. A folder that holds other things but not
@@ -166,22 +208,23 @@ def check_output_folder(path: str | Path, *, marker: str, begun: str = "") -> Pa
         ArtefactError: `path` is a file, holds other things, or its parent cannot be written.
     """
     path = Path(path)
+    _put_in_place(_followed(path))
     if path.exists() and not path.is_dir():
         raise ArtefactError(f"{path} is a file; expected a folder to write to: choose another --out")
     names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
     known = [name for name in (begun, marker) if name]
-    # What a killed process has left half written is nobody's.
-    whole = [name for name in names if not any(name.startswith(f".{own}.") for own in known)]
+    # What a killed process has left half written is nobody's, nor is the probe of older versions.
+    whole = [name for name in names if name != ".probe" and not any(name.startswith(f".{own}.") for own in known)]
     if whole and not any(name in whole for name in known):
         raise ArtefactError(
             f"{path} holds other files and no {marker}; expected a new or empty folder, or one that this "
             "command wrote: choose another --out"
         )
-    probe = path / ".probe" if path.is_dir() else path.parent / f".{path.name}.probe"
+    place = path if path.is_dir() else path.parent
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink(missing_ok=True)  # another process may be looking too
+        place.mkdir(parents=True, exist_ok=True)
+        # Without a name, or, on a disk that has no such files, with one that is nobody's above.
+        tempfile.TemporaryFile(dir=place, prefix=f".{marker}.").close()
     except OSError as e:
         raise _cannot_write(path, e) from e
     return path
@@ -262,6 +305,19 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def names_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of `json.loads`, which takes the last value of a name that stands twice in an object.
+
+    Raises:
+        ValueError: a name stands twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object gives {next(name for name in found if names.count(name) > 1)} twice")
+    return found
+
+
 def parse_json(text: str) -> Any:
     """What `text` says, taken by its word: it has no NaN, no infinity, and no name of an object stands twice.
 
@@ -280,17 +336,13 @@ def parse_json(text: str) -> Any:
 
         return read
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"an object gives {name} twice")
-            found[name] = value
-        return found
-
     try:
         return json.loads(
-            text, object_pairs_hook=once, parse_constant=no_constant, parse_int=number(int), parse_float=number(float)
+            text,
+            object_pairs_hook=names_once,
+            parse_constant=no_constant,
+            parse_int=number(int),
+            parse_float=number(float),
         )
     except RecursionError as e:
         raise ValueError("it is nested too deep") from e

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guided_dropout.artefacts import names_once
 from guided_dropout.compression import SUFFIXES, UNREADABLE, open_bytes
 from guided_dropout.errors import DataError, describe
 
@@ -173,7 +174,7 @@ def _file_lines(path: Path) -> Iterator[str]:
 def _json_texts(lines: Iterator[str], path: Path) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line) if line.strip() else {"text": ""}
+            row = json.loads(line, object_pairs_hook=names_once) if line.strip() else {"text": ""}
         except (ValueError, RecursionError) as e:  # too many digits or brackets are JSON, but not to Python
             reason = getattr(e, "msg", e)
             raise DataError(f"{path}:{number} is not valid JSON ({reason}); expected an object with a text") from e

@@ -16,6 +16,8 @@ from typing import Any
 from guided_dropout.artefacts import read_header
 from guided_dropout.errors import ArtefactError
 
+_ABSENT: Any = object()
+
 
 @dataclass(frozen=True)
 class RunFiles:
@@ -127,9 +129,21 @@ def _as_read(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     """What differs between two runs, both sides of it: ``seed was 1, is 2; …``; empty where nothing does."""
+    odd = differing(there, here, absent=_ABSENT)
+    return "; ".join(f"{name} was {_shown(a)}, is {_shown(b)}" for name, a, b in odd)
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], *, absent: Any = None) -> list[tuple[str, Any, Any]]:
+    """In what two nested mappings differ: its name (``"recipe.epochs"``), its value there and its value here.
+
+    Args:
+        there: one.
+        here: the other; a list is the same as a tuple, since a file has lists alone.
+        absent: the value of what one of them lacks.
+    """
     a, b = dict(_flat(there)), dict(_flat(here))
-    odd = [key for key in {**b, **a} if key not in a or key not in b or a[key] != b[key]]
-    return "; ".join(f"{key} was {_shown(a, key)}, is {_shown(b, key)}" for key in odd)
+    both = [(name, a.get(name, absent), b.get(name, absent)) for name in {**b, **a}]
+    return [(name, x, y) for name, x, y in both if _as_list(x) != _as_list(y)]
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -140,5 +154,9 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _shown(facts: Mapping[str, Any], key: str) -> str:
-    return json.dumps(facts[key]) if key in facts else "not given"
+def _as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is _ABSENT else json.dumps(value)

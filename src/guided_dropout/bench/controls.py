@@ -41,9 +41,6 @@ GUIDED = {
 }
 """By name of the guided arm."""
 
-PERMUTED = ("shuffled", "reversed")
-"""Controls that have the guided rates themselves, at other sites."""
-
 
 def name_of(label: str) -> str:
     """The arm's name in its label: ``"mixout"`` of ``"mixout:p=0.9"``."""

@@ -24,6 +24,7 @@ from guided_dropout.bench.grid import Grid, RunKey
 from guided_dropout.errors import ArtefactError, GuidedDropoutError
 from guided_dropout.provenance import provenance
 from guided_dropout.results import RunResult
+from guided_dropout.unfinished import differing
 
 EXPERIMENT, GRID = "experiment.json", "grid.json"
 _RUNS, _LOCK, _MODELS = "runs", ".experiment.lock", "models"
@@ -46,8 +47,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """What is kept of an exception."""
-        return cls(type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+        r"""What is kept of an exception; half characters, which UTF-8 cannot hold, as ``\ud83d``."""
+        texts = (type(error).__name__, str(error), "".join(traceback.format_exception(error)))
+        return cls(*(text.encode("utf-8", "backslashreplace").decode("utf-8") for text in texts))
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,10 @@ class Experiment:
         joined = self._joined(facts)
         there = {n: {k: joined[n][k] for k in m} for n, m in given.items()}
         recipe = {k: self.facts.get(k) for k in facts}
-        different = differences({**recipe, _MODELS: there}, {**facts, _MODELS: given})
+        different = _differences({**recipe, _MODELS: there}, {**facts, _MODELS: given})
         if different:
             raise ArtefactError(
-                f"{self.path} holds an experiment with another recipe ({'; '.join(different)}); expected the same one: "
+                f"{self.path} holds an experiment with another recipe ({different}); expected the same one: "
                 "choose another --out, or the recipe that it was begun with"
             )
 
@@ -165,7 +167,7 @@ class Experiment:
             return [Grid(**g) for g in facts.get("grids", [axes])]
         except ArtefactError as e:
             raise ArtefactError(f"{e} ({mend})") from e
-        except TypeError as e:
+        except (TypeError, GuidedDropoutError) as e:
             raise ArtefactError(f"{file} is damaged ({e}); expected what `bench run` wrote: {mend}") from e
 
     def is_done(self, key: RunKey) -> bool:
@@ -223,10 +225,10 @@ class Experiment:
         if there is None:
             return
         known = shared_facts(there)
-        if different := differences({k: known.get(k) for k in facts}, facts):
+        if different := _differences({k: known.get(k) for k in facts}, facts):
             raise ArtefactError(
                 f"{self.path} holds runs of {key.model}, {key.task}, fraction {key.fraction:g} that were made in "
-                f"another way ({'; '.join(different)}); expected the same one, since no report can hold both: choose "
+                f"another way ({different}); expected the same one, since no report can hold both: choose "
                 "another --out"
             )
 
@@ -350,11 +352,6 @@ def _remove_held(lock: BaseFileLock) -> None:
         Path(lock.lock_file).unlink()
 
 
-def differences(there: Any, given: Any, name: str = "") -> list[str]:
-    """Where two nested mappings differ: ``"recipe.epochs: 3 there, 5 given"``."""
-    if isinstance(there, Mapping) and isinstance(given, Mapping):
-        keys = [*there, *(k for k in given if k not in there)]
-        return [d for k in keys for d in differences(there.get(k), given.get(k), f"{name}.{k}".lstrip("."))]
-    sequences = isinstance(there, list | tuple) and isinstance(given, list | tuple)
-    same = [*there] == [*given] if sequences else there == given
-    return [] if same else [f"{name}: {there!r} there, {given!r} given"]
+def _differences(there: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """As messages show them; what is missing on one side may be None on the other."""
+    return "; ".join(f"{name}: {a!r} there, {b!r} given" for name, a, b in differing(there, given))

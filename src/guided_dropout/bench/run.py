@@ -55,9 +55,9 @@ def run_experiment(
 ) -> None:
     """Make the runs of `keys`, each written when it is done.
 
-    A run that raises is written as a failure, and so is one whose process dies; the rest goes on. Runs that another
-    invocation is making, or has made since, are left to it. Without a GPU the processes of later calls see the
-    environment variables of the first.
+    A run that raises is written as a failure, and so is one whose result no file can hold, or whose process dies; the
+    rest goes on. Runs that another invocation is making, or has made since, are left to it. Without a GPU the processes
+    of later calls see the environment variables of the first.
 
     Args:
         plan: what they are made with.
@@ -236,9 +236,25 @@ def _make(experiment: Experiment, runner: Runner, key: RunKey) -> tuple[str, Any
         except Exception as error:
             run = Run(key, failure=Failure.of(error))
         try:
-            if run.result:  # of what `check_joining` could not foresee, such as another machine's runs since then
-                experiment.check_alike(key, shared_facts(run.result))
-            experiment.write(run)
+            run = _write(experiment, run)
         except ArtefactError as error:
             return _REFUSED, str(error)
     return run.status, run.result and run.result.value
+
+
+def _write(experiment: Experiment, run: Run) -> Run:
+    """Write a run, and return what was written: a failure where no file can hold its result (NaN, other objects).
+
+    Raises:
+        ArtefactError: it must not be written, or cannot.
+    """
+    try:
+        if run.result:  # of what `check_joining` could not foresee, such as another machine's runs since then
+            experiment.check_alike(run.key, shared_facts(run.result))
+        experiment.write(run)
+    except ArtefactError:
+        raise
+    except Exception as error:
+        run = Run(run.key, failure=Failure.of(error))
+        experiment.write(run)
+    return run

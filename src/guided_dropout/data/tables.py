@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from guided_dropout.artefacts import names_once
 from guided_dropout.compression import SUFFIXES, UNREADABLE, open_bytes
 from guided_dropout.errors import DataError
 
@@ -200,7 +201,7 @@ def _read_jsonl(file: Path, wanted: Sequence[str], advice: str) -> Table:
     lines = _lines(file)
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=names_once)
         except (ValueError, RecursionError) as e:  # too many digits or brackets are JSON, but not to Python
             reason = getattr(e, "msg", e)
             raise DataError(

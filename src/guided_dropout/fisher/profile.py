@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from guided_dropout.artefacts import (
+    check_in_place,
     check_output_folder,
     read_json,
     read_tensors,
@@ -220,6 +221,7 @@ class FisherProfile:
                 f"{folder} is a file; expected the folder of a profile, which `guided-dropout fisher … --out` wrote: "
                 "give the folder"
             )
+        check_in_place(folder)
         if not folder.is_dir() and isinstance(source, str) and hub.is_repo_id(source):
             folder = hub.download(source, files=_FILES, revision=revision, token=token)
         if not folder.is_dir():

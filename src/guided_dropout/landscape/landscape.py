@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from guided_dropout.artefacts import (
+    check_in_place,
     check_output_folder,
     read_json,
     read_tensors,
@@ -174,6 +175,7 @@ class Landscape:
             ArtefactError: something is missing or damaged, or the files do not belong together.
         """
         folder = Path(folder)
+        check_in_place(folder)
         if not folder.is_dir():
             raise ArtefactError(
                 f"no folder {folder}; expected one that `guided-dropout landscape … --out {folder}` wrote: run that "

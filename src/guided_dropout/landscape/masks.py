@@ -62,8 +62,10 @@ class Mask:
 
     @property
     def name(self) -> str:
-        """As `parse` reads it."""
-        return ("all" if self.kind == "all" else f"{self.kind}:{self.share:g}") + ("=" if self.equal_norm else "")
+        """As `parse` reads it; no two masks have the same."""
+        short = f"{self.share:g}"
+        share = short if float(short) == self.share else repr(float(self.share))
+        return ("all" if self.kind == "all" else f"{self.kind}:{share}") + ("=" if self.equal_norm else "")
 
     @property
     def title(self) -> str:

@@ -70,11 +70,14 @@ class Record:
         """
         for file in FILES.there(self.folder) if self.folder else ():
             FILES.check_run(file, self._run)
-            there = read_tensors(file)
-            done = there["done"]
-            self.losses[done], self.done = there["losses"][done], self.done | done
-            begun = done.any(1)
-            self.lengths[begun], self.moved[begun] = there["lengths"][begun], there["moved"][begun]
+            self.take_up(read_tensors(file))
+
+    def take_up(self, there: Mapping[str, Tensor]) -> None:
+        """Add what another record's `tensors` hold; where both have a point, the other's loss counts."""
+        done = there["done"]
+        self.losses[done], self.done = there["losses"][done], self.done | done
+        begun = done.any(1)
+        self.lengths[begun], self.moved[begun] = there["lengths"][begun], there["moved"][begun]
 
     def begin(self, ray: int, lengths: list[float], moved: int) -> None:
         """Note what a ray's directions are."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher.processes import Processes
@@ -38,7 +37,8 @@ def walk(
         evaluation: of the model.
         rays: each makes its one or two directions when they are needed.
         points: [P, dims] coordinates along them.
-        record: what is done already; it is added to.
+        record: what is done already; it is added to. Processes need not see each other's files: what one of them has
+            is missing in none.
         world: the processes that share what is missing, each a part of its own in one piece, so that few directions
             are made twice.
         progress: called with the points done and the points to do, both of this process. What it raises ends the walk,
@@ -52,14 +52,16 @@ def walk(
         ProcessError: another process failed.
     """
     world = world or Processes()
-    missing = world.gather((~record.done).flatten().nonzero().flatten().tolist())[0]
-    before = {name: t.clone() for name, t in record.tensors().items()}
+    _share(record, world)
+    missing = (~record.done).flatten().nonzero().flatten().tolist()
     bounds = [len(missing) * i // world.count for i in range(world.count + 1)]
     own = missing[bounds[world.index] : bounds[world.index + 1]]
     steps = _steps(evaluation, rays, points, record, own, progress)
     with contextlib.closing(steps):
         world.in_step(steps)
-    _share(record, before, world)
+    _share(record, world)
+    if not record.done.all():
+        raise AssertionError(f"{int((~record.done).sum())} points of {record.done.numel()} have no loss after the walk")
     return record
 
 
@@ -96,16 +98,7 @@ def _steps(
         record.write()
 
 
-def _share(record: Record, before: dict[str, torch.Tensor], world: Processes) -> None:
-    """Bring together what the processes have added; sums of one number and zeros are exact."""
-    if world.count == 1:
-        return
-    own = record.done & ~before["done"]
-    added = world.sum(torch.where(own, record.losses, 0.0))
-    counts = world.sum(own.to(torch.float64)) > 0
-    record.losses = torch.where(counts, added, before["losses"])
-    record.done = counts | before["done"]
-    for number, (lengths, moved) in enumerate(world.gather((record.lengths, record.moved))):
-        if number != world.index:
-            begun = moved > 0
-            record.lengths[begun], record.moved[begun] = lengths[begun], moved[begun]
+def _share(record: Record, world: Processes) -> None:
+    """Give each process what any of them has; of a point that several have, the last one's loss counts in all."""
+    for there in world.gather(record.tensors()):
+        record.take_up(there)

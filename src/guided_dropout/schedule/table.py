@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ def read_rates(path: str | Path) -> dict[str, float]:
 
     Args:
         path: ``.json``: one object, ``{"encoder.layer.0.output.dropout": 0.1, …}``. ``.csv``: two columns, the path and
-            the rate, with or without a line of headings.
+            the rate, with or without a line of headings (``path,rate``; no dot in the first, no digit in the second).
 
     Raises:
         ArtefactError: no such file, another ending, or not in that form; a CSV's line is named, and so is a path that
@@ -76,9 +76,17 @@ def _from_csv(path: Path, text: str) -> Iterable[tuple[str, Any]]:
         try:
             site, rate = cells[0], float(cells[1])
         except (ValueError, IndexError):
-            if number == 1 and len(cells) == 2:
-                continue  # headings
-            raise ArtefactError(f"{path}:{number}: found {','.join(row)!r}; expected a path, a comma, a rate") from None
+            if number == 1 and _are_headings(cells):
+                continue
+            or_headings = ", or headings such as path,rate" if number == 1 else ""
+            raise ArtefactError(
+                f"{path}:{number}: found {','.join(row)!r}; expected a path, a comma, a rate{or_headings}"
+            ) from None
         if len(cells) != 2 or not site:
             raise ArtefactError(f"{path}:{number}: found {','.join(row)!r}; expected a path, a comma, a rate")
         yield site, rate
+
+
+def _are_headings(cells: Sequence[str]) -> bool:
+    """Whether a first line names its columns; a site whose rate is mistyped (``O.1``, ``0,1``, nothing) is none."""
+    return len(cells) == 2 and "." not in cells[0] and bool(cells[1]) and not any(c.isdigit() for c in cells[1])
