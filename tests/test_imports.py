@@ -43,6 +43,9 @@ def test_all_public_names_are_there_and_no_others() -> None:
         _ = guided_dropout.nothing
 
 
+# The one file that imports what stands below it, when its method is called: `Landscape.plot` draws with the figures.
+THE_EXCEPTION = (Path("landscape", "landscape.py"), "plots")
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "guided_dropout"
 
@@ -85,4 +88,4 @@ def test_no_file_imports_what_stands_below_it():
             continue
         own = order.index(inner.with_suffix("").parts[0])
         below = [name for name in imports(file) if name in order and order.index(name) > own]
-        assert not below, f"{inner} imports {below}"
+        assert below == [name for path, name in [THE_EXCEPTION] if path == inner], f"{inner} imports {below}"
