@@ -72,6 +72,15 @@ def test_merged_keeps_what_is_shared_and_where_each_part_came_from(tmp_path):
     assert "Merged from 3 measurements." in merged.card()
 
 
+def test_profiles_of_other_kernels_and_of_none_that_is_known_are_merged():
+    sources = [{"text": f"{k}.txt", **kernel} for k, kernel in enumerate([{"kernel": "amx"}, {"kernel": "native"}, {}])]
+    merged = merge(*(profile(k, provenance=source) for k, source in enumerate(sources)))
+    assert [part.get("kernel") for part in merged.provenance["merged"]] == ["amx", "native", None]
+    assert "kernel" not in merged.provenance
+    assert "Squared by `amx` and `native` (" in merged.card()
+    assert "Squared by" not in profile().card()
+
+
 def test_noise_is_what_is_noise_in_each_and_fallback_in_any():
     slow = {"fallback": ["b.weight"], "parameters_by_rule": 8 / 13}
     a = profile(noise=["a.bias", "b.weight"], coverage=slow)

@@ -50,6 +50,9 @@ def _measured(profile: FisherProfile) -> str:
 
 def _stored(profile: FisherProfile) -> str:
     lines = ["Made by guided-dropout; read it with `FisherProfile.from_pretrained`."]
+    parts = [profile.provenance, *profile.provenance.get("merged", [])]
+    if kernels := sorted({name for part in parts for name in part.get("kernel", "").split(", ") if name}):
+        lines.append(f"Squared by {' and '.join(f'`{name}`' for name in kernels)} (`kernel` in profile.json).")
     if not profile.diagonal:
         lines.append(
             "It holds the mean of each tensor, which is all that a dropout schedule needs, and no value per parameter."

@@ -297,8 +297,8 @@ def profile_of(
     model: nn.Module, goal: Objective, sums: Accumulator, skipped: int, world: Processes, **facts: Any
 ) -> FisherProfile:
     """The mean over the samples of all processes; tensor by tensor, so that only one is in float64 at a time."""
-    nums, skips, left_out, fallbacks, noises = zip(
-        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback, sums.noise)), strict=True
+    nums, skips, left_out, fallbacks, noises, kernels = zip(
+        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback, sums.noise, sums.kernels)), strict=True
     )
     num, nonfinite = sum(nums), sorted(itertools.chain(*left_out))
     fallback = {name: reason for found in fallbacks for name, reason in found.items()}
@@ -338,6 +338,7 @@ def profile_of(
         provenance=provenance(
             dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in sums.parameters.values()})),
             device=devices.pop().type if len(devices) == 1 else ", ".join(sorted(map(str, devices))),
+            kernel=", ".join(sorted(set().union(*kernels))),
             processes=world.count,
             **terms_left_out(model),
             **facts,

@@ -62,7 +62,8 @@ class FisherProfile:
         model: what `identity.model_identity` says of the model, and `identity.weights_identity` of its weights, of
             which earlier files have less or nothing.
         coverage: ``{"fallback": [names], "parameters_by_rule": share}``: which parameters needed the slow loop.
-        provenance: versions, machine, date, seed, text.
+        provenance: versions, machine, date, seed, text; ``"kernel"``, what squared the gradients: ``"amx"``,
+            ``"native"`` (C without AMX), ``"triton"`` or ``"torch"``, several with commas between them.
         labels: ``"data"`` for the empirical Fisher, ``"model"`` where they were drawn from the model's prediction.
         shapes: name → the parameter's shape; taken from `diagonal` where that holds values, needed where it does not.
         noise: names whose true gradient is zero, so that their values are rounding noise (attention's key biases under
