@@ -174,6 +174,15 @@ def test_another_run_is_refused_and_both_sides_are_shown(stopped, changes, messa
     assert_same(stopped(), stopped(resume=False))  # it was not touched
 
 
+def test_another_commit_of_the_hub_with_the_same_weights_goes_on_and_is_recorded(stopped, model):
+    copy = language_model("gpt2")
+    copy.config._commit_hash = "c0ffee"
+    profile = stopped(model=copy)
+    assert profile.model["revision"] == "c0ffee"
+    assert_same(profile, stopped(resume=False))
+    assert "revision" not in estimate_fisher(model, SAMPLES).model
+
+
 def test_other_weights_and_another_model_are_refused(stopped):
     with pytest.raises(ArtefactError, match=r'weights was "[0-9a-f]{32}", is "[0-9a-f]{32}"'):
         stopped(model=language_model("gpt2", seed=3))

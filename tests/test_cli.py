@@ -528,6 +528,13 @@ def test_a_finished_profile_is_not_measured_again(chain, command, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("GUIDED_DROPOUT_KERNEL", "off")  # as on a machine with another kernel
         assert command(*line.split())[0] == 0
+    file = chain / "profile" / "profile.json"
+    own = file.read_text()
+    facts = json.loads(own)
+    file.write_text(json.dumps({**facts, "model": {**facts["model"], "revision": "c0ffee"}}))  # from the hub
+    assert command(*line.split())[0] == 0
+    file.write_text(own)
+    os.utime(file, ns=(before[file], before[file]))
     for change, message in {
         "--seed 2": "seed was 1, is 2",
         "--max-length 10 --reduction sum": 'reduction was "mean", is "sum"; max_length was 12, is 10',

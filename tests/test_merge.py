@@ -152,6 +152,18 @@ def test_the_weights_decide_what_is_one_model_and_where_they_are_unknown_the_nam
         merge(with_weights(0), with_weights(1, "aaaa"), with_weights(2, "bbbb"))
 
 
+def test_the_commit_of_the_hub_is_kept_where_it_is_one_and_tells_models_apart_only_where_no_digest_does():
+    def of(seed, revision=None, digest=None):
+        found = with_weights(seed, digest)
+        return replace(found, model={**found.model, **({"revision": revision} if revision else {})})
+
+    assert merge(of(0, "c0", "aaaa"), of(1, "c0", "aaaa")).model == of(0, "c0", "aaaa").model
+    assert merge(of(0, "c0", "aaaa"), of(1, "c1", "aaaa")).model == of(0, None, "aaaa").model
+    assert merge(of(0, "c0", "aaaa"), of(1)).model == merge(of(0), of(1, "c0")).model == of(0).model
+    with pytest.raises(ArtefactError, match="the model's revision is 'c0' in profile 1, 'c1' in profile 2"):
+        merge(of(0, "c0"), of(1, "c1"))
+
+
 def test_measurements_of_one_model_merge_from_two_places_and_those_of_a_trained_one_do_not():
     samples = [{"input_ids": [4, 5, 6, 7], "labels": [4, 5, 6, k]} for k in range(8, 12)]
     profiles = []

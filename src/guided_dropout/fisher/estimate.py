@@ -27,7 +27,7 @@ from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.fisher.stream import Stream, batches
-from guided_dropout.identity import model_identity, weights_identity
+from guided_dropout.identity import model_identity, model_record, weights_identity
 from guided_dropout.likelihood import terms_left_out
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
@@ -331,7 +331,7 @@ def profile_of(
         objective=goal.name,
         reduction=goal.reduction,
         labels=goal.labels,
-        model={**model_identity(model), **weights_identity(model, [*sums.parameters])},
+        model={**model_record(model), **weights_identity(model, [*sums.parameters])},
         coverage=covered,
         noise=sorted(set().union(*noises)),
         shapes={n: tuple(p.shape) for n, p in sums.parameters.items()},

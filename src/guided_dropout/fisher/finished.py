@@ -67,7 +67,7 @@ def finished_profile(
     }
     made_with = found.provenance.keys() - provenance().keys() - _FOUND
     there = {
-        "model": found.model,
+        "model": {key: value for key, value in found.model.items() if key != "revision"},  # the digest tells
         "parameters": len(found.shapes),
         "objective": found.objective,
         "reduction": found.reduction,

@@ -55,7 +55,7 @@ class Landscape:
         objective: the loss, as `fisher.FisherProfile` names it.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
         num_samples: samples with a target.
-        model: what `identity.model_identity` says of it.
+        model: what `identity.model_record` says of it.
         provenance: versions, machine, date, text.
         kept: (seed, axis) → the unmasked direction, where they were asked to be kept.
     """
