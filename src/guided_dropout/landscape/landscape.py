@@ -152,7 +152,7 @@ class Landscape:
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw a line as curves, one for each mask, or a plane as contours of the first mask and seed.
 
-        `guided_dropout.plots.landscape` has more figures, and their options.
+        `guided_dropout.plots` has more figures, and their options.
 
         Args:
             ax: where to draw; a new figure if None.
