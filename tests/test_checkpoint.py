@@ -14,6 +14,7 @@ from tiny import WORDS, save_tiny_bert
 from guided_dropout import FisherProfile, estimate_fisher, find_sites
 from guided_dropout.errors import ArtefactError
 from guided_dropout.fisher.checkpoint import holds_state, remove_checkpoint
+from guided_dropout.fisher.kernels import backend
 from guided_dropout.fisher.ranking import RankingTest
 
 
@@ -126,6 +127,20 @@ def test_what_was_left_out_before_is_still_told_after(tmp_path):
     assert profile.num_samples == 14
 
 
+def test_a_profile_names_the_kernel_and_all_of_them_where_the_run_went_on_with_another(model, tmp_path, monkeypatch):
+    here = backend(torch.device("cpu"), torch.float32)
+    assert estimate_fisher(model, SAMPLES).provenance["kernel"] == here
+    kept = {"batch_size": 2, "checkpoint": tmp_path / "c"}
+    with monkeypatch.context() as patch:
+        patch.setenv("GUIDED_DROPOUT_KERNEL", "off")
+        assert estimate_fisher(model, SAMPLES).provenance["kernel"] == "torch"
+        with pytest.raises(StopError):
+            estimate_fisher(model, SAMPLES, progress=stopped_after(6), **kept)
+    profile = estimate_fisher(model, SAMPLES, resume=True, **kept)
+    assert profile.provenance["kernel"] == ", ".join(sorted({here, "torch"}))
+    assert estimate_fisher(model, SAMPLES, method="reference").provenance["kernel"] == "torch"
+
+
 @pytest.fixture
 def stopped(model, tmp_path):
     """A function that goes on with a run of seed 1, with changes."""
@@ -157,6 +172,15 @@ def test_another_run_is_refused_and_both_sides_are_shown(stopped, changes, messa
     with pytest.raises(ArtefactError, match=message):
         stopped(**changes)
     assert_same(stopped(), stopped(resume=False))  # it was not touched
+
+
+def test_another_commit_of_the_hub_with_the_same_weights_goes_on_and_is_recorded(stopped, model):
+    copy = language_model("gpt2")
+    copy.config._commit_hash = "c0ffee"
+    profile = stopped(model=copy)
+    assert profile.model["revision"] == "c0ffee"
+    assert_same(profile, stopped(resume=False))
+    assert "revision" not in estimate_fisher(model, SAMPLES).model
 
 
 def test_other_weights_and_another_model_are_refused(stopped):

@@ -525,6 +525,16 @@ def test_a_finished_profile_is_not_measured_again(chain, command, monkeypatch):
     assert code == 0, err
     assert "the profile of this run is there already: nothing was measured" in " ".join(out.split())
     assert out.splitlines()[-1] == "profile"
+    with monkeypatch.context() as patch:
+        patch.setenv("GUIDED_DROPOUT_KERNEL", "off")  # as on a machine with another kernel
+        assert command(*line.split())[0] == 0
+    file = chain / "profile" / "profile.json"
+    own = file.read_text()
+    facts = json.loads(own)
+    file.write_text(json.dumps({**facts, "model": {**facts["model"], "revision": "c0ffee"}}))  # from the hub
+    assert command(*line.split())[0] == 0
+    file.write_text(own)
+    os.utime(file, ns=(before[file], before[file]))
     for change, message in {
         "--seed 2": "seed was 1, is 2",
         "--max-length 10 --reduction sum": 'reduction was "mean", is "sum"; max_length was 12, is 10',
@@ -542,6 +552,23 @@ def test_a_finished_profile_is_not_measured_again(chain, command, monkeypatch):
         assert err.startswith("error: profile holds the profile of another run: ")
         assert message in err
     assert {path: path.stat().st_mtime_ns for path in chain.rglob("*") if path.is_file()} == before
+
+
+def test_what_took_the_loop_and_what_no_sample_reached_is_said_in_a_line_each(chain, command):
+    line = "fisher model --text text.txt --samples 20 --max-length 12 --batch-size 4 --seed 1 --out profile --resume"
+    said = command(*line.split())[1]
+    assert "one sample at a time" not in said
+    assert "reached by no sample" not in said
+    file = chain / "profile" / "profile.json"
+    before = file.read_text()
+    facts = json.loads(before)
+    names = list(facts["shapes"])[:2]
+    loop = {"fallback": names, "reasons": dict.fromkeys(names, "no rule for sin"), "untouched": [f"{names[0]}[3]"]}
+    file.write_text(json.dumps({**facts, "coverage": {**facts["coverage"], **loop}}))
+    said = " ".join(command(*line.split())[1].split())
+    file.write_text(before)
+    assert f"one sample at a time (no rule for sin): {names[0]}, {names[1]} " in said
+    assert f"reached by no sample, so that their values are 0: {names[0]}[3] profile" in said
 
 
 def test_a_finished_profile_of_a_rule_is_known_by_what_the_rule_was_asked_for(chain, command):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from landscapes import bowl
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from guided_dropout.errors import ArtefactError, DataError
@@ -59,6 +60,18 @@ def test_each_curve_of_a_panel_looks_its_own(names):
 def test_curves_of_a_mask_that_is_not_there_are_no_empty_panel():
     with pytest.raises(DataError, match=r"unknown mask 'top:0\.5'"):
         plot_curves(bowl({"all": 2.0}, dims=1), masks=["top:0.5"])
+
+
+@pytest.mark.parametrize(("dims", "draw"), [(1, plot_curves), (2, plot_contours)], ids=["line", "plane"])
+def test_a_landscape_draws_itself_on_the_axes_given_or_on_new_ones(dims, draw):
+    made = bowl({"all": 2.0, "top:0.5": 8.0}, dims=dims)
+    expected, ax = draw(made), Figure().add_subplot()
+    for drawn in (made.plot(ax), made.plot()):
+        assert texts(drawn) == texts(expected)
+        assert len(drawn.collections) == len(expected.collections) > 0
+        assert [list(line.get_ydata()) for line in drawn.lines] == [list(line.get_ydata()) for line in expected.lines]
+    assert made.plot(ax) is ax
+    assert made.plot() is not ax
 
 
 def test_any_number_of_planes_is_drawn():

@@ -72,6 +72,15 @@ def test_merged_keeps_what_is_shared_and_where_each_part_came_from(tmp_path):
     assert "Merged from 3 measurements." in merged.card()
 
 
+def test_profiles_of_other_kernels_and_of_none_that_is_known_are_merged():
+    sources = [{"text": f"{k}.txt", **kernel} for k, kernel in enumerate([{"kernel": "amx"}, {"kernel": "native"}, {}])]
+    merged = merge(*(profile(k, provenance=source) for k, source in enumerate(sources)))
+    assert [part.get("kernel") for part in merged.provenance["merged"]] == ["amx", "native", None]
+    assert "kernel" not in merged.provenance
+    assert "Squared by `amx` and `native` (" in merged.card()
+    assert "Squared by" not in profile().card()
+
+
 def test_noise_is_what_is_noise_in_each_and_fallback_in_any():
     slow = {"fallback": ["b.weight"], "parameters_by_rule": 8 / 13}
     a = profile(noise=["a.bias", "b.weight"], coverage=slow)
@@ -141,6 +150,18 @@ def test_the_weights_decide_what_is_one_model_and_where_they_are_unknown_the_nam
         merge(with_weights(0, "aaaa"), with_weights(1, "bbbb"))
     with pytest.raises(ArtefactError, match=r"profile 2 was measured on .* aaaa, profile 3 on .* bbbb"):
         merge(with_weights(0), with_weights(1, "aaaa"), with_weights(2, "bbbb"))
+
+
+def test_the_commit_of_the_hub_is_kept_where_it_is_one_and_tells_models_apart_only_where_no_digest_does():
+    def of(seed, revision=None, digest=None):
+        found = with_weights(seed, digest)
+        return replace(found, model={**found.model, **({"revision": revision} if revision else {})})
+
+    assert merge(of(0, "c0", "aaaa"), of(1, "c0", "aaaa")).model == of(0, "c0", "aaaa").model
+    assert merge(of(0, "c0", "aaaa"), of(1, "c1", "aaaa")).model == of(0, None, "aaaa").model
+    assert merge(of(0, "c0", "aaaa"), of(1)).model == merge(of(0), of(1, "c0")).model == of(0).model
+    with pytest.raises(ArtefactError, match="the model's revision is 'c0' in profile 1, 'c1' in profile 2"):
+        merge(of(0, "c0"), of(1, "c1"))
 
 
 def test_measurements_of_one_model_merge_from_two_places_and_those_of_a_trained_one_do_not():

@@ -245,3 +245,19 @@ def test_noise_is_named_on_the_card_and_not_among_the_heaviest():
     assert "left out of rankings and scores: `a.weight`." in text
     assert "| `a.weight` |" not in text
     assert "| `b.weight` |" in text
+
+
+def test_the_card_says_what_took_the_loop_and_why_and_what_no_sample_reached():
+    reasons = {"a.bias": "no rule for sin", "a.weight": "rows of linear unknown", "b.weight": "no rule for sin"}
+    idle = [f"experts.up[{k}]" for k in range(12)]
+    text = profile(coverage={"fallback": sorted(reasons), "reasons": reasons, "untouched": idle}).card()
+    assert " One sample at a time (no rule for sin): `a.bias`, `b.weight`." in text
+    assert " One sample at a time (rows of linear unknown): `a.weight`." in text
+    assert " Reached by no sample, so that their values are 0: `experts.up[0]`, `experts.up[1]`, " in text
+    assert ", `experts.up[9]` and 2 more." in text
+    early = profile(coverage={"fallback": ["a.bias"], "parameters_by_rule": 0.9}).card()
+    assert " One sample at a time: `a.bias`." in early
+    nothing = profile(coverage={"fallback": [], "reasons": {}, "untouched": []}).card()
+    assert " No parameter needed the per-sample loop." in nothing
+    assert "ne sample at a time" not in nothing
+    assert "eached by no sample" not in nothing

@@ -20,7 +20,7 @@ from guided_dropout.data.tasks import Examples, Task, subset
 from guided_dropout.errors import ModelError
 from guided_dropout.fisher import FisherProfile
 from guided_dropout.fisher.processes import check_alone
-from guided_dropout.identity import model_identity
+from guided_dropout.identity import model_record
 from guided_dropout.models import drawn_parameters, positions_of
 from guided_dropout.provenance import provenance
 from guided_dropout.recipe import Recipe
@@ -200,7 +200,7 @@ def finetune(
         recipe=recipe_facts(recipe, given, len(train)),
         rates=_summary(rates),
         pairing={"weights": digest, "batches": encoded.digest(), "evaluation": given.validation.digest()},
-        model=model_identity(classifier),
+        model=model_record(classifier),
         times={**run.times, "total": time.perf_counter() - start},
         provenance=provenance(device=run.device),
         arm_parameters=chosen.parameters,

@@ -67,7 +67,7 @@ def in_head(model: nn.Module, name: str) -> bool:
 
 
 def model_identity(model: nn.Module) -> dict[str, Any]:
-    """What is written into artefacts about the model: class, type, where it came from, backbone prefix, size."""
+    """What two runs on a model must have in common: its class, type, where it came from, backbone prefix, size."""
     config = getattr(model, "config", None)
     return {
         "architecture": type(unwrapped(model)).__name__,
@@ -76,6 +76,17 @@ def model_identity(model: nn.Module) -> dict[str, Any]:
         "backbone_prefix": backbone_prefix(model),
         "num_parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def model_record(model: nn.Module) -> dict[str, Any]:
+    """What is written into artefacts about the model: `model_identity`, and what tells a person more.
+
+    Returns:
+        Besides, for a model from the hub, ``"revision"``: the commit that it was loaded from. It is compared with
+        nothing that has a digest of the weights: other commits may hold the same, and so may a local copy.
+    """
+    revision = getattr(getattr(model, "config", None), "_commit_hash", None)
+    return model_identity(model) | ({"revision": revision} if revision else {})
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str | None:

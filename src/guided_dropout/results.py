@@ -75,7 +75,7 @@ class RunResult:
         pairing: digests of what must be equal between arms with the same seeds: ``weights`` before the first step,
             ``batches``, the training examples in the order in which they were read, and ``evaluation``, the examples
             that are evaluated.
-        model: what `identity.model_identity` says of the model.
+        model: what `identity.model_record` says of the model.
         times: seconds: ``train``, ``eval``, ``total`` (loading included).
         provenance: versions, machine, date, device.
         arm_parameters: all parameters of the arm by name.

@@ -224,6 +224,8 @@ def merge(
 
 
 def _print(measured: FisherProfile, folder: Path) -> None:
+    from guided_dropout.fisher.coverage import told
+
     coverage = measured.coverage
     left_out = coverage.get("nonfinite", [])
     some = ", ".join(map(str, left_out[:10])) + (", …" if len(left_out) > 10 else "")
@@ -231,8 +233,9 @@ def _print(measured: FisherProfile, folder: Path) -> None:
         f"{measured.num_samples:,} samples ({measured.objective}), {measured.num_skipped} without a target skipped"
         + (f", {len(left_out)} not finite left out (number {some} of the stream, from 0)" if left_out else "")
         + f"; {coverage['parameters_by_rule']:.1%} of the parameters by rule"
-        + (f", one sample at a time: {', '.join(coverage['fallback'])}" if coverage["fallback"] else "")
     )
+    for sentence in told(coverage):
+        console.print(sentence, markup=False, highlight=False)
     if term := measured.provenance.get("left_out"):
         console.print(f"left out of the loss: {term}")
     if ranking := measured.provenance.get("ranking"):

@@ -72,7 +72,7 @@ class Fidelity:
         tops: shares of the parameters, as given.
         draws: sub-samples of each size.
         seed: of the draws.
-        model: what `identity.model_identity` says of the model.
+        model: what `identity.model_record` says of the model.
         noise: tensors left out, since they hold rounding noise.
         provenance: versions, machine, date, text.
         profile: the whole text's, which came with it; not saved with this.

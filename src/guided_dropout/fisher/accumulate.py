@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from guided_dropout.errors import DataError, ModelError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import Added, BatchedSquares
+from guided_dropout.fisher.kernels import backend
 from guided_dropout.fisher.places import Plan
 from guided_dropout.fisher.reference import sum_of_squares
 from guided_dropout.fisher.site_scores import Observer
@@ -82,6 +83,7 @@ class Accumulator:
         nonfinite: index of each sample that was left out.
         fallback: parameters that took the reference loop in any batch → why.
         noise: parameters whose true gradient is zero, as far as the first samples show.
+        kernels: what squared the samples that are in the sums, as `kernels.backend` names it.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class Accumulator:
         self.nonfinite: list[int] = []
         self._fallback: dict[str, str] = {}
         self.noise: set[str] = set()
+        self.kernels: set[str] = set()
         self._squares: BatchedSquares | ReferenceSquares | None = None
         self._loaded: Mapping[str, Tensor] | None = None
         self._idle: Totals | None = None  # stands in for the sums until there is a batch
@@ -256,6 +259,7 @@ class Accumulator:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, facts) from which `load` goes on. Call `check` first."""
         facts = {"num": self.num, "nonfinite": self.nonfinite, "fallback": self.fallback, "noise": sorted(self.noise)}
+        facts["kernels"] = sorted(self.kernels)
         if self.observer:
             facts["observer"] = self.observer.state()
         return self.totals().state(), facts
@@ -264,6 +268,7 @@ class Accumulator:
         """Take up what `state` gave, before the first batch."""
         self.num, self.nonfinite = facts["num"], list(facts["nonfinite"])
         self._fallback, self.noise = dict(facts["fallback"]), set(facts["noise"])
+        self.kernels |= set(facts.get("kernels", []))  # earlier states do not say
         if self.observer:
             self.observer.load_state(facts["observer"])
             self._observed = facts["observer"]
@@ -279,9 +284,11 @@ class Accumulator:
         """Begun late: the plan's own check needs as much memory as the sums, and is done with it before they exist."""
         if self.method == "reference":
             squares = ReferenceSquares(self.model, self.objective, self.parameters, scores_only=self.scores_only)
+            self.kernels.add("torch")
         else:
             plan = self._plan(batch)
             self.noise |= plan.noise
+            self.kernels |= {backend(p.device, p.dtype) for p in self.parameters.values()}
             squares = BatchedSquares(
                 self.model, self.objective, self.parameters, plan,
                 scores_only=self.scores_only, per_sample=self.observer is not None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import ModelCardData
 
 from guided_dropout.fisher import hub
+from guided_dropout.fisher.coverage import told
 
 if TYPE_CHECKING:
     from guided_dropout.fisher.profile import FisherProfile
@@ -33,7 +34,8 @@ def _metadata(profile: FisherProfile) -> ModelCardData:
 
 
 def _measured(profile: FisherProfile) -> str:
-    fallback = ", ".join(f"`{n}`" for n in profile.coverage.get("fallback", [])) or "none"
+    fallback = "" if profile.coverage.get("fallback") else " No parameter needed the per-sample loop."
+    coverage = "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in told(profile.coverage, quote="`"))
     parts = profile.provenance.get("merged", [])
     kind = {"data": "empirical", "model": "sampled"}[profile.labels]
     merged = f" Merged from {len(parts)} measurements." if parts else ""
@@ -43,13 +45,15 @@ def _measured(profile: FisherProfile) -> str:
         f"Diagonal of the {kind} Fisher information of `{profile.model.get('architecture')}` "
         f"({profile.model.get('num_parameters', 0):,} parameters): the mean over {profile.num_samples:,} samples of "
         f"each squared derivative of a sample's loss ({profile.objective}, {profile.reduction} over its targets). "
-        f"{profile.num_skipped:,} samples without a target were skipped.{merged}{left_out} Parameters that needed the "
-        f"per-sample loop: {fallback}."
+        f"{profile.num_skipped:,} samples without a target were skipped.{merged}{left_out}{fallback}{coverage}"
     )
 
 
 def _stored(profile: FisherProfile) -> str:
     lines = ["Made by guided-dropout; read it with `FisherProfile.from_pretrained`."]
+    parts = [profile.provenance, *profile.provenance.get("merged", [])]
+    if kernels := sorted({name for part in parts for name in part.get("kernel", "").split(", ") if name}):
+        lines.append(f"Squared by {' and '.join(f'`{name}`' for name in kernels)} (`kernel` in profile.json).")
     if not profile.diagonal:
         lines.append(
             "It holds the mean of each tensor, which is all that a dropout schedule needs, and no value per parameter."

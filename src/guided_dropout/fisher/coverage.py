@@ -1,11 +1,14 @@
-"""What a profile says about how each parameter's Fisher was found."""
+"""What a profile says about how each parameter's Fisher was found, and what a person is told of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+# How many names a sentence has.
+_NAMED = 10
 
 
 def coverage(parameters: Mapping[str, Tensor], fallback: Mapping[str, str], untouched: list[str]) -> dict[str, Any]:
@@ -41,3 +44,26 @@ def untouched(name: str, sums: Tensor) -> list[str]:
     if sums.dim() < 3:
         return []
     return [f"{name}[{i}]" for i in (~sums.flatten(1).any(1)).nonzero()[:, 0].tolist()]
+
+
+def told(found: Mapping[str, Any], quote: str = "") -> list[str]:
+    """Sentences about a profile's ``coverage``: one for each reason to take the loop, and one of what is `untouched`.
+
+    Args:
+        found: what `coverage` gave; earlier profiles, and some that were merged, lack the reasons or what is untouched.
+        quote: around each name.
+    """
+    by_reason: dict[str | None, list[str]] = {}
+    for name in found.get("fallback", []):
+        by_reason.setdefault(found.get("reasons", {}).get(name), []).append(name)
+    sentences = [
+        f"one sample at a time{f' ({why})' if why else ''}: {_listed(names, quote)}" for why, names in by_reason.items()
+    ]
+    if names := found.get("untouched", []):
+        sentences.append(f"reached by no sample, so that their values are 0: {_listed(names, quote)}")
+    return sentences
+
+
+def _listed(names: Sequence[str], quote: str) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(f"{quote}{name}{quote}" for name in names[:_NAMED]) + more

@@ -27,7 +27,7 @@ from guided_dropout.fisher.run import Run
 from guided_dropout.fisher.selection import Choice, select_parameters, without_wrapper
 from guided_dropout.fisher.site_scores import StoppingRule
 from guided_dropout.fisher.stream import Stream, batches
-from guided_dropout.identity import model_identity, weights_identity
+from guided_dropout.identity import model_identity, model_record, weights_identity
 from guided_dropout.likelihood import terms_left_out
 from guided_dropout.objectives import OBJECTIVES, Objective, Sample, check_samples
 from guided_dropout.provenance import provenance
@@ -297,8 +297,8 @@ def profile_of(
     model: nn.Module, goal: Objective, sums: Accumulator, skipped: int, world: Processes, **facts: Any
 ) -> FisherProfile:
     """The mean over the samples of all processes; tensor by tensor, so that only one is in float64 at a time."""
-    nums, skips, left_out, fallbacks, noises = zip(
-        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback, sums.noise)), strict=True
+    nums, skips, left_out, fallbacks, noises, kernels = zip(
+        *world.gather((sums.num, skipped, sums.nonfinite, sums.fallback, sums.noise, sums.kernels)), strict=True
     )
     num, nonfinite = sum(nums), sorted(itertools.chain(*left_out))
     fallback = {name: reason for found in fallbacks for name, reason in found.items()}
@@ -331,13 +331,14 @@ def profile_of(
         objective=goal.name,
         reduction=goal.reduction,
         labels=goal.labels,
-        model={**model_identity(model), **weights_identity(model, [*sums.parameters])},
+        model={**model_record(model), **weights_identity(model, [*sums.parameters])},
         coverage=covered,
         noise=sorted(set().union(*noises)),
         shapes={n: tuple(p.shape) for n, p in sums.parameters.items()},
         provenance=provenance(
             dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in sums.parameters.values()})),
             device=devices.pop().type if len(devices) == 1 else ", ".join(sorted(map(str, devices))),
+            kernel=", ".join(sorted(set().union(*kernels))),
             processes=world.count,
             **terms_left_out(model),
             **facts,

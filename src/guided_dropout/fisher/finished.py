@@ -18,6 +18,8 @@ from guided_dropout.unfinished import check_finished
 
 # Of what a rule to stop by reports: what it was asked for.
 _RULE = ("rule", "confidence", "tolerance", "tau")
+# Of a profile's provenance: what a run finds, wherever it is made, and is not given.
+_FOUND = {"device", "kernel", "ranking", "left_out", "sample_digests"}
 
 
 def finished_profile(
@@ -63,9 +65,9 @@ def finished_profile(
         "until": _rule(until_ranked.report() if until_ranked else {}),
         **{key: value for key, value in settings.items() if key != "taken" or key in found.provenance},  # as above
     }
-    made_with = found.provenance.keys() - provenance().keys() - {"device", "ranking", "left_out", "sample_digests"}
+    made_with = found.provenance.keys() - provenance().keys() - _FOUND
     there = {
-        "model": found.model,
+        "model": {key: value for key, value in found.model.items() if key != "revision"},  # the digest tells
         "parameters": len(found.shapes),
         "objective": found.objective,
         "reduction": found.reduction,

@@ -15,6 +15,7 @@ from guided_dropout.fisher.profile import FisherProfile, check_profile
 from guided_dropout.provenance import provenance
 
 _WEIGHTS = ("digest", "backbone")  # of the model's facts; earlier profiles lack them
+_PLACE = ("name_or_path", "revision")  # likewise: where it came from
 _TAKEN = ("taken", "max_characters")  # all samples or some, of how much of a text
 _SAME = 1e-4  # a batch size moves a mean by 1e-6 of it, other samples by far more
 
@@ -63,13 +64,21 @@ def merge(*profiles: FisherProfile) -> FisherProfile:
         num_skipped=sum(p.num_skipped for p in profiles),
         objective=first.objective,
         reduction=first.reduction,
-        model={k: v for k, v in first.model.items() if k not in _WEIGHTS or all(k in p.model for p in profiles)},
+        model=_model(profiles),
         coverage=_coverage(profiles),
         provenance=_provenance(profiles),
         labels=first.labels,
         shapes=first.shapes,
         noise=[name for name in first.noise if all(name in p.noise for p in profiles)],
     )
+
+
+def _model(profiles: Sequence[FisherProfile]) -> dict[str, Any]:
+    """What the first says of the model, without what another lacks or, of the commit, has otherwise."""
+    first, *others = (p.model for p in profiles)
+    left_out = {k for k in _WEIGHTS if any(k not in o for o in others)}
+    left_out |= {"revision"} if any(o.get("revision") != first.get("revision") for o in others) else set()
+    return {k: v for k, v in first.items() if k not in left_out}
 
 
 def _coverage(profiles: Sequence[FisherProfile]) -> dict[str, Any]:
@@ -109,11 +118,11 @@ def _check_same_measurement(a: FisherProfile, b: FisherProfile, number: int) -> 
     facts: list[tuple[str, Any, Any]] = [
         (what, getattr(a, what), getattr(b, what)) for what in ("objective", "reduction", "labels")
     ]
-    by_digest = "digest" in a.model and "digest" in b.model
+    apart = {*_WEIGHTS} | ({*_PLACE} if "digest" in a.model and "digest" in b.model else set())
+    if "revision" not in a.model or "revision" not in b.model:
+        apart.add("revision")
     facts += [
-        (f"the model's {key}", a.model.get(key), b.model.get(key))
-        for key in {**a.model, **b.model}
-        if key not in _WEIGHTS and not (key == "name_or_path" and by_digest)
+        (f"the model's {key}", a.model.get(key), b.model.get(key)) for key in {**a.model, **b.model} if key not in apart
     ]
     facts += [
         (f"the shape of {name}", a.shapes.get(name, "missing"), b.shapes.get(name, "missing"))

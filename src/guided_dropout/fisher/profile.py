@@ -60,10 +60,11 @@ class FisherProfile:
         num_skipped: samples without a target, which do not count.
         objective: ``"mlm"``, ``"causal"``, ``"seq2seq"``, ``"classification"`` or ``"regression"``.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
-        model: what `identity.model_identity` says of the model, and `identity.weights_identity` of its weights, of
+        model: what `identity.model_record` says of the model, and `identity.weights_identity` of its weights, of
             which earlier files have less or nothing.
         coverage: ``{"fallback": [names], "parameters_by_rule": share}``: which parameters needed the slow loop.
-        provenance: versions, machine, date, seed, text.
+        provenance: versions, machine, date, seed, text; ``"kernel"``, what squared the gradients: ``"amx"``,
+            ``"native"`` (C without AMX), ``"triton"`` or ``"torch"``, several with commas between them.
         labels: ``"data"`` for the empirical Fisher, ``"model"`` where they were drawn from the model's prediction.
         shapes: name → the parameter's shape; taken from `diagonal` where that holds values, needed where it does not.
         noise: names whose true gradient is zero, so that their values are rounding noise (attention's key biases under

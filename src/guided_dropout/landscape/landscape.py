@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from guided_dropout.landscape.directions import Direction
 from guided_dropout.landscape.grid import Grid
 from guided_dropout.landscape.level import area_below
 from guided_dropout.landscape.masks import Mask
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 KIND = "loss-landscape"
 SCHEMA = 1
@@ -53,7 +56,7 @@ class Landscape:
         objective: the loss, as `fisher.FisherProfile` names it.
         reduction: ``"mean"`` or ``"sum"`` over a sample's targets.
         num_samples: samples with a target.
-        model: what `identity.model_identity` says of it.
+        model: what `identity.model_record` says of it.
         provenance: versions, machine, date, text.
         kept: (seed, axis) → the unmasked direction, where they were asked to be kept.
     """
@@ -146,6 +149,24 @@ class Landscape:
                 losses = losses[order]
             cut.append(area_below(losses, points, self.origin_loss + level, smooth=smooth))
         return np.array([area for area, _ in cut]), np.array([edge for _, edge in cut])
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw a line as curves, one for each mask, or a plane as contours of the first mask and seed.
+
+        `guided_dropout.plots` has more figures, and their options.
+
+        Args:
+            ax: where to draw; a new figure if None.
+
+        Returns:
+            The axes.
+
+        Raises:
+            DataError: a plane without a finite loss.
+        """
+        from guided_dropout.plots.landscape import plot_contours, plot_curves
+
+        return plot_curves(self, ax) if self.grid.dims == 1 else plot_contours(self, ax)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write `folder` (``landscape.json``, ``landscape.safetensors``, kept directions), all or nothing.

@@ -15,7 +15,7 @@ from guided_dropout.errors import DataError, unknown
 from guided_dropout.fisher.checkpoint import fingerprint
 from guided_dropout.fisher.processes import Processes, current_processes
 from guided_dropout.fisher.profile import FisherProfile
-from guided_dropout.identity import model_identity
+from guided_dropout.identity import model_identity, model_record
 from guided_dropout.landscape.directions import Direction, movable_parameters
 from guided_dropout.landscape.grid import Grid
 from guided_dropout.landscape.landscape import Landscape
@@ -184,7 +184,7 @@ def loss_landscape(
         objective=evaluation.objective.name,
         reduction=reduction,
         num_samples=evaluation.num_samples,
-        model=model_identity(model),
+        model=model_record(model),
         provenance=provenance(
             device=next(model.parameters()).device.type,
             dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
