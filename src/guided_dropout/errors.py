@@ -5,6 +5,7 @@ do. The command line prints it in one line and exits with 2. Anything else that 
 
 * ``DataError``: text or task data that is missing, empty or malformed (file and line are named).
 * ``ModelError``: a model that cannot do what was asked of it (no language-model head, no such folder, …).
+  ``NotFiniteError`` is the one of a sample whose loss or squared gradients are not finite.
 * ``ArtefactError``: a saved profile, schedule or result that is missing, damaged or of another version; an output
   folder that cannot be written.
 * ``ScheduleError``: rates out of range, or a schedule and a model that do not belong together.
@@ -31,6 +32,10 @@ class DataError(GuidedDropoutError):
 
 class ModelError(GuidedDropoutError):
     """The model cannot do what was asked of it."""
+
+
+class NotFiniteError(ModelError):
+    """A sample's loss or squared gradients are not finite."""
 
 
 class ArtefactError(GuidedDropoutError):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from guided_dropout.errors import ModelError
+from guided_dropout.errors import ModelError, NotFiniteError
 from guided_dropout.knobs import foreign_rate, is_foreign_dropout
 from guided_dropout.likelihood import likelihood_alone
 
@@ -228,15 +228,21 @@ def unwritten(model: nn.Module) -> Iterator[None]:
     """Make sure that no weight was written to within; without copies, so that none can be put back.
 
     Raises:
-        ModelError: one was.
+        ModelError: one was; in place of a `NotFiniteError`, which may come of it.
     """
     versions = [(name, p, p._version) for name, p in model.named_parameters()]
-    yield
+    found: NotFiniteError | None = None
+    try:
+        yield
+    except NotFiniteError as e:
+        found = e
     if names := [name for name, p, version in versions if p._version != version]:
         raise ModelError(
             f"{type(model).__name__} has written to {len(names)} of its parameters in a forward, {names[0]} among "
             "them; expected weights that stay as they are: load it anew and switch that off in its configuration"
-        )
+        ) from found
+    if found is not None:
+        raise found
 
 
 class _Writes(TorchDispatchMode):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from guided_dropout.errors import DataError, ModelError
+from guided_dropout.errors import DataError, ModelError, NotFiniteError
 from guided_dropout.fisher.check import checked_plan
 from guided_dropout.fisher.fast import Added, BatchedSquares
 from guided_dropout.fisher.kernels import backend
@@ -131,7 +131,7 @@ class Accumulator:
         """Add a batch.
 
         Raises:
-            ModelError: a loss is not finite, or squares of this batch or of an earlier one are not.
+            NotFiniteError: a loss is not finite, or squares of this batch or of an earlier one are not.
         """
         if sum(map(len, self._unchecked)) + len(batch) >= FLUSH_EVERY:
             self.check()
@@ -169,7 +169,7 @@ class Accumulator:
         """Make sure that all sums are finite, as they are whenever this returns.
 
         Raises:
-            ModelError: squares of a sample overflow; it is named.
+            NotFiniteError: squares of a sample overflow; it is named.
         """
         if self._squares is None:
             return
@@ -329,7 +329,7 @@ class Accumulator:
         if not self._skip:
             # Longformer and LED make NaN of padding in float64 alone.
             double = any(p.dtype == torch.float64 for p in self.model.parameters())
-            raise ModelError(
+            raise NotFiniteError(
                 f"{what} {named(bad)} (from 0) {how}; expected finite numbers: load the model in "
                 f"{'float32' if double else 'float32 or float64'}, leave the sample out, or let all such be left out "
                 "and counted with --skip-nonfinite"
