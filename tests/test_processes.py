@@ -65,7 +65,7 @@ def test_two_processes_give_the_profile_of_one(two):
 
 def test_an_error_in_one_ends_all_with_its_message(two):
     main, second = two[0]
-    assert second["nan"].startswith("ModelError the loss of sample 1 (from 0) is nan")
+    assert second["nan"].startswith("NotFiniteError the loss of sample 1 (from 0) is nan")
     assert main["nan"].startswith("ProcessError process 1 of 2: the loss of sample 1 (from 0) is nan")
     assert main["skipped"] == second["skipped"] == [59, [1]]
     for report in two[0]:
@@ -127,7 +127,7 @@ def test_a_rule_goes_on_where_one_state_is_lost_or_settled(two, what):
 
 def test_an_error_ends_all_that_a_rule_would_stop(two):
     main, second = two[0]
-    assert second["ranked_nan"].startswith("ModelError the loss of sample 7 (from 0) is nan")
+    assert second["ranked_nan"].startswith("NotFiniteError the loss of sample 7 (from 0) is nan")
     assert main["ranked_nan"].startswith("ProcessError process 1 of 2: the loss of sample 7 (from 0) is nan")
     bad = [*RANDOM]
     bad[7] = BAD
